@@ -1,0 +1,1 @@
+"""The core of mm: plain Python and torch, no Ray, no MLflow, no web framework."""

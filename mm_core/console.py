@@ -1,0 +1,154 @@
+"""What a person sees of a command: stages, progress with rate and ETA, tables, and the one JSON line of `--json`.
+
+Progress and notes go to standard error, results to standard output; with `--json` standard output ends with one JSON object.
+Without a terminal, progress is a plain line every few seconds, so that logs stay readable.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+_LINE_EVERY_S = 5.0
+
+
+class Tracker:
+    """Counts what is done and shows it; `note` is shown behind the rate, for example the current loss."""
+
+    def __init__(self, label: str, total: float | None, unit: str) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0.0
+        self.note = ""
+        self._started = time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        return self.done / max(time.monotonic() - self._started, 1e-9)
+
+    def advance(self, amount: float = 1, note: str | None = None) -> None:
+        self.update(self.done + amount, note)
+
+    def update(self, done: float, note: str | None = None) -> None:
+        self.done = done
+        if note is not None:
+            self.note = note
+        self._show()
+
+    def _show(self) -> None:
+        """Overridden by the display."""
+
+    def line(self) -> str:
+        left = f"/{self.total:,.0f}" if self.total else ""
+        eta = ""
+        if self.total and self.rate > 0 and self.done < self.total:
+            eta = f"  ETA {_clock((self.total - self.done) / self.rate)}"
+        note = f"  {self.note}" if self.note else ""
+        return f"{self.label}  {self.done:,.0f}{left} {self.unit}  {self.rate:,.1f} {self.unit}/s{eta}{note}"
+
+
+@dataclass
+class Console:
+    """The output of one command."""
+
+    json: bool = False
+    _out: RichConsole = field(init=False)
+    _err: RichConsole = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._out = self._err if self.json else RichConsole(highlight=False, soft_wrap=True)
+
+    def stage(self, title: str) -> None:
+        self._err.print(f"\n[bold cyan]── {title}[/]")
+
+    def note(self, text: str) -> None:
+        """A line for the person who watches."""
+        self._err.print(text, markup=False)
+
+    def say(self, text: str) -> None:
+        """A line of the command's result."""
+        self._out.print(text, markup=False)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
+        table = Table(*columns, title=title, title_justify="left", header_style="bold")
+        for row in rows:
+            table.add_row(*(_cell(value) for value in row))
+        self._out.print(table)
+
+    def result(self, values: Mapping[str, Any]) -> None:
+        """With `--json`: the last line of standard output."""
+        if self.json:
+            sys.stdout.write(json.dumps(values, default=str) + "\n")
+            sys.stdout.flush()
+
+    @contextmanager
+    def progress(self, label: str, total: float | None = None, unit: str = "samples") -> Iterator[Tracker]:
+        if self._err.is_terminal:
+            with Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                _Rate(unit),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self._err,
+                refresh_per_second=4,
+            ) as bar:
+                yield _BarTracker(bar, label, total, unit)
+        else:
+            tracker = _LineTracker(self._err, label, total, unit)
+            yield tracker
+            tracker.finish()
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.finished_speed or task.speed or 0:,.1f} {self._unit}/s")
+
+
+class _BarTracker(Tracker):
+    def __init__(self, bar: Progress, label: str, total: float | None, unit: str) -> None:
+        super().__init__(label, total, unit)
+        self._bar = bar
+        self._task = bar.add_task(label, total=total, note="")
+
+    def _show(self) -> None:
+        self._bar.update(self._task, completed=self.done, total=self.total, note=self.note)
+
+
+class _LineTracker(Tracker):
+    def __init__(self, console: RichConsole, label: str, total: float | None, unit: str) -> None:
+        super().__init__(label, total, unit)
+        self._console = console
+        self._next = time.monotonic() + _LINE_EVERY_S
+
+    def _show(self) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _LINE_EVERY_S
+            self._console.print(self.line(), markup=False)
+
+    def finish(self) -> None:
+        self._console.print(f"{self.line()}  in {_clock(time.monotonic() - self._started)}", markup=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

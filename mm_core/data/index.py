@@ -1,0 +1,113 @@
+"""An index: an immutable snapshot of what a set of shards holds.
+
+    INDEX/index.json       format, fingerprint, counts
+    INDEX/shards.parquet   one row per shard: url, bytes, mtime or etag, rows
+    INDEX/samples/*.parquet   one row per sample, for people and filters (columns: `scan.SAMPLE_SCHEMA`)
+    INDEX/locators.npy     24 bytes per sample, for machines
+    INDEX/ledgers/NAME/    decisions (`ledger.py`)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import fsspec
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from mm_core.config import Config
+from mm_core.data.locators import Locators, open_mapped
+from mm_core.data.scan import shard_name
+from mm_core.errors import DataError
+
+FORMAT = 1
+SHARD_SCHEMA = pa.schema(
+    [("shard", pa.uint32()), ("url", pa.string()), ("bytes", pa.uint64()), ("version", pa.string()), ("rows", pa.uint64())]
+)
+T = TypeVar("T")
+
+
+class IndexSummary(Config):
+    """index.json."""
+
+    format: int = FORMAT
+    fingerprint: str = Field(description="Of the shards' names and contents; the same shards give the same, wherever they lie.")
+    shards: int
+    samples: int = Field(description="Usable samples.")
+    rows: int = Field(description="All rows, those with a reason against them included.")
+    bytes: int
+    need: tuple[str, ...] = Field(description="The modalities a usable sample has.")
+    bad: dict[str, int] = Field(description="Rows that are not usable, by reason.")
+    duplicate_uids: int = 0
+
+
+@dataclass(frozen=True)
+class Index:
+    """An opened index. Cheap to open: locators are mapped, tables are read when asked for."""
+
+    url: str
+    summary: IndexSummary
+
+    @classmethod
+    def open(cls, url: str) -> Index:
+        """
+        Raises:
+            DataError: there is no index at `url`, or its format is another.
+        """
+        url = url.rstrip("/")
+        try:
+            with fsspec.open(f"{url}/index.json", "rt") as file:
+                values = json.load(file)
+        except (OSError, ValueError):
+            raise DataError(f"no index at {url}: make one with `mm data index SHARDS --out {url}`") from None
+        if values.get("format") != FORMAT:
+            raise DataError(f"the index at {url} has format {values.get('format')!r}, this mm reads {FORMAT}: index the shards again")
+        return cls(url, IndexSummary.model_validate(values))
+
+    @cached_property
+    def locators(self) -> Locators:
+        return open_mapped(f"{self.url}/locators.npy", self.summary.fingerprint)
+
+    @cached_property
+    def shards(self) -> pa.Table:
+        with fsspec.open(f"{self.url}/shards.parquet", "rb") as file:
+            return pq.read_table(file)
+
+    @cached_property
+    def shard_urls(self) -> list[str]:
+        return [str(url) for url in self.shards["url"].to_pylist()]
+
+    @cached_property
+    def shard_names(self) -> list[str]:
+        return [shard_name(url) for url in self.shard_urls]
+
+    def samples(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """The sample table, in order, a batch at a time."""
+        fs, path = fsspec.core.url_to_fs(f"{self.url}/samples")
+        files = sorted(fs.find(path))
+        yield from pads.dataset(files, filesystem=fs, format="parquet").to_batches(columns=columns, fragment_readahead=1)
+
+
+def changed_shard(row: dict[str, Any]) -> str | None:
+    """Why the shard of an index row is not what it was, or None."""
+    try:
+        size, version = shard_version(row["url"])
+    except OSError as error:
+        return f"cannot be reached: {error}"
+    if size != row["bytes"]:
+        return f"had {row['bytes']:,} bytes when it was indexed, has {size:,} now"
+    return f"was written again ({row['version']} → {version})" if version != row["version"] else None
+
+
+def shard_version(url: str) -> tuple[int, str]:
+    """Size in bytes, and the store's etag or else the time of the last write."""
+    fs, path = fsspec.core.url_to_fs(url)
+    info = fs.info(path)
+    version = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or ""
+    return int(info["size"]), str(version)

@@ -1,0 +1,181 @@
+"""Positions of a plan to decoded, tokenised samples: what a read task of the stream runs.
+
+Guarantees: as many samples as positions, in their order; a sample that cannot be used is replaced by the next usable one of its
+chunk and the replacement is recorded, so every rank takes the same number of steps; the result depends on (plan, position) alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from mm_core.data.image import MAX_PIXELS, AugmentConfig, decode_crop
+from mm_core.data.index import Index
+from mm_core.data.ledger import compile_kept
+from mm_core.data.permutation import U64, mix
+from mm_core.data.plan import Plan
+from mm_core.data.problems import Reason, SampleProblem
+from mm_core.data.ranged import RangedReader, Span
+from mm_core.data.sample import Sample, read_span
+from mm_core.data.text import CaptionTokenizer, choose_caption
+from mm_core.errors import DataError
+
+_AUGMENT, _CAPTION = 3, 4
+"""Keep the keys of the draws apart from each other and from the plan's."""
+
+
+@dataclass(frozen=True)
+class ReadSpec:
+    """Everything a read task needs, small enough to send to every node once."""
+
+    index_url: str
+    ledgers: tuple[str, ...]
+    plan: Plan
+    image_size: int
+    augment: AugmentConfig
+    tokenizer: CaptionTokenizer
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass
+class IndexReader:
+    """Samples of an index by ordinal, checked against it."""
+
+    index: Index
+    _ranged: RangedReader = field(default_factory=RangedReader)
+
+    def read(self, ordinals: U64) -> list[Sample | SampleProblem]:
+        """The samples at `ordinals`, in that order; in the place of one that cannot be read, why."""
+        locators = self.index.locators[ordinals.astype(np.int64)]
+        urls = self.index.shard_urls
+        spans = [Span(urls[int(row["shard"])], int(row["start"]), int(row["span"])) for row in locators]
+        return [
+            data if isinstance(data, SampleProblem) else self._checked(data, span, row)
+            for data, span, row in zip(self._ranged.read(spans), spans, locators, strict=True)
+        ]
+
+    def _checked(self, data: bytes, span: Span, row: np.void) -> Sample | SampleProblem:
+        """A span that disagrees with the index is read once more from a reopened shard before it is given up."""
+        try:
+            return self._parse(data, row)
+        except SampleProblem as problem:
+            if problem.reason is not Reason.CHANGED:
+                return problem
+        self._ranged.forget(span.url)
+        again = self._ranged.read([span])[0]
+        try:
+            return again if isinstance(again, SampleProblem) else self._parse(again, row)
+        except SampleProblem as problem:
+            return problem
+
+    def _parse(self, data: bytes, row: np.void) -> Sample:
+        name = self.index.shard_names[int(row["shard"])]
+        return read_span(data, name, check=int(row["check"]), occurrence=int(row["occurrence"]))
+
+
+@dataclass
+class _Decoded:
+    uid: str
+    image: NDArray[np.uint8]
+    caption: str
+
+
+class PlanReader:
+    """Reads positions of one plan. One per process: it keeps the index mapped and shards open."""
+
+    def __init__(self, spec: ReadSpec) -> None:
+        torch.set_num_threads(1)
+        self.spec = spec
+        self._reader = IndexReader(Index.open(spec.index_url))
+
+    @cached_property
+    def _kept(self) -> NDArray[np.uint64]:
+        kept = compile_kept(self._reader.index, self.spec.ledgers)
+        if kept.fingerprint != self.spec.plan.kept_fingerprint:
+            raise DataError(f"the index at {self.spec.index_url} is not the one this run started with")
+        return kept.ordinals
+
+    def read(self, positions: U64) -> pa.Table:
+        """One row per position: `position, epoch, uid, image` (size x size x 3 bytes), `input_ids`, `replaced` (a reason or null).
+
+        Args:
+            positions: whole chunks of the plan.
+
+        Raises:
+            DataError: not one sample of a chunk can be used.
+        """
+        epochs, kept = self.spec.plan.resolve(positions)
+        ordinals = np.asarray(self._kept[kept.astype(np.int64)])
+        seeds = mix(self.spec.plan.seed, _AUGMENT, epochs, ordinals)
+        decoded: list[_Decoded | SampleProblem] = [
+            self._decode(sample, int(seed)) for sample, seed in zip(self._reader.read(ordinals), seeds, strict=True)
+        ]
+        reasons = [d.reason.value if isinstance(d, SampleProblem) else None for d in decoded]
+        return self._table(positions, epochs, self._replace(decoded, positions), reasons)
+
+    def _decode(self, sample: Sample | SampleProblem, seed: int) -> _Decoded | SampleProblem:
+        if isinstance(sample, SampleProblem):
+            return sample
+        try:
+            if sample.image is None:
+                raise SampleProblem(Reason.NO_IMAGE)
+            if not sample.captions:
+                raise SampleProblem(Reason.NO_TEXT)
+            image = decode_crop(sample.image, self.spec.image_size, self.spec.augment, seed, max_pixels=self.spec.max_pixels)
+            return _Decoded(sample.uid, image, choose_caption(sample.captions, seed + _CAPTION))
+        except SampleProblem as problem:
+            return problem
+
+    def _replace(self, decoded: list[_Decoded | SampleProblem], positions: U64) -> list[_Decoded]:
+        """The next usable sample of the chunk, going round at its end."""
+        chunk = self.spec.plan.chunk
+        result: list[_Decoded] = []
+        for start in range(0, len(decoded), chunk):
+            group = decoded[start : start + chunk]
+            for i in range(len(group)):
+                usable = next((d for d in group[i:] + group[:i] if isinstance(d, _Decoded)), None)
+                if usable is None:
+                    raise DataError(
+                        f"not one of the {chunk} samples at position {positions[start]} can be used, the first because of {group[0]};"
+                        f" has the data at {self.spec.index_url} moved or changed since it was indexed?"
+                    )
+                result.append(usable)
+        return result
+
+    def _table(self, positions: U64, epochs: U64, samples: list[_Decoded], reasons: list[str | None]) -> pa.Table:
+        size = self.spec.image_size
+        images = np.empty((len(samples), size, size, 3), dtype=np.uint8)
+        for row, sample in zip(images, samples, strict=True):
+            row[:] = sample.image
+        input_ids = self.spec.tokenizer([s.caption for s in samples])
+        return pa.table(
+            {
+                "position": positions,
+                "epoch": epochs,
+                "uid": pa.array([s.uid for s in samples], pa.string()),
+                "image": _fixed_width(images),
+                "input_ids": _fixed_width(input_ids),
+                "replaced": pa.array(reasons, pa.string()),
+            }
+        )
+
+
+def _fixed_width(values: NDArray[np.uint8] | NDArray[np.int32]) -> pa.Array:
+    """Rows of an array as fixed-size binary over the same memory: no copy here, none at the other end (`rows_of`)."""
+    width = values[0].nbytes
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), [None, pa.py_buffer(values)])
+
+
+def rows_of(column: pa.ChunkedArray, shape: tuple[int, ...], dtype: type) -> NDArray[np.uint8] | NDArray[np.int32]:
+    """The array a fixed-size binary column holds, as a view: [rows, *shape]."""
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0)
+    width = array.type.byte_width
+    flat = np.frombuffer(array.buffers()[1], dtype=np.uint8)[array.offset * width : (array.offset + len(array)) * width]
+    return flat.view(dtype).reshape(len(array), *shape)

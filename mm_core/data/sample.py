@@ -1,0 +1,184 @@
+"""One sample: the members of a tar that share a key, and what they say (image bytes, captions, label, uid).
+
+The same grouping and the same reading serve the index, the training stream and the evaluation, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mm_core.data.problems import Reason, SampleProblem
+from mm_core.data.tar import Hole, Member, walk
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_COMPRESSED_SUFFIXES = ("gz", "bz2", "xz", "zst", "zip", "tar")
+_CAPTION_KEYS = ("captions", "caption", "text")
+MAX_MEMBER_BYTES = 256 << 20
+
+
+@dataclass
+class Group:
+    """Consecutive members with one key, as webdataset groups them; a suffix that comes again starts the next group."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+    occurrence: int = 0
+    """How many groups of this key the shard held before."""
+
+    @property
+    def start(self) -> int:
+        return min(member.start for member in self.members.values())
+
+    @property
+    def end(self) -> int:
+        return max(member.end for member in self.members.values())
+
+    @property
+    def check(self) -> int:
+        """CRC-32 of the members' names and sizes: a ranged read that disagrees is not the sample that was indexed."""
+        listing = "\n".join(f"{m.name} {m.size}" for m in self.members.values())
+        return zlib.crc32(listing.encode("utf-8", "surrogateescape"))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and lower-case suffix of a member's name. The key is all before the last dot, folders included: `a/img.1.jpg` →
+    (`a/img.1`, `jpg`). webdataset splits at the first dot and makes one sample of `img.1.jpg` and `img.2.jpg`."""
+    folder, _, base = name.rpartition("/")
+    stem, dot, suffix = base.rpartition(".")
+    if not dot or not stem:
+        return name, ""
+    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+
+
+def groups(entries: Iterator[Member | Hole]) -> Iterator[Group | Hole]:
+    """Gather members into samples, in order; what can belong to none is a hole."""
+    current: Group | None = None
+    seen: dict[str, int] = {}
+    for entry in entries:
+        if isinstance(entry, Hole):
+            yield entry
+            continue
+        key, suffix = split_name(entry.name)
+        if not suffix or suffix in _COMPRESSED_SUFFIXES or key.rpartition("/")[2].startswith("._"):
+            yield Hole(Reason.UNSUPPORTED_MEMBER, entry.start, f"{entry.name!r} has no suffix that is read")
+            continue
+        if current is None or current.key != key or suffix in current.members:
+            if current is not None:
+                yield current
+            current = Group(key, occurrence=seen.get(key, 0))
+            seen[key] = current.occurrence + 1
+        current.members[suffix] = entry
+    if current is not None:
+        yield current
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a group holds. A missing modality is None or empty; whether that is a problem is the reader's to say."""
+
+    key: str
+    uid: str
+    image: bytes | None
+    captions: list[str]
+    label: int | None
+
+
+def read_group(group: Group, shard_name: str) -> Sample:
+    """Interpret a group's members.
+
+    Raises:
+        SampleProblem: a member too large, or text or JSON that cannot be read.
+    """
+    metadata = _json(group)
+    uid = metadata.get("uid")
+    return Sample(
+        key=group.key,
+        uid=uid if isinstance(uid, str) and uid else derived_uid(shard_name, group.key, group.occurrence),
+        image=_image(group),
+        captions=_captions(group, metadata),
+        label=_label(group),
+    )
+
+
+def read_span(span: bytes, shard_name: str, *, check: int, occurrence: int) -> Sample:
+    """Interpret the bytes of one sample, as the index's locator bounds them.
+
+    Raises:
+        SampleProblem: CHANGED where names or sizes are not those that were indexed.
+    """
+    found = [g for g in groups(walk(io.BytesIO(span), max_member_bytes=MAX_MEMBER_BYTES, whole=False)) if isinstance(g, Group)]
+    if len(found) != 1 or found[0].check != check:
+        raise SampleProblem(Reason.CHANGED, f"in {shard_name}: the bytes are not the sample that was indexed")
+    found[0].occurrence = occurrence
+    return read_group(found[0], shard_name)
+
+
+def derived_uid(shard_name: str, key: str, occurrence: int) -> str:
+    """The uid of a sample whose JSON has none: 32 hexadecimal digits of blake2b over its place."""
+    place = f"{shard_name}\0{key}\0{occurrence}".encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(place, digest_size=16).hexdigest()
+
+
+def _data(group: Group, suffix: str) -> bytes | None:
+    member = group.members.get(suffix)
+    if member is None:
+        return None
+    if member.data is None:
+        raise SampleProblem(Reason.MEMBER_TOO_LARGE, f"{member.name!r} has {member.size} bytes")
+    return member.data
+
+
+def _image(group: Group) -> bytes | None:
+    for suffix in group.members:
+        if suffix in IMAGE_SUFFIXES:
+            return _data(group, suffix)
+    return None
+
+
+def _json(group: Group) -> dict[str, Any]:
+    data = _data(group, "json")
+    if data is None:
+        return {}
+    try:
+        loaded = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SampleProblem(Reason.BAD_JSON, f"{group.key!r}: {error}") from None
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _captions(group: Group, metadata: dict[str, Any]) -> list[str]:
+    """The JSON's list `captions`, else `.txt`, else the JSON's `caption` or `text`; blank ones left out."""
+    listed = metadata.get("captions")
+    if isinstance(listed, list):
+        texts = [text for text in listed if isinstance(text, str) and text.strip()]
+        if texts:
+            return texts
+    data = _data(group, "txt")
+    if data is not None:
+        try:
+            text = data.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise SampleProblem(Reason.BAD_TEXT, f"{group.key!r}: {error}") from None
+        return [text] if text else []
+    for key in _CAPTION_KEYS:
+        text = metadata.get(key)
+        if isinstance(text, str) and text.strip():
+            return [text.strip()]
+    return []
+
+
+def _label(group: Group) -> int | None:
+    """The class of a `.cls` member, as CLIP_benchmark writes it."""
+    data = _data(group, "cls")
+    if data is None:
+        return None
+    try:
+        return int(data.decode("ascii").strip())
+    except ValueError:
+        raise SampleProblem(Reason.BAD_TEXT, f"{group.key!r}: class {data[:20]!r} is no number") from None

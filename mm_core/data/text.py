@@ -1,0 +1,38 @@
+"""Captions to token ids, with the `tokenizers` library alone, so that a read task need not import transformers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Int32
+from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class CaptionTokenizer:
+    """A tokenizer as its JSON text, the form that travels to read tasks, with the length every caption is cut or padded to."""
+
+    definition: str
+    context_length: int
+    pad_id: int
+    pad_token: str
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = Tokenizer.from_str(self.definition)
+        tokenizer.enable_truncation(self.context_length)
+        tokenizer.enable_padding(length=self.context_length, pad_id=self.pad_id, pad_token=self.pad_token)
+        return tokenizer
+
+    def __call__(self, captions: Sequence[str]) -> Int32[np.ndarray, "b l"]:
+        encoded = self._tokenizer.encode_batch(list(captions))
+        return np.asarray([e.ids for e in encoded], dtype=np.int32).reshape(len(captions), self.context_length)
+
+
+def choose_caption(captions: Sequence[str], seed: int) -> str:
+    """One of several captions, drawn from `seed` alone."""
+    return captions[0] if len(captions) == 1 else random.Random(seed).choice(captions)
