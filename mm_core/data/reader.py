@@ -158,14 +158,14 @@ class PlanReader:
                 "position": positions,
                 "epoch": epochs,
                 "uid": pa.array([s.uid for s in samples], pa.string()),
-                "image": _fixed_width(images),
-                "input_ids": _fixed_width(input_ids),
+                "image": fixed_width(images),
+                "input_ids": fixed_width(input_ids),
                 "replaced": pa.array(reasons, pa.string()),
             }
         )
 
 
-def _fixed_width(values: NDArray[np.uint8] | NDArray[np.int32]) -> pa.Array:
+def fixed_width(values: NDArray[np.uint8] | NDArray[np.int32]) -> pa.Array:
     """Rows of an array as fixed-size binary over the same memory: no copy here, none at the other end (`rows_of`)."""
     width = values[0].nbytes
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), [None, pa.py_buffer(values)])

@@ -1,0 +1,90 @@
+"""Tokenizers: a byte-level BPE trained on a corpus, or any of Hugging Face's; both leave and load in its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mm_core.data.text import CaptionTokenizer
+from mm_core.errors import ConfigError
+from mm_core.models.clip import SpecialTokens
+
+PAD, BOS, EOS = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
+_SPECIALS = [PAD, "<|unused|>", "<|unused2|>", BOS, EOS]
+"""The EOS must not have id 2 (see `clip.py`), so two ids are left unused."""
+
+
+def train_bpe(captions: Iterable[str], *, vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
+    """A lower-casing byte-level BPE; the same captions in the same order give the same tokenizer.
+
+    Raises:
+        ConfigError: `vocab_size` cannot hold the 256 bytes and the marks.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(_SPECIALS):
+        raise ConfigError(f"tokenizer.vocab_size {vocab_size} is below {len(alphabet) + len(_SPECIALS)}, the bytes and marks alone")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=_SPECIALS, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=[(BOS, bos), (EOS, eos)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=context_length
+    )
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
+    """A tokenizer from a folder or the hub.
+
+    Raises:
+        ConfigError: there is none, or it is not a fast one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"no tokenizer at {source}: {str(error).splitlines()[0]}") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"the tokenizer at {source} has no fast (tokenizers) form, which mm needs")
+    return tokenizer
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
+    """
+    Raises:
+        ConfigError: it has no end mark, at which CLIP pools.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no end-of-text token, at which CLIP pools: use another tokenizer")
+    eos = int(tokenizer.eos_token_id)
+    bos = eos if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+    return SpecialTokens(bos=bos, eos=eos, pad=eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id))
+
+
+def caption_tokenizer(tokenizer: PreTrainedTokenizerFast, context_length: int) -> CaptionTokenizer:
+    """The same tokenizer in the form that read tasks, evaluation and serving use.
+
+    Raises:
+        ConfigError: it does not put the end mark behind a text.
+    """
+    tokens = special_tokens(tokenizer)
+    light = CaptionTokenizer(
+        tokenizer.backend_tokenizer.to_str(), context_length, tokens.pad, str(tokenizer.convert_ids_to_tokens(tokens.pad))
+    )
+    if tokens.eos not in light(["a"])[0]:
+        raise ConfigError("the tokenizer does not end a text with its end-of-text token, at which CLIP pools: use CLIP's own or one like it")
+    return light
+
+
+def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], context_length: int) -> Int32[np.ndarray, "b l"]:
+    """Token ids, cut or padded to `context_length`; the end mark survives the cut."""
+    return caption_tokenizer(tokenizer, context_length)(texts)

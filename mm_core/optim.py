@@ -1,0 +1,47 @@
+"""AdamW as CLIP uses it: no weight decay on gains, biases and the temperature."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from mm_core.config import Config
+
+MAX_LOGIT_SCALE = math.log(100)
+"""CLIP, section 2.5: the temperature is kept from scaling logits by more than 100."""
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019)."""
+
+    lr: float = Field(gt=0, description="Peak learning rate.")
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.98, ge=0, lt=1)
+    eps: float = Field(default=1e-6, gt=0)
+    weight_decay: float = Field(default=0.2, ge=0)
+    grad_clip_norm: float = Field(default=1.0, gt=0, description="Bound of the global gradient norm; inf switches clipping off.")
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Two groups: matrices and embeddings decay; gains, biases and scalars do not."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decays = [p for name, p in named if _decays(name, p)]
+    others = [p for name, p in named if not _decays(name, p)]
+    groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    fused = all(p.device.type == "cuda" for _, p in named)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 2 and not name.endswith("bias")
+
+
+def clamp_logit_scale(model: nn.Module) -> None:
+    """Keep every `logit_scale` parameter of the model within [0, ln 100]."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2] == "logit_scale":
+                parameter.clamp_(0, MAX_LOGIT_SCALE)

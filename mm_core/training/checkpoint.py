@@ -1,0 +1,101 @@
+"""Checkpoints: all that an interrupted run needs to go on as if it had not been, on any number of workers.
+
+    .metadata, *.distcp   model and optimiser (torch.distributed.checkpoint; each rank writes its part)
+    state.json            step, data cursor, fingerprints, resolved config, code revision, tracking run
+
+The random state of a step is drawn from (seed, step, rank) by `seed_step`, so it is restored by the step number.
+`.metadata` is unpickled by torch: load checkpoints only from storage you trust. Bundles are what travels.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+
+from mm_core.config import Config
+from mm_core.data.permutation import mix
+from mm_core.errors import CheckpointError
+
+FORMAT = 1
+_STATE = "state.json"
+
+
+class CheckpointState(Config):
+    """state.json."""
+
+    format: int = FORMAT
+    step: int
+    """Optimiser steps done: the next step to take."""
+    chunks_consumed: int
+    """The data cursor."""
+    plan_fingerprint: str
+    data_fingerprint: str
+    config: dict[str, Any]
+    code_revision: str
+    tracking_run_id: str | None = None
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState, *, rank: int) -> None:
+    """Write this rank's part into its own `folder`. A collective: every rank calls it with the same `state`."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    if rank == 0:
+        (folder / _STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restore in place. A collective.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model, or damaged.
+    """
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    _load({"model": model_state, "optimizer": optimizer_state}, folder)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """The weights alone, in one process, for export and evaluation.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    model_state = get_model_state_dict(model)
+    _load({"model": model_state}, folder)
+    set_model_state_dict(model, model_state)
+
+
+def read_state(folder: Path) -> CheckpointState:
+    """
+    Raises:
+        CheckpointError: there is no checkpoint in `folder`, or its format is another.
+    """
+    try:
+        values = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is no checkpoint of mm: {error}") from None
+    if values.get("format") != FORMAT:
+        raise CheckpointError(f"the checkpoint {folder} has format {values.get('format')!r}, this mm reads {FORMAT}")
+    return CheckpointState.model_validate(values)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Set torch's random state for one step of one rank, so that a resumed run draws what an undisturbed one does."""
+    torch.manual_seed(int(mix(seed, step, rank)))
+
+
+def _load(state: dict[str, Any], folder: Path) -> None:
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except Exception as error:  # torch wraps whatever each rank met into a CheckpointException, and others pass through
+        raise CheckpointError(f"the checkpoint {folder} does not fit this model or is damaged: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,226 @@
+"""`mm eval`: zero-shot classification and retrieval of a bundle, over any number of samples.
+
+Samples are read and decoded as Ray Data tasks and encoded by actors that hold the bundle; only features come back, so memory is
+samples x embedding dimension. The metrics themselves are pure functions of `mm_core.evaluation`.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+
+from mm_core.bundle import Bundle, load_bundle
+from mm_core.data.image import decode_centre
+from mm_core.data.index import Index
+from mm_core.data.ledger import compile_kept
+from mm_core.data.permutation import U64
+from mm_core.data.problems import SampleProblem
+from mm_core.data.reader import IndexReader, fixed_width, rows_of
+from mm_core.errors import DataError
+from mm_core.evaluation.retrieval import retrieval_metrics
+from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_templates, zeroshot_metrics
+from pipelines.index import build_index
+
+_ROWS_PER_BLOCK = 128
+_MAX_GALLERY_QUERIES = 6
+_GALLERY_COLUMNS = 5
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a bundle makes of an index's samples, in the index's order."""
+
+    ordinals: NDArray[np.uint64]
+    images: NDArray[np.float32]
+    """[n, d], L2-normalised."""
+    captions: list[list[str]]
+    labels: NDArray[np.int64]
+    """[n]; -1 where a sample has none."""
+    skipped: dict[str, int]
+    """Samples that could not be decoded, by reason."""
+
+
+def evaluate_zeroshot(model: str, folder: str, on_progress: Progress = lambda n: None) -> dict[str, float]:
+    """Zero-shot top-1, top-5 and mean per class on a folder in CLIP_benchmark's layout.
+
+    `folder` holds `classnames.txt`, `zeroshot_classification_templates.txt` and the shards, in `test/` where there is one.
+    """
+    classnames, templates = read_classnames(Path(folder)), read_templates(Path(folder))
+    shards = Path(folder) / "test"
+    index = _temporary_index([str(shards if shards.is_dir() else folder)], need=("image",))
+    features = encode_images(model, index, on_progress=on_progress)
+    if (features.labels < 0).any():
+        raise DataError(f"{int((features.labels < 0).sum())} samples of {folder} have no class: each needs a .cls member beside its image")
+    if features.labels.max() >= len(classnames):
+        raise DataError(f"a sample of {folder} has class {features.labels.max()}, classnames.txt has {len(classnames)} lines")
+    classes = class_embeddings(load_bundle(model), classnames, templates)
+    return zeroshot_metrics(features.images, features.labels, classes) | {"samples": len(features.labels), "classes": len(classnames)}
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    metrics: dict[str, float]
+    queries: list[str]
+    results: list[list[NDArray[np.uint8]]]
+    """For each of a few queries the images found, best first."""
+    correct: list[list[bool]]
+
+
+def evaluate_retrieval(
+    model: str, shards: Sequence[str], ledgers: Sequence[str] = (), on_progress: Progress = lambda n: None
+) -> Retrieval:
+    """Recall at 1, 5 and 10 both ways on `shards`, or on an index; every caption of an image is a query, any counts as found."""
+    index = Index.open(shards[0]) if _is_index(shards) else _temporary_index(shards, need=("image", "text"))
+    features = encode_images(model, index, ledgers=ledgers, on_progress=on_progress)
+    bundle = load_bundle(model)
+    texts = [caption for captions in features.captions for caption in captions]
+    owners = np.repeat(np.arange(len(features.captions)), [len(captions) for captions in features.captions])
+    text_features = np.concatenate([bundle.text_features(texts[i : i + 256]) for i in range(0, len(texts), 256)])
+    metrics = retrieval_metrics(features.images, text_features, owners)
+    chosen = np.linspace(0, len(texts) - 1, min(_MAX_GALLERY_QUERIES, len(texts)), dtype=int)
+    best = np.argsort(-text_features[chosen] @ features.images.T, axis=1, kind="stable")[:, :_GALLERY_COLUMNS]
+    shown = _pictures(index, features.ordinals[best.reshape(-1)], bundle.image_size)
+    return Retrieval(
+        metrics | {"images": len(features.images), "texts": len(texts)},
+        [texts[i] for i in chosen],
+        [shown[row * best.shape[1] : (row + 1) * best.shape[1]] for row in range(len(chosen))],
+        [[bool(owners[i] == found) for found in row] for i, row in zip(chosen, best, strict=True)],
+    )
+
+
+def encode_images(
+    model: str, index: Index, *, ledgers: Sequence[str] = (), actors: int | None = None, on_progress: Progress = lambda n: None
+) -> Features:
+    """Image features, captions and labels of the kept samples of an index, as a Ray Data job.
+
+    Raises:
+        DataError: not one sample can be decoded.
+    """
+    kept = compile_kept(index, ledgers).ordinals
+    if not len(kept):
+        raise DataError(f"nothing of {index.url} is kept by {', '.join(ledgers) or 'the index'}: there is nothing to evaluate")
+    gpus = ray.cluster_resources().get("GPU", 0)
+    actors = actors or max(1, int(gpus) if gpus else int(ray.cluster_resources().get("CPU", 1)) // 2)
+    blocks = [kept[i : i + _ROWS_PER_BLOCK] for i in range(0, len(kept), _ROWS_PER_BLOCK)]
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    size = load_bundle(model, verify=False).image_size
+    encoded = (
+        ray.data.from_items([{"ordinals": np.asarray(block)} for block in blocks], override_num_blocks=len(blocks))
+        .map_batches(_decode_block, fn_kwargs={"url": index.url, "size": size}, batch_size=None, batch_format="pyarrow")
+        .map_batches(
+            _Encoder,
+            fn_constructor_kwargs={"model": model, "size": size, "cuda": gpus > 0},
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            num_gpus=1 if gpus else 0,
+        )
+    )
+    tables = []
+    for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
+        tables.append(table)
+        on_progress(table.num_rows)
+    return _features(pa.concat_tables(tables), index)
+
+
+def _features(rows: pa.Table, index: Index) -> Features:
+    reasons = [r for r in rows["reason"].to_pylist() if r]
+    rows = rows.filter(pa.compute.is_null(rows["reason"])).combine_chunks()
+    if not rows.num_rows:
+        raise DataError(f"not one image of {index.url} can be decoded: {', '.join(sorted(set(reasons)))}")
+    width = rows["features"].type.byte_width // 4
+    return Features(
+        ordinals=rows["ordinal"].to_numpy(),
+        images=np.array(rows_of(rows["features"], (width,), np.float32)),
+        captions=rows["captions"].to_pylist(),
+        labels=rows["label"].to_numpy(),
+        skipped={reason: reasons.count(reason) for reason in sorted(set(reasons))},
+    )
+
+
+def _decode_block(blocks: pa.Table, url: str, size: int) -> pa.Table:
+    """Ordinals to decoded images, captions and labels; a sample that cannot be decoded is a row with a reason."""
+    import torch
+
+    torch.set_num_threads(1)
+    ordinals = np.concatenate([np.asarray(o, dtype=np.uint64) for o in blocks["ordinals"].to_pylist()])
+    images = np.zeros((len(ordinals), size, size, 3), dtype=np.uint8)
+    rows: dict[str, list[Any]] = {"captions": [], "label": [], "reason": []}
+    for image, sample in zip(images, _reader(url).read(ordinals), strict=True):
+        reason = None
+        try:
+            if isinstance(sample, SampleProblem):
+                raise sample
+            image[:] = decode_centre(sample.image or b"", size)
+        except SampleProblem as problem:
+            reason = problem.reason.value
+        rows["captions"].append([] if isinstance(sample, SampleProblem) else sample.captions)
+        rows["label"].append(-1 if isinstance(sample, SampleProblem) or sample.label is None else sample.label)
+        rows["reason"].append(reason)
+    return pa.table(
+        {
+            "ordinal": ordinals,
+            "image": fixed_width(images),
+            "captions": pa.array(rows["captions"], pa.list_(pa.string())),
+            "label": pa.array(rows["label"], pa.int64()),
+            "reason": pa.array(rows["reason"], pa.string()),
+        }
+    )
+
+
+class _Encoder:
+    """An actor that holds the bundle."""
+
+    def __init__(self, model: str, size: int, cuda: bool) -> None:
+        self._bundle: Bundle = load_bundle(model, device="cuda" if cuda else "cpu")
+        self._size = size
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        features = self._bundle.image_features(rows_of(rows["image"], (self._size, self._size, 3), np.uint8))
+        return rows.drop_columns(["image"]).append_column("features", fixed_width(features))
+
+
+@lru_cache(maxsize=4)
+def _reader(url: str) -> IndexReader:
+    return IndexReader(Index.open(url))
+
+
+def _pictures(index: Index, ordinals: U64, size: int) -> list[NDArray[np.uint8]]:
+    blank = np.full((size, size, 3), 255, dtype=np.uint8)
+    return [
+        blank if isinstance(sample, SampleProblem) else decode_centre(sample.image or b"", size)
+        for sample in _reader(index.url).read(np.asarray(ordinals, dtype=np.uint64))
+    ]
+
+
+def _is_index(paths: Sequence[str]) -> bool:
+    return len(paths) == 1 and (Path(paths[0]) / "index.json").is_file()
+
+
+def _temporary_index(shards: Sequence[str], need: tuple[str, ...]) -> Index:
+    """An index for the length of this command. It lies beside nothing of the user's."""
+    return build_index(shards, f"{tempfile.mkdtemp(prefix='mm-eval-')}/index", need=need)
+
+
+def chance(metrics: dict[str, float]) -> dict[str, float]:
+    """What a model that guesses gets, by the same keys."""
+    if "top1" in metrics:
+        classes = metrics["classes"]
+        return {"top1": 1 / classes, "top5": min(1.0, 5 / classes), "mean_per_class": 1 / classes}
+    images, texts = metrics["images"], metrics["texts"]
+    per_image = texts / images
+    miss = {k: math.prod((texts - per_image - i) / (texts - i) for i in range(k)) for k in (1, 5, 10)}
+    return {f"t2i_r{k}": min(1.0, k / images) for k in miss} | {f"i2t_r{k}": 1 - m for k, m in miss.items()}

@@ -1,0 +1,28 @@
+"""Recipes: functions that return a complete `TrainRun`. A variant calls its base and copies it with changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mm_core.config import nearest
+from mm_core.errors import ConfigError
+from pipelines.recipes.clip import clip_tiny, clip_tiny_photo, clip_vit_b16, clip_vit_b32, clip_vit_l14
+from pipelines.train.config import TrainRun
+
+RECIPES: dict[str, Callable[[], TrainRun]] = {
+    "clip-tiny": clip_tiny,
+    "clip-tiny-photo": clip_tiny_photo,
+    "clip-vit-b32": clip_vit_b32,
+    "clip-vit-b16": clip_vit_b16,
+    "clip-vit-l14": clip_vit_l14,
+}
+
+
+def recipe(name: str) -> TrainRun:
+    """
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}{nearest(name, list(RECIPES))}")
+    return RECIPES[name]()

@@ -1,0 +1,60 @@
+"""CLIP recipes. Sizes and hyperparameters of the ViT recipes: Radford et al. 2021, tables 19 and 20, as open_clip trains them on
+LAION-400M; `clip-tiny` and its variant are for two CPU cores."""
+
+from __future__ import annotations
+
+from mm_core.data.image import AugmentConfig
+from mm_core.models import clip as models
+from mm_core.optim import OptimizerConfig
+from mm_core.schedule import ScheduleConfig
+from pipelines.train.config import CheckpointConfig, DataConfig, TokenizerConfig, TrainRun
+
+
+def clip_tiny() -> TrainRun:
+    """Rendered scenes, minutes on two CPU cores: the demo's."""
+    return TrainRun(
+        recipe="clip-tiny",
+        model=models.clip_tiny(),
+        tokenizer=TokenizerConfig(vocab_size=1024),
+        data=DataConfig(chunk=16, augment=AugmentConfig(crop_area=(0.9, 1.0))),
+        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
+        schedule=ScheduleConfig(warmup_steps=50),
+        steps=400,
+        global_batch_size=128,
+        checkpoint=CheckpointConfig(every_steps=100),
+    )
+
+
+def clip_tiny_photo() -> TrainRun:
+    """Photographs with several captions each, twenty minutes on two CPU cores."""
+    base = clip_tiny()
+    return base.model_copy(update={"recipe": "clip-tiny-photo"})
+
+
+def clip_vit_b32() -> TrainRun:
+    """ViT-B/32 at 32k, 32 epochs of LAION-400M."""
+    return _vit("clip-vit-b32", models.clip_vit_b32())
+
+
+def clip_vit_b16() -> TrainRun:
+    return _vit("clip-vit-b16", models.clip_vit_b16())
+
+
+def clip_vit_l14() -> TrainRun:
+    run = _vit("clip-vit-l14", models.clip_vit_l14())
+    return run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"lr": 4e-4})})
+
+
+def _vit(name: str, model: models.ClipConfig) -> TrainRun:
+    """What the three share; 400 M pairs x 32 epochs at a batch of 32,768 are 390,625 steps."""
+    return TrainRun(
+        recipe=name,
+        model=model,
+        tokenizer=TokenizerConfig(source="openai/clip-vit-base-patch32"),
+        data=DataConfig(chunk=64, run_length=64),
+        optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.2),
+        schedule=ScheduleConfig(warmup_steps=2000),
+        steps=390_625,
+        global_batch_size=32_768,
+        checkpoint=CheckpointConfig(every_steps=1000),
+    )

@@ -1,0 +1,63 @@
+"""The Ray a command runs on: the cluster it was started in or pointed at, else an embedded one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from mm_core.errors import ServiceError
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextmanager
+def ray_session(*, cpus: int | None = None) -> Iterator[None]:
+    """Connect for the time of a command, and leave as it was what was there before.
+
+    Raises:
+        ServiceError: `RAY_ADDRESS` names a cluster that does not answer.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    connect(cpus=cpus)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def connect(*, cpus: int | None = None) -> None:
+    """`ray.init`: `address="local"` unless `RAY_ADDRESS` says otherwise, as a stale cluster file makes a bare init join or fail."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    runtime_env = {"env_vars": {name: os.environ[name] for name in _QUIET}}
+    try:
+        if address:
+            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                runtime_env=runtime_env,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+    except (ConnectionError, RuntimeError) as error:
+        where = f"at RAY_ADDRESS={address}" if address else "on this machine"
+        raise ServiceError(f"Ray {where} does not start or answer ({error}); `mm doctor` says what to fix") from None
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.WARNING)

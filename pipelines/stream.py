@@ -1,0 +1,295 @@
+"""The stream of one rank: a Ray Data dataset made in the Train worker from the data cursor, in strict order, without end.
+
+Guarantees: rank r of n receives, for each global step, exactly the chunks the plan gives it, in order, or `StreamOrderError`.
+A block is one read task: this rank's chunks of one or more steps. The order runs in segments of a bounded number of blocks, so the
+task list stays small; the next segment is opened before the last ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+from pydantic import Field
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from mm_core.config import Config
+from mm_core.data.plan import rank_chunks
+from mm_core.data.reader import PlanReader, ReadSpec, rows_of
+from mm_core.errors import MMError, StreamOrderError
+
+logger = logging.getLogger(__name__)
+
+
+class StreamConfig(Config):
+    """How far the stream reads ahead, and what it may use."""
+
+    block_bytes: int = Field(default=64 << 20, gt=0, description="Decoded bytes of one block, at most (one step at least).")
+    segment_blocks: int = Field(default=64, gt=0, description="Read tasks planned at a time.")
+    prefetch_blocks: int = Field(default=1, ge=0, description="Blocks fetched ahead of the training loop.")
+    cpus_per_rank: float | None = Field(default=None, gt=0, description="CPUs for reading, per rank; by default an equal share of all.")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global step is this rank's."""
+
+    rank: int
+    world_size: int
+    chunks_per_step: int
+
+    def positions(self, step: int, chunk: int) -> NDArray[np.uint64]:
+        """The plan's positions of this rank at a global step."""
+        chunks = rank_chunks(self.chunks_per_step, self.rank, self.world_size)
+        first = (step * self.chunks_per_step + chunks.start) * chunk
+        return np.arange(first, first + len(chunks) * chunk, dtype=np.uint64)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This rank's samples of one global step."""
+
+    step: int
+    images: NDArray[np.uint8]
+    """[b, size, size, 3]"""
+    input_ids: NDArray[np.int32]
+    """[b, context_length]"""
+    positions: NDArray[np.uint64]
+    rows: pa.Table
+    """`epoch`, `uid` and `replaced` of the samples."""
+
+    @property
+    def replaced(self) -> dict[str, int]:
+        """Samples that could not be used and were replaced, by reason."""
+        reasons = [r for r in self.rows["replaced"].to_pylist() if r]
+        return {reason: reasons.count(reason) for reason in set(reasons)}
+
+
+def stream(
+    spec: ReadSpec, share: Share, *, first_step: int, last_step: int, config: StreamConfig, cpus: float
+) -> Iterator[StepBatch]:
+    """Batches of this rank for the global steps [first_step, last_step).
+
+    Raises:
+        StreamOrderError: a block is not the one that the plan puts next.
+        DataError: from the reader, where nothing of a chunk can be used.
+    """
+    segments = _segments(spec, share, first_step, last_step, config)
+    spec_ref = ray.put(spec)
+    blocks = _opened_ahead(segments, lambda segment: _open(spec, spec_ref, share, segment, config, cpus))
+    step = first_step
+    for block in blocks:
+        for batch in _split(spec, share, block, step):
+            yield batch
+            step += 1
+    if step != last_step:
+        raise StreamOrderError(f"the stream ended at step {step}, {last_step} were planned")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A read task's work: steps [first, last)."""
+
+    first: int
+    last: int
+
+
+def _segments(spec: ReadSpec, share: Share, first: int, last: int, config: StreamConfig) -> Iterator[list[_Block]]:
+    """The blocks of the run, a segment at a time. Early blocks are one step each, so the first batch comes soon."""
+    step_bytes = len(share.positions(first, spec.plan.chunk)) * spec.image_size**2 * 3
+    steps_per_block = max(1, config.block_bytes // max(1, step_bytes))
+    blocks: list[_Block] = []
+    length = 1
+    while first < last:
+        blocks.append(_Block(first, min(first + length, last)))
+        first, length = blocks[-1].last, min(length * 2, steps_per_block)
+        if len(blocks) == config.segment_blocks:
+            yield blocks
+            blocks = []
+    if blocks:
+        yield blocks
+
+
+class _SegmentSource(Datasource):
+    """The blocks of one segment as Ray Data read tasks."""
+
+    def __init__(self, spec: ReadSpec, spec_ref: ray.ObjectRef, share: Share, blocks: list[_Block]) -> None:
+        super().__init__()
+        self._spec, self._spec_ref, self._share, self._blocks = spec, spec_ref, share, blocks
+
+    def get_name(self) -> str:
+        return "Plan"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return sum(self._rows(block) for block in self._blocks) * self._row_bytes
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        """One task per block, whatever parallelism is asked for: the blocks are the order."""
+        tasks = []
+        for block in self._blocks:
+            rows = self._rows(block)
+            metadata = BlockMetadata(num_rows=rows, size_bytes=rows * self._row_bytes, input_files=None, exec_stats=None)
+            tasks.append(ReadTask(_read_block(self._spec_ref, self._spec.plan.fingerprint, self._share, block), metadata))
+        return tasks
+
+    @property
+    def _row_bytes(self) -> int:
+        return self._spec.image_size**2 * 3 + self._spec.tokenizer.context_length * 4 + 64
+
+    def _rows(self, block: _Block) -> int:
+        return len(self._share.positions(block.first, self._spec.plan.chunk)) * (block.last - block.first)
+
+
+def _read_block(spec_ref: ray.ObjectRef, fingerprint: str, share: Share, block: _Block) -> Any:
+    """A read function. The spec travels as a reference: it is fetched once per process, not once per task."""
+
+    def read() -> Iterator[pa.Table]:
+        reader = _reader(_Fetch(spec_ref, fingerprint))
+        chunk = reader.spec.plan.chunk
+        yield reader.read(np.concatenate([share.positions(step, chunk) for step in range(block.first, block.last)]))
+
+    return read
+
+
+class _Fetch:
+    """A reference that compares by what it stands for, so that the cache below serves every task of a run."""
+
+    def __init__(self, ref: ray.ObjectRef, fingerprint: str) -> None:
+        self.ref, self.fingerprint = ref, fingerprint
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Fetch) and other.ref == self.ref
+
+    def __hash__(self) -> int:
+        return hash(self.ref)
+
+
+@lru_cache(maxsize=2)
+def _reader(fetch: _Fetch) -> PlanReader:
+    return PlanReader(ray.get(fetch.ref))
+
+
+def _open(
+    spec: ReadSpec, spec_ref: ray.ObjectRef, share: Share, blocks: list[_Block], config: StreamConfig, cpus: float
+) -> Iterator[pa.Table]:
+    """Start a segment's dataset and return its blocks as they come."""
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.target_max_block_size = None
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(cpu=cpus)
+    with ray.data.DataContext.current(context):
+        dataset = ray.data.read_datasource(
+            _SegmentSource(spec, spec_ref, share, blocks),
+            override_num_blocks=len(blocks),
+            num_cpus=min(1.0, cpus),
+            label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+        )
+    return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=config.prefetch_blocks))
+
+
+_LOOKAHEAD_BLOCKS = 4
+"""A segment is opened when the one before it has this many blocks left: a first block took 0.5 to 4 s on a busy machine."""
+
+
+class _Segment:
+    """One segment being read: a thread pulls its blocks, as Ray Data works only while it is pulled."""
+
+    def __init__(self, blocks: list[_Block], start: Callable[[list[_Block]], Iterator[pa.Table]]) -> None:
+        self.blocks = len(blocks)
+        self._queue: queue.Queue[pa.Table | BaseException] = queue.Queue(maxsize=2)
+        self._stop = threading.Event()
+        threading.Thread(target=self._run, args=(blocks, start), name="mm-stream", daemon=True).start()
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        for _ in range(self.blocks):
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _run(self, blocks: list[_Block], start: Callable[[list[_Block]], Iterator[pa.Table]]) -> None:
+        try:
+            for block in start(blocks):
+                if not self._put(block):
+                    return
+            self._put(StreamOrderError("a segment of the stream ended before all its blocks came"))
+        except BaseException as error:
+            self._put(_user_error(error))
+
+    def _put(self, item: pa.Table | BaseException) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.5)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+
+def _opened_ahead(
+    segments: Iterator[list[_Block]], start: Callable[[list[_Block]], Iterator[pa.Table]]
+) -> Iterator[pa.Table]:
+    """The blocks of all segments in a row, each segment opened before the one ahead of it ends."""
+    current = next(segments, None)
+    reading = _Segment(current, start) if current else None
+    following: _Segment | None = None
+    try:
+        while reading is not None:
+            following = None
+            for delivered, block in enumerate(reading, 1):
+                if following is None and delivered >= reading.blocks - _LOOKAHEAD_BLOCKS:
+                    coming = next(segments, None)
+                    following = _Segment(coming, start) if coming else None
+                yield block
+            reading = following
+    finally:
+        for segment in (reading, following):
+            if segment is not None:
+                segment.stop()
+
+
+def _user_error(error: BaseException) -> BaseException:
+    """mm's own error out of what Ray wrapped around it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MMError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    return error
+
+
+def _split(spec: ReadSpec, share: Share, block: pa.Table, step: int) -> Iterator[StepBatch]:
+    """A block's steps, each checked against the plan."""
+    size, context_length = spec.image_size, spec.tokenizer.context_length
+    while block.num_rows:
+        expected = share.positions(step, spec.plan.chunk)
+        rows = block.slice(0, len(expected))
+        positions = rows["position"].to_numpy()
+        if not np.array_equal(positions, expected):
+            raise StreamOrderError(
+                f"rank {share.rank} at step {step} expected positions {expected[:1]}… and received {positions[:1]}… ({len(positions)} rows)"
+            )
+        yield StepBatch(
+            step=step,
+            images=rows_of(rows["image"], (size, size, 3), np.uint8),
+            input_ids=rows_of(rows["input_ids"], (context_length,), np.int32),
+            positions=positions,
+            rows=rows.select(["epoch", "uid", "replaced"]),
+        )
+        block = block.slice(len(expected))
+        step += 1

@@ -1,0 +1,50 @@
+"""The audit: which sample every rank consumed at every step, as Parquet, so that "exactly once" can be checked, not believed.
+
+Columns `epoch, step, position, rank, uid, attempt`. A restart replays the steps since the last checkpoint under a higher attempt:
+the rows of a step's highest attempt are what trained the model.
+"""
+
+from __future__ import annotations
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.stream import StepBatch
+
+
+class Audit:
+    """Collects one rank's rows; `flush` before a checkpoint is reported, so no step before a checkpoint is without rows."""
+
+    def __init__(self, folder: str, *, rank: int, attempt: int) -> None:
+        self._fs, self._folder = fsspec.core.url_to_fs(folder)
+        self._fs.makedirs(self._folder, exist_ok=True)
+        self._rank, self._attempt = rank, attempt
+        self._rows: list[pa.Table] = []
+        self._first_step = 0
+
+    def add(self, batch: StepBatch) -> None:
+        if not self._rows:
+            self._first_step = batch.step
+        rows = batch.rows.select(["epoch", "uid"])
+        constants = {"step": batch.step, "rank": self._rank, "attempt": self._attempt}
+        for name, value in constants.items():
+            rows = rows.append_column(name, pa.repeat(pa.scalar(value, pa.int64()), rows.num_rows))
+        self._rows.append(rows.append_column("position", pa.array(batch.positions)))
+
+    def flush(self) -> None:
+        if not self._rows:
+            return
+        name = f"attempt{self._attempt:05d}-rank{self._rank:05d}-step{self._first_step:08d}.parquet"
+        table = pa.concat_tables(self._rows).select(["epoch", "step", "position", "rank", "uid", "attempt"])
+        pq.write_table(table, f"{self._folder}/{name}", filesystem=self._fs)
+        self._rows = []
+
+
+def read_audit(folder: str) -> pa.Table:
+    """The rows of each step's highest attempt, sorted by (step, position)."""
+    fs, path = fsspec.core.url_to_fs(folder)
+    rows = pa.concat_tables(pq.read_table(file, filesystem=fs) for file in sorted(fs.glob(f"{path}/attempt*.parquet")))
+    highest = rows.group_by("step").aggregate([("attempt", "max")])
+    joined = rows.join(highest, "step").filter(pa.compute.field("attempt") == pa.compute.field("attempt_max"))
+    return joined.drop_columns(["attempt_max"]).sort_by([("step", "ascending"), ("position", "ascending")])

@@ -1,0 +1,78 @@
+"""Everything that decides a training run: one frozen tree, built by a recipe, changed by file, environment and `--set`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import Field
+
+from mm_core.config import Config
+from mm_core.data.image import MAX_PIXELS, AugmentConfig
+from mm_core.models.clip import ClipConfig
+from mm_core.optim import OptimizerConfig
+from mm_core.schedule import ScheduleConfig
+from mm_core.training.step import Precision
+from pipelines.stream import StreamConfig
+from pipelines.tracking import TrackingConfig
+
+
+class DataConfig(Config):
+    """What is read, in which order and form."""
+
+    chunk: int = Field(default=16, ge=1, le=64, description="Samples that are handed to a rank together.")
+    run_length: int = Field(default=1, ge=1, description="Neighbouring samples read in one go: 1 on a local disk, 16 to 64 on a remote store.")
+    augment: AugmentConfig = AugmentConfig()
+    max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="Images above this are not decoded.")
+
+
+class TokenizerConfig(Config):
+    """A byte-level BPE trained on the corpus, or one from elsewhere."""
+
+    source: str | None = Field(default=None, description="Folder or hub id of a Hugging Face tokenizer; by default one is trained.")
+    vocab_size: int = Field(default=8192, ge=300, description="Of a trained one, at most.")
+    max_captions: int = Field(default=200_000, gt=0, description="Captions a tokenizer is trained on, at most.")
+
+
+class CheckpointConfig(Config):
+    every_steps: int = Field(default=500, gt=0, description="Steps between checkpoints; the last step makes one too.")
+    keep: int = Field(default=2, gt=0, description="Checkpoints kept, the newest.")
+
+
+class ResourceConfig(Config):
+    """What the run may use. Changes neither the samples nor the mathematics."""
+
+    workers: int = Field(default=1, ge=1, description="Ranks.")
+    gpus_per_worker: float | None = Field(default=None, ge=0, description="By default 1 where the cluster has that many GPUs, else 0.")
+    max_failures: int = Field(default=8, ge=0, description="Restarts after lost workers before the run gives up.")
+
+
+class TrainRun(Config):
+    """A complete training run."""
+
+    recipe: str = Field(description="Name of the recipe this came from.")
+    model: ClipConfig
+    init: str | None = Field(default=None, description="Bundle folder or hub id whose weights training starts from.")
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    steps: int = Field(gt=0, description="Optimiser steps of the whole run.")
+    global_batch_size: int = Field(gt=0, description="Samples per optimiser step, over all ranks.")
+    seed: int = Field(default=0, ge=0)
+    precision: Precision = Precision.AUTO
+    log_every_steps: int = Field(default=10, gt=0)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    stream: StreamConfig = StreamConfig()
+    resources: ResourceConfig = ResourceConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    storage: str = Field(default="runs", description="Folder or URL under which each run has a folder of its own.")
+
+    def identity(self) -> dict[str, Any]:
+        """The part that decides what is learned: two runs equal in it, on equal data, are the same run."""
+        return self.model_dump(mode="json", exclude={"log_every_steps", "checkpoint", "stream", "resources", "tracking", "storage"})
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.blake2b(json.dumps(self.identity(), sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,400 @@
+"""`mm train`: from a resolved config and an index to a trained, tracked bundle. Runs in the driver.
+
+Order: look at everything that can be wrong; take the run's folder and the tracking run; train; export. What fails before the
+first step leaves no folder behind.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from mm_core.bundle import BundleManifest, init_from, write_bundle
+from mm_core.console import Console, Tracker
+from mm_core.data.index import Index, changed_shard
+from mm_core.data.ledger import Kept, compile_kept
+from mm_core.data.plan import Plan, chunks_per_step
+from mm_core.data.reader import ReadSpec
+from mm_core.data.text import CaptionTokenizer
+from mm_core.errors import CheckpointError, ConfigError, DataError, MMError, TrainingError
+from mm_core.models.clip import SpecialTokens, build_clip
+from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
+from mm_core.training.checkpoint import load_weights
+from pipelines.plots import loss_curve
+from pipelines.tracking import DatasetInput, RunStatus, continue_run, create_run, describe_run, finish_run, log_artifacts, metric_history
+from pipelines.train.config import TrainRun
+from pipelines.train.loop import Outcome, WorkerTask, train_worker
+from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
+
+_TRAIN_ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"}
+_WORKER_MEMORY_BYTES = 256 << 20
+_CURVES = ("loss", "loss/contrastive")
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What the command line asks for."""
+
+    run: TrainRun
+    index: str
+    ledgers: tuple[str, ...] = ()
+    name: str | None = None
+    resume: bool = False
+    audit: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The keys of `mm train --json`."""
+
+    run_id: str
+    name: str
+    steps: int
+    samples_seen: int
+    samples_per_s: float
+    data_wait_fraction: float
+    final_loss: float
+    checkpoint: str
+    bundle: str
+
+
+def train(request: TrainRequest, console: Console) -> TrainResult:
+    """Train, or continue, a run.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before any worker starts.
+        TrainingError: the run stopped; its message says how to continue.
+    """
+    # 1. The data, as it was indexed.
+    index = Index.open(request.index)
+    kept = compile_kept(index, request.ledgers)
+    _check_shards(index)
+    run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
+    chunks_per_step(run.global_batch_size, run.data.chunk, run.resources.workers)
+    _check_resources(run)
+
+    # 2. The run: a new folder and tracking run, or the ones it began with.
+    folder, record = _claim(request, run, kept)
+    resumed = record is not None
+    if record is None:
+        record = _begin(request, run, index, kept, folder)
+    elif folder.latest_checkpoint() is None:
+        console.note(f"{folder.url} has no checkpoint yet: starting from step 0")
+    if resumed:
+        continue_run(run.tracking, record.tracking_run_id)
+    console.note(f"run {folder.name}   mlflow run {record.tracking_run_id} (experiment {run.tracking.experiment})")
+
+    # 3. Train and export.
+    status = RunStatus.FAILED
+    try:
+        outcome = _fit(_task(request, run, index, kept, folder, record), folder, console)
+        bundle = _export(run, folder, record, outcome)
+        _log_results(run, folder, record.tracking_run_id)
+        status = RunStatus.FINISHED
+    except KeyboardInterrupt:
+        status = RunStatus.KILLED
+        console.note(f"stopped; continue with the same command and --resume --name {folder.name}")
+        raise
+    finally:
+        finish_run(run.tracking, record.tracking_run_id, status)
+    return TrainResult(
+        run_id=record.tracking_run_id,
+        name=folder.name,
+        steps=outcome.steps,
+        samples_seen=outcome.steps * run.global_batch_size,
+        samples_per_s=outcome.metrics.get("samples_per_s", 0.0),
+        data_wait_fraction=outcome.metrics.get("data_wait_fraction", 0.0),
+        final_loss=outcome.metrics.get("loss", float("nan")),
+        checkpoint=f"{folder.url}/{folder.latest_checkpoint()}",
+        bundle=bundle,
+    )
+
+
+def export_bundle(folder: RunFolder, name: str = "bundle") -> BundleManifest:
+    """Write the newest checkpoint of a run as a bundle below its folder.
+
+    Raises:
+        CheckpointError: the run has no checkpoint, or it does not fit.
+    """
+    record = folder.read()
+    run = TrainRun.model_validate(record.config)
+    checkpoint = folder.latest_checkpoint()
+    if checkpoint is None:
+        raise CheckpointError(f"the run {folder.url} has no checkpoint to export yet")
+    from mm_core.models.clip import TwoTower
+
+    tokenizer = load_tokenizer(str(folder.get("tokenizer")))
+    model = TwoTower(build_clip(run.model, special_tokens(tokenizer)), mean=run.model.image_mean, std=run.model.image_std)
+    load_weights(folder.get(checkpoint), model)
+    with tempfile.TemporaryDirectory(prefix="mm-bundle-") as temporary:
+        manifest = write_bundle(
+            Path(temporary) / name,
+            model=model.clip,
+            tokenizer=tokenizer,
+            config=run.model,
+            recipe=run.recipe,
+            data_fingerprint=record.data_fingerprint,
+            metrics={},
+            run_id=record.tracking_run_id,
+        )
+        folder.put(Path(temporary) / name, name)
+    return manifest
+
+
+def _claim(request: TrainRequest, run: TrainRun, kept: Kept) -> tuple[RunFolder, RunRecord | None]:
+    """The folder of the run, and its record where it is to be continued."""
+    if request.resume:
+        if request.name is None:
+            found = newest_run(run.storage, _identity(run), kept.fingerprint)
+            if found is None:
+                raise CheckpointError(f"no run of {run.recipe} with this configuration and data under {run.storage}: name one with --name, or leave out --resume")
+            return found, found.read()
+        folder = RunFolder.of(run.storage, request.name)
+        record = folder.read()
+        check_same(record, _identity(run), kept.fingerprint, folder.url)
+        return folder, record
+    name = request.name or f"{run.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = RunFolder.of(run.storage, name)
+    if folder.exists():
+        raise ConfigError(f"run {folder.url} exists: continue it with --resume, or give another --name")
+    return folder, None
+
+
+def _identity(run: TrainRun) -> dict[str, Any]:
+    """Without what the tokenizer decides, which is known only once it is made."""
+    identity = run.identity()
+    identity["model"].pop("vocab_size")
+    return identity
+
+
+def _begin(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folder: RunFolder) -> RunRecord:
+    """Make the tokenizer, the run's folder and the tracking run."""
+    tokenizer = load_tokenizer(run.tokenizer.source) if run.tokenizer.source else _train_tokenizer(run, index)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
+    special_tokens(tokenizer)
+    try:
+        with tempfile.TemporaryDirectory(prefix="mm-tokenizer-") as local:
+            tokenizer.save_pretrained(local)
+            folder.put(Path(local), "tokenizer")
+        run_id = create_run(
+            run.tracking,
+            run_name=folder.name,
+            params=run.model_dump(mode="json"),
+            tags={"mm.recipe": run.recipe, "mm.data_fingerprint": kept.fingerprint, "mm.code_revision": code_revision(), "mm.folder": folder.url},
+            datasets=[DatasetInput(Path(index.url).name, index.summary.fingerprint, index.url, len(kept))],
+        )
+        record = RunRecord(
+            identity=_identity(run),
+            config=run.model_dump(mode="json"),
+            index=index.url,
+            ledgers=request.ledgers,
+            data_fingerprint=kept.fingerprint,
+            tracking_run_id=run_id,
+        )
+        folder.write(record)
+    except BaseException:
+        folder.remove()
+        raise
+    return record
+
+
+def _train_tokenizer(run: TrainRun, index: Index) -> Any:
+    return train_bpe(
+        _captions(index, run.tokenizer.max_captions), vocab_size=run.tokenizer.vocab_size, context_length=run.model.context_length
+    )
+
+
+def _captions(index: Index, limit: int) -> Iterator[str]:
+    count = 0
+    for batch in index.samples(["captions"]):
+        for captions in batch["captions"].to_pylist():
+            for caption in captions or ():
+                yield caption
+                count += 1
+                if count >= limit:
+                    return
+
+
+def _task(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folder: RunFolder, record: RunRecord) -> WorkerTask:
+    tokenizer = load_tokenizer(str(folder.get("tokenizer")))
+    tokens = special_tokens(tokenizer)
+    run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
+    spec = ReadSpec(
+        index_url=index.url,
+        ledgers=request.ledgers,
+        plan=Plan(len(kept), run.seed, run.data.chunk, run.data.run_length, kept.fingerprint),
+        image_size=run.model.image_size,
+        augment=run.data.augment,
+        tokenizer=caption_tokenizer(tokenizer, run.model.context_length),
+        max_pixels=run.data.max_pixels,
+    )
+    return WorkerTask(
+        run=run,
+        spec=spec,
+        tokens=tokens,
+        folder=folder.url,
+        audit=request.audit if request.audit is None or "://" in request.audit else str(Path(request.audit).absolute()),
+        data_fingerprint=kept.fingerprint,
+        code_revision=code_revision(),
+        tracking_run_id=record.tracking_run_id,
+        initial_weights=_initial_weights(run, tokens),
+        board=Board.remote(),
+    )
+
+
+def _initial_weights(run: TrainRun, tokens: SpecialTokens) -> ray.ObjectRef | None:
+    if run.init is None:
+        return None
+    model = build_clip(run.model, tokens)
+    init_from(model, run.init)
+    return ray.put(model.state_dict())
+
+
+def _fit(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
+    run = task.run
+    gpus = _gpus_per_worker(run)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": task},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=run.resources.workers,
+            use_gpu=bool(gpus),
+            # CPU workers book memory, as Train wants something booked, and no CPU: a booked CPU is lost to the stream, and
+            # with all booked it would never start.
+            resources_per_worker={"GPU": gpus, "CPU": 1} if gpus else {"CPU": 0, "memory": _WORKER_MEMORY_BYTES},
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            storage_path=folder.storage,
+            failure_config=ray.train.FailureConfig(max_failures=run.resources.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.checkpoint.keep),
+            worker_runtime_env={"env_vars": _TRAIN_ENVIRONMENT},
+        ),
+    )
+    try:
+        with console.progress("train", run.steps, "steps") as tracker, _shown(task.board, tracker):
+            result = trainer.fit()
+    except Exception as error:
+        raise _explained(error, folder) from error
+    outcome: Outcome = result.return_value
+    if outcome.failure:
+        raise TrainingError(outcome.failure)
+    return outcome
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Where rank 0 writes how far it is and the driver reads it. Small messages, at log steps only."""
+
+    def __init__(self) -> None:
+        self._state: tuple[int, dict[str, float]] | None = None
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        self._state = (step, metrics)
+
+    def read(self) -> tuple[int, dict[str, float]] | None:
+        return self._state
+
+
+@contextmanager
+def _shown(board: ray.actor.ActorHandle, tracker: Tracker) -> Iterator[None]:
+    """Show the board on the terminal until the block ends."""
+    stop = threading.Event()
+
+    def show() -> None:
+        while not stop.wait(0.5):
+            try:
+                state = ray.get(board.read.remote(), timeout=5)
+            except Exception:  # the display must not end a run
+                continue
+            if state is not None:
+                step, metrics = state
+                tracker.update(step, _headline(metrics))
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+
+
+def _headline(metrics: dict[str, float]) -> str:
+    if not metrics:
+        return ""
+    return f"loss {metrics['loss']:.3f}  {metrics['samples_per_s']:,.0f} samples/s  data wait {metrics['data_wait_fraction']:.0%}"
+
+
+def _explained(error: Exception, folder: RunFolder) -> MMError:
+    """One line out of Ray's: our own error where there is one among the causes, else the first failure it names."""
+    seen: BaseException | None = error
+    while seen is not None:
+        for inner in (*getattr(seen, "worker_failures", {}).values(), seen):
+            cause = getattr(inner, "cause", inner)
+            if isinstance(cause, MMError):
+                return cause
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return TrainingError(f"training stopped: {lines[-1] if lines else error!r}; continue with --resume --name {folder.name}")
+
+
+def _export(run: TrainRun, folder: RunFolder, record: RunRecord, outcome: Outcome) -> str:
+    export_bundle(folder)
+    return f"{folder.url}/bundle"
+
+
+def _log_results(run: TrainRun, folder: RunFolder, run_id: str) -> None:
+    bundle = folder.get("bundle")
+    log_artifacts(run.tracking, run_id, bundle, "bundle")
+    history = metric_history(run.tracking, run_id, _CURVES)
+    with tempfile.TemporaryDirectory() as temporary:
+        log_artifacts(run.tracking, run_id, loss_curve(history, Path(temporary) / "loss.png"), "plots")
+
+
+def _check_shards(index: Index) -> None:
+    """Every shard is what it was when it was indexed."""
+    rows = index.shards.to_pylist()
+    with ThreadPoolExecutor(16) as pool:
+        changes = [(row["url"], change) for row, change in zip(rows, pool.map(changed_shard, rows), strict=True) if change]
+    if changes:
+        url, change = changes[0]
+        more = f" (and {len(changes) - 1} more shards)" if len(changes) > 1 else ""
+        raise DataError(f"shard {url}{more} {change}; index the shards again into a new index")
+
+
+def _check_resources(run: TrainRun) -> None:
+    wanted = (run.resources.gpus_per_worker or 0) * run.resources.workers
+    there = ray.cluster_resources().get("GPU", 0)
+    if wanted > there:
+        raise ConfigError(f"resources: {run.resources.workers} workers with {run.resources.gpus_per_worker} GPUs each, but the cluster has {there:g}")
+
+
+def _gpus_per_worker(run: TrainRun) -> float:
+    if run.resources.gpus_per_worker is not None:
+        return run.resources.gpus_per_worker
+    return 1 if ray.cluster_resources().get("GPU", 0) >= run.resources.workers else 0
+
+
+def code_revision() -> str:
+    """The commit of the code that runs, `-dirty` where files differ from it; `unknown` outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

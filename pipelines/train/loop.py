@@ -1,0 +1,241 @@
+"""The training loop: what each Ray Train worker runs. Read it top to bottom.
+
+Guarantees: a run that is killed anywhere and started again, on any number of workers, takes the same steps on the same global
+batches; every rank takes the same number of steps; nothing that is not finite reaches a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from mm_core.data.plan import chunks_per_step, rank_counts
+from mm_core.data.reader import ReadSpec
+from mm_core.models.clip import ImageTextBatch, SpecialTokens, TwoTower, build_clip
+from mm_core.objectives.contrastive import ContrastiveObjective
+from mm_core.optim import build_optimizer
+from mm_core.training.checkpoint import CheckpointState, load_checkpoint, read_state, save_checkpoint, seed_step
+from mm_core.training.step import TrainStep
+from pipelines.metric_log import MetricLog, system_metrics
+from pipelines.stream import Share, StepBatch, stream
+from pipelines.train.audit import Audit
+from pipelines.train.config import TrainRun
+from pipelines.train.meter import Meter
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """All that a worker is told. The same on every rank and at every restart."""
+
+    run: TrainRun
+    spec: ReadSpec
+    tokens: SpecialTokens
+    folder: str
+    """The run's folder (any fsspec URL)."""
+    audit: str | None
+    data_fingerprint: str
+    code_revision: str
+    tracking_run_id: str
+    initial_weights: ray.ObjectRef | None
+    """A state dict for `--init`, used where there is no checkpoint yet."""
+    board: ray.actor.ActorHandle
+    """Where rank 0 shows its progress to the driver."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What rank 0 returns."""
+
+    steps: int
+    metrics: dict[str, float]
+    failure: str | None = None
+
+
+def train_worker(settings: dict[str, WorkerTask]) -> Outcome:
+    task = settings["task"]
+    run = task.run
+    torch.set_num_threads(_threads())
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # batches are views of shared memory
+
+    # 1. Who this rank is, and its share of every global step.
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = ray.train.torch.get_device()
+    chunks = chunks_per_step(run.global_batch_size, run.data.chunk, world_size)
+    share = Share(rank, world_size, chunks)
+
+    # 2. Model, objective, optimiser: equal on every rank, since the seed is.
+    torch.manual_seed(run.seed)
+    model = TwoTower(build_clip(run.model, task.tokens), mean=run.model.image_mean, std=run.model.image_std)
+    if task.initial_weights is not None:
+        model.clip.load_state_dict(ray.get(task.initial_weights))
+    parallel = DistributedDataParallel(model.to(device), device_ids=[device.index] if device.type == "cuda" else None)
+    optimizer = build_optimizer(model, run.optimizer)
+    train_step = TrainStep(
+        parallel,
+        ContrastiveObjective(rank=rank),
+        optimizer,
+        optimizer_config=run.optimizer,
+        schedule=run.schedule,
+        total_steps=run.steps,
+        counts=rank_counts(chunks, run.data.chunk, world_size),
+        device=device,
+        precision=run.precision,
+    )
+
+    # 3. Where an earlier attempt stopped: weights, optimiser, step. The step gives schedule, random state and data cursor.
+    first_step = _restore(model, optimizer)
+    attempt = _next_attempt(task.folder, rank)
+
+    with ExitStack() as stack:
+        log = stack.enter_context(_MetricSink(task, rank, first_step))
+        audit = Audit(task.audit, rank=rank, attempt=attempt) if task.audit else None
+        meter = Meter(device, run.global_batch_size)
+        metrics: dict[str, float] = {}
+        batches = stream(task.spec, share, first_step=first_step, last_step=run.steps, config=run.stream, cpus=_stream_cpus(run))
+        unchecked: tuple[StepBatch, torch.Tensor] | None = None
+
+        # 4. Steps.
+        for step in range(first_step, run.steps):
+            with meter.waiting():
+                batch = next(batches)
+            seed_step(run.seed, step, rank)
+            result = train_step(_to_device(batch, device), step)
+            meter.step_done(batch.replaced)
+            if audit:
+                audit.add(batch)
+            # The norm of the step before is read while this one's kernels run, so looking at it holds nothing up.
+            if unchecked and (failure := _not_finite(*unchecked)):
+                return Outcome(step, metrics, failure)
+            unchecked = (batch, result.grad_norm)
+
+            # 5. Log lines and checkpoints, before which the last step is looked at too.
+            done = step + 1
+            log_due = done % run.log_every_steps == 0 or done == run.steps
+            save_due = done % run.checkpoint.every_steps == 0 or done == run.steps
+            if (log_due or save_due) and (failure := _not_finite(*unchecked)):
+                return Outcome(done, metrics, failure)
+            if log_due:
+                metrics = meter.read(result, model.logit_scale)
+                log(done, metrics)
+            if save_due:
+                with meter.saving():
+                    if audit:
+                        audit.flush()
+                    state = CheckpointState(
+                        step=done,
+                        chunks_consumed=done * chunks,
+                        plan_fingerprint=task.spec.plan.fingerprint,
+                        data_fingerprint=task.data_fingerprint,
+                        config=run.model_dump(mode="json"),
+                        code_revision=task.code_revision,
+                        tracking_run_id=task.tracking_run_id,
+                    )
+                    _save(model, optimizer, state, rank, metrics)
+    return Outcome(run.steps, metrics)
+
+
+def _to_device(batch: StepBatch, device: torch.device) -> ImageTextBatch:
+    images, input_ids = torch.from_numpy(batch.images), torch.from_numpy(batch.input_ids)
+    if device.type == "cuda":
+        images, input_ids = images.pin_memory(), input_ids.pin_memory()
+    return ImageTextBatch(images.to(device, non_blocking=True), input_ids.to(device, non_blocking=True).long())
+
+
+def _restore(model: TwoTower, optimizer: torch.optim.Optimizer) -> int:
+    """Load the latest checkpoint, if there is one, and return the step to take next."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as folder:
+        load_checkpoint(Path(folder), model, optimizer)
+        return read_state(Path(folder)).step
+
+
+def _save(model: TwoTower, optimizer: torch.optim.Optimizer, state: CheckpointState, rank: int, metrics: dict[str, float]) -> None:
+    """Every rank writes its part into a folder of its own; Ray Train joins them in the run's folder, or keeps none of it."""
+    with tempfile.TemporaryDirectory(prefix="mm-checkpoint-") as folder:
+        save_checkpoint(Path(folder), model, optimizer, state, rank=rank)
+        checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({"step": state.step, **metrics}, checkpoint=checkpoint, checkpoint_dir_name=f"checkpoint_{state.step:08d}")
+
+
+def _next_attempt(folder: str, rank: int) -> int:
+    """How often this run has started workers. Rank 0 counts, all ranks hear."""
+    shared: list[int] = [0]
+    if rank == 0:
+        fs, path = fsspec.core.url_to_fs(f"{folder}/attempt")
+        shared[0] = int(fs.cat_file(path)) + 1 if fs.exists(path) else 1
+        fs.pipe_file(path, str(shared[0]).encode())
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def _not_finite(batch: StepBatch, grad_norm: torch.Tensor) -> str | None:
+    """What to tell of a step whose gradient is not finite, or None. All ranks see the same norm, so all take the same way."""
+    if math.isfinite(grad_norm.item()):
+        return None
+    uids: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(uids, batch.rows["uid"].to_pylist())
+    listed = ", ".join(uid for of_rank in uids for uid in of_rank)
+    return (
+        f"the gradient of step {batch.step} is not finite, training stopped before it reached a checkpoint; lower optimizer.lr, or look at"
+        f" the samples of that batch: {listed}"
+    )
+
+
+class _MetricSink:
+    """Rank 0's metrics go to MLflow and to the driver's display; the other ranks' nowhere."""
+
+    def __init__(self, task: WorkerTask, rank: int, first_step: int) -> None:
+        self._task, self._rank, self._first_step = task, rank, first_step
+        self._stack = ExitStack()
+        self._log: MetricLog | None = None
+
+    def __enter__(self) -> _MetricSink:
+        if self._rank == 0:
+            tracking = self._task.run.tracking
+            spool = Path(tempfile.gettempdir()) / "mm-spool"
+            self._log = MetricLog(tracking.uri, self._task.tracking_run_id, spool, step=self._first_step)
+            self._stack.callback(self._log.close)
+            if tracking.system_metrics:
+                self._stack.enter_context(system_metrics(self._log, interval_s=tracking.system_metrics_interval_s))
+            self._task.board.update.remote(self._first_step, {})
+        return self
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        if self._log is not None:
+            self._log.log(step, metrics)
+            self._task.board.update.remote(step, metrics)
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+def _node_cpus() -> float:
+    here = ray.get_runtime_context().get_node_id()
+    return next((n["Resources"].get("CPU", 1.0) for n in ray.nodes() if n["NodeID"] == here), 1.0)
+
+
+def _threads() -> int:
+    """Compute threads of this worker: the node's CPUs divided among its workers."""
+    return max(1, int(_node_cpus()) // ray.train.get_context().get_local_world_size())
+
+
+def _stream_cpus(run: TrainRun) -> float:
+    """CPUs this rank's read tasks may use, rounded down to Ray's granularity so that all ranks' shares fit."""
+    share = run.stream.cpus_per_rank or _node_cpus() / ray.train.get_context().get_local_world_size()
+    return math.floor(share * 1e4) / 1e4
+
+

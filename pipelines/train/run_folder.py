@@ -1,0 +1,137 @@
+"""A run's folder: what `mm train` keeps of a run beside its checkpoints.
+
+    STORAGE/NAME/run.json      what was asked for, the data it was asked for, the tracking run
+    STORAGE/NAME/tokenizer/    the tokenizer, in Hugging Face's layout
+    STORAGE/NAME/checkpoint_*  Ray Train's checkpoints
+    STORAGE/NAME/bundle/       the finished model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from mm_core.config import Config, flatten
+from mm_core.errors import CheckpointError, ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class RunRecord(Config):
+    """run.json."""
+
+    identity: dict[str, Any]
+    """`TrainRun.identity()`: what must not change when a run is continued."""
+    config: dict[str, Any]
+    index: str
+    ledgers: tuple[str, ...]
+    data_fingerprint: str
+    tracking_run_id: str
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Addresses inside the folder of one run."""
+
+    storage: str
+    name: str
+
+    @classmethod
+    def of(cls, storage: str, name: str) -> RunFolder:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"run name {name!r} may have letters, digits, '.', '_' and '-', up to 100, and starts with a letter or digit")
+        return cls(storage if "://" in storage else os.path.abspath(storage), name)
+
+    @property
+    def url(self) -> str:
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+    def exists(self) -> bool:
+        fs, path = fsspec.core.url_to_fs(self.url)
+        return bool(fs.exists(f"{path}/run.json"))
+
+    def read(self) -> RunRecord:
+        try:
+            with fsspec.open(f"{self.url}/run.json", "rt") as file:
+                return RunRecord.model_validate(json.load(file))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.url} holds no run that can be continued: {error}") from None
+
+    def write(self, record: RunRecord) -> None:
+        with fsspec.open(f"{self.url}/run.json", "wt", auto_mkdir=True) as file:
+            file.write(record.model_dump_json(indent=1))
+
+    def remove(self) -> None:
+        fs, path = fsspec.core.url_to_fs(self.url)
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+    def put(self, local: Path, name: str) -> None:
+        """Copy a local folder to `name` below the run's folder, replacing what is there."""
+        fs, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+        fs.makedirs(path)
+        for file in sorted(p for p in local.rglob("*") if p.is_file()):
+            target = f"{path}/{file.relative_to(local).as_posix()}"
+            fs.makedirs(posixpath.dirname(target), exist_ok=True)
+            fs.put_file(str(file), target)
+
+    def get(self, name: str) -> Path:
+        """A local folder with the content of `name`: the folder itself where it is local, else a temporary copy."""
+        fs, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
+        if not fs.exists(path):
+            raise CheckpointError(f"{self.url}/{name} is not there")
+        if "://" not in self.url:
+            return Path(path)
+        local = Path(tempfile.mkdtemp(prefix="mm-run-"))
+        try:
+            fs.get(f"{path.rstrip('/')}/", f"{local}/", recursive=True)
+        except BaseException:
+            shutil.rmtree(local, ignore_errors=True)
+            raise
+        return local
+
+    def latest_checkpoint(self) -> str | None:
+        """Name of the newest checkpoint."""
+        fs, path = fsspec.core.url_to_fs(self.url)
+        found = sorted(posixpath.basename(p) for p in fs.glob(f"{path}/checkpoint_*") if fs.exists(f"{p}/state.json"))
+        return found[-1] if found else None
+
+
+def newest_run(storage: str, identity: dict[str, Any], data_fingerprint: str) -> RunFolder | None:
+    """The run under `storage` that was started last with this configuration on this data."""
+    base = storage if "://" in storage else os.path.abspath(storage)
+    fs, path = fsspec.core.url_to_fs(base)
+    matches: list[tuple[float, RunFolder]] = []
+    for file in fs.glob(f"{path}/*/run.json"):
+        folder = RunFolder(base, posixpath.basename(posixpath.dirname(file)))
+        record = folder.read()
+        if record.identity == identity and record.data_fingerprint == data_fingerprint:
+            matches.append((fs.modified(file).timestamp(), folder))
+    return max(matches, key=lambda match: match[0])[1] if matches else None
+
+
+def check_same(record: RunRecord, identity: dict[str, Any], data_fingerprint: str, where: str) -> None:
+    """
+    Raises:
+        CheckpointError: the run in `where` is another; the first differing key is named.
+    """
+    if record.data_fingerprint != data_fingerprint:
+        raise CheckpointError(f"the run {where} was started on other data: continue it with the index and ledgers it began with ({record.index})")
+    old, new = dict(flatten(record.identity)), dict(flatten(json.loads(json.dumps(identity))))
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise CheckpointError(
+                f"the checkpoint in {where} is of another run: {key} was {old.get(key)!r}, now {new.get(key)!r};"
+                " give the values it began with, or another --name"
+            )
