@@ -81,7 +81,7 @@ class Spool:
         taken = 0
         for line in lines:
             parsed = _parse(line)
-            if len(points) + len(parsed) > POINTS_PER_BATCH:
+            if points and len(points) + len(parsed) > POINTS_PER_BATCH:
                 break
             points += parsed
             taken += len(line)
@@ -117,8 +117,10 @@ class Spool:
 
     def _create(self) -> tuple[Path, int]:
         path = self._folder / f"{self._run_id}.{uuid.uuid4().hex}.jsonl"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        unlocked = path.with_suffix(".new")  # A name that no other process takes over before the lock is held.
+        fd = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         fcntl.flock(fd, fcntl.LOCK_EX)
+        unlocked.rename(path)
         return path, fd
 
     def _take_over(self, leftover: Path) -> None:

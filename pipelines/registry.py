@@ -11,11 +11,12 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_core.bundle import BundleManifest, read_manifest
+from mm_core.bundle import MANIFEST, BundleManifest, read_manifest
 from mm_core.config import nearest
 from mm_core.errors import BundleError, ConfigError
 from pipelines.tracking import RunStatus, TrackingConfig, create_run, finish_run, open_client, store_errors
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.entities.model_registry import RegisteredModel as MlflowModel
 
-MANIFEST = "mm.json"
 ARTIFACT = "bundle"
 """Where a run keeps its bundle among its artifacts."""
 DIGEST_TAG = "bundle_sha256"
@@ -48,11 +48,18 @@ class RegisteredModel:
 
 
 def register_bundle(
-    tracking: TrackingConfig, *, name: str, bundle_folder: Path, run_id: str | None = None, alias: str | None = None
+    tracking: TrackingConfig,
+    *,
+    name: str,
+    bundle_folder: Path,
+    run_id: str | None = None,
+    alias: str | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> RegisteredModel:
     """Make the bundle the next version of `name`, and let `alias` point at it.
 
-    It is uploaded among the artifacts of `run_id`, unless that run already holds it; without a run, one is made for it.
+    It belongs to `run_id`, else to the run it was trained in where this store has that, else to one made for it; it is
+    uploaded unless that run already holds it. `metrics` become tags beside those of the bundle.
 
     Raises:
         ConfigError: a name or alias that MLflow or a reference could not carry.
@@ -66,16 +73,18 @@ def register_bundle(
     manifest = read_manifest(bundle_folder, verify=True)
     tracking = tracking.resolved()
     client = open_client(tracking)
-    owner = run_id or create_run(tracking, run_name=f"register {name}", params={}, tags={"kind": "registration"})
+    trained_in = run_id or _existing_run(client, manifest.run_id)
+    owner = trained_in or create_run(tracking, run_name=f"register {name}", params={}, tags={"kind": "registration"})
     status = RunStatus.FAILED
     try:
         with store_errors(tracking, f"registering {bundle_folder} as {name!r}"):
-            version = _create_version(client, name, bundle_folder, owner, manifest)
+            tags = _tags(manifest, _digest(bundle_folder), metrics or {})
+            version = _create_version(client, name, bundle_folder, owner, tags)
             if alias is not None:
                 client.set_registered_model_alias(name, alias, str(version))
         status = RunStatus.FINISHED
     finally:
-        if run_id is None:
+        if trained_in is None:
             finish_run(tracking, owner, status)
     return RegisteredModel(name, version, alias)
 
@@ -116,10 +125,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MM_CACHE") or Path.home() / ".cache" / "mm")
 
 
-def _create_version(client: MlflowClient, name: str, folder: Path, run_id: str, manifest: BundleManifest) -> int:
+def _existing_run(client: MlflowClient, run_id: str | None) -> str | None:
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        return client.get_run(run_id).info.run_id  # type: ignore[no-any-return]
+    except MlflowException:
+        return None
+
+
+def _create_version(client: MlflowClient, name: str, folder: Path, run_id: str, tags: dict[str, str]) -> int:
     source = f"{client.get_run(run_id).info.artifact_uri}/{_upload(client, run_id, folder)}"
     _create_model(client, name)
-    tags = _tags(manifest, _digest(folder))
     return int(client.create_model_version(name, source, run_id=run_id, tags=tags, await_creation_for=0).version)
 
 
@@ -161,14 +180,13 @@ def _digest(folder: Path) -> str:
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
-def _tags(manifest: BundleManifest, digest: str) -> dict[str, str]:
-    metrics = {f"metric.{name}": f"{value:.6g}" for name, value in manifest.metrics.items()}
+def _tags(manifest: BundleManifest, digest: str, metrics: Mapping[str, float]) -> dict[str, str]:
     return {
         DIGEST_TAG: digest,
         "data_fingerprint": manifest.data_fingerprint,
         "recipe": manifest.recipe,
         "task": manifest.task,
-        **metrics,
+        **{f"metric.{name}": f"{value:.6g}" for name, value in {**manifest.metrics, **metrics}.items()},
     }
 
 

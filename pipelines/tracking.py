@@ -2,7 +2,7 @@
 
 The driver creates the run, workers get its id, rank 0 logs through `pipelines.metric_log`. MLflow's global tracking
 URI is never set: every call goes through a client bound to the configured store. Starting a run needs the store; after
-that an outage is a warning: `log_artifacts` and `finish_run` say whether they were taken.
+that an outage is a warning, never an error: `log_artifacts` and `finish_run` return whether they were taken.
 """
 
 from __future__ import annotations
@@ -255,23 +255,32 @@ def log_artifacts(config: TrackingConfig, run_id: str, path: Path, artifact_path
 
 
 def metric_history(config: TrackingConfig, run_id: str, names: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) by step for each metric of `names` that the run has; a replayed step counts with its last value."""
-    client = open_client(config)
+    """(step, value) by step for each metric of `names` that the run has; a replayed step counts with its last value.
+
+    Empty, and a warning, when the store does not answer.
+    """
     history: dict[str, list[tuple[int, float]]] = {}
-    with store_errors(config, f"reading the metrics of run {run_id}"):
-        for name in names:
-            points = sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp)
-            if points:
-                history[name] = sorted({metric.step: metric.value for metric in points}.items())
+    try:
+        client = open_client(config)
+        with store_errors(config, f"reading the metrics of run {run_id}"):
+            for name in names:
+                points = sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp)
+                if points:
+                    history[name] = sorted({metric.step: metric.value for metric in points}.items())
+    except ServiceError as error:
+        log.warning("the run's metrics cannot be read now: %s", error)
     return history
 
 
 def describe_run(config: TrackingConfig, run_id: str) -> str:
     """How a person opens the run: a server's address, or the command that shows a local store."""
-    client = open_client(config)
-    with store_errors(config, f"looking up run {run_id}"):
-        experiment_id = client.get_run(run_id).info.experiment_id
-    page = f"#/experiments/{experiment_id}/runs/{run_id}"
+    page = ""
+    try:
+        client = open_client(config)
+        with store_errors(config, f"looking up run {run_id}"):
+            page = f"#/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+    except ServiceError as error:
+        log.warning("the run cannot be looked up now: %s", error)
     if config.uri.startswith(("http://", "https://")):
         return f"{without_password(config.uri).rstrip('/')}/{page}"
     store = shlex.quote(without_password(resolve_uri(config.uri)))

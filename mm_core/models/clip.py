@@ -185,3 +185,12 @@ class TwoTower(nn.Module):
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
         return self.clip.logit_scale.exp()
+
+
+def _tower(tower: TowerConfig) -> dict[str, int]:
+    return {
+        "hidden_size": tower.width,
+        "intermediate_size": 4 * tower.width,
+        "num_hidden_layers": tower.layers,
+        "num_attention_heads": tower.heads,
+    }

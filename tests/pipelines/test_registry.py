@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -111,6 +112,17 @@ def test_the_bundle_that_the_run_holds_is_not_uploaded_again(tracking: TrackingC
     assert artifacts(tracking, run_id) == ["bundle", "config.json"]
     assert open_client(tracking).get_run(run_id).info.status == "RUNNING"
     assert isinstance(resolve_model("models:/clip/1", tracking), Path)
+
+
+def test_a_bundle_belongs_to_the_run_it_was_trained_in(tracking: TrackingConfig, bundle: Path) -> None:
+    run_id = create_run(tracking, run_name="train", params={})
+    manifest = json.loads((bundle / "mm.json").read_text())
+    (bundle / "mm.json").write_text(json.dumps(manifest | {"run_id": run_id}))
+    register_bundle(tracking, name="clip", bundle_folder=bundle, metrics={"t2i_r1": 0.5, "i2t_r1": 0.75})
+    version = open_client(tracking).get_model_version("clip", "1")
+    assert version.run_id == run_id
+    assert (version.tags["metric.t2i_r1"], version.tags["metric.i2t_r1"]) == ("0.5", "0.75")
+    assert artifacts(tracking, run_id) == ["bundle", "config.json"]
 
 
 def test_another_bundle_of_the_run_and_a_cut_upload_do_not_get_in_the_way(

@@ -359,6 +359,8 @@ def test_an_outage_delays_points_and_loses_none(
     continue_run(server.config, run_id)
     assert not log_artifacts(server.config, run_id, tmp_path / "server.log")
     assert not finish_run(server.config, run_id, RunStatus.FINISHED)
+    assert metric_history(server.config, run_id, ["loss"]) == {}
+    assert describe_run(server.config, run_id) == f"{server.config.uri}/"
 
     server.start()
     for step in range(200, 300):

@@ -1,0 +1,48 @@
+# Everything runs in .venv, which `make setup` makes from constraints.txt. Each target makes what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format chaos lock clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY)  ## make .venv with everything, pinned; `mm` is then .venv/bin/mm
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Name another: make setup PYTHON=python3.12"; exit 1; }
+	@echo "Installing into $(VENV): some minutes, and gigabytes where torch brings CUDA."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)  ## the main job, end to end, on this machine; DATA="path/*.tar" for your own shards
+	@$(BIN)/mm demo $(if $(DATA),--data "$(DATA)")
+
+test: $(READY)  ## the test suite
+	@$(BIN)/python -m pytest
+
+check: $(READY)  ## format, lint, types, import contracts
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(READY)  ## rewrite files as `make check` wants them
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+chaos: $(READY)  ## tests that kill processes for minutes
+	@$(BIN)/python -m pytest -m chaos tests/chaos
+
+lock: ## write constraints.txt anew from what pyproject.toml allows today
+	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python -m pip install --quiet 'torch==2.13.0' '.[dev]'
+	@{ sed -n '/^#/p' constraints.txt; .venv-lock/bin/python -m pip freeze --exclude mm-pretrain | sed 's/+cpu$$//'; } > constraints.new
+	@mv constraints.new constraints.txt && rm -rf .venv-lock build
+
+clean:  ## remove the environment and caches; runs and data stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
