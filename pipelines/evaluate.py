@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import ray
@@ -21,6 +23,7 @@ import ray.data
 from numpy.typing import NDArray
 
 from mm_core.bundle import Bundle, load_bundle
+from mm_core.console import Console
 from mm_core.data.image import decode_centre
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
@@ -28,14 +31,19 @@ from mm_core.data.permutation import U64
 from mm_core.data.problems import SampleProblem
 from mm_core.data.reader import IndexReader, fixed_width, rows_of
 from mm_core.errors import DataError
-from mm_core.evaluation.retrieval import retrieval_metrics
+from mm_core.evaluation.retrieval import RECALL_AT, retrieval_metrics
 from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_templates, zeroshot_metrics
 from pipelines.index import build_index
+from pipelines.plots import recall_bars, retrieval_gallery
+from pipelines.tracking import TrackingConfig, log_artifacts, log_metrics
 
 _ROWS_PER_BLOCK = 128
 _MAX_GALLERY_QUERIES = 6
 _GALLERY_COLUMNS = 5
+_TEXTS = 256
 Progress = Callable[[int], None]
+Measured = dict[str, tuple[float, float]]
+"""Metric → its value, and what guessing would give."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +60,62 @@ class Features:
     """Samples that could not be decoded, by reason."""
 
 
-def evaluate_zeroshot(model: str, folder: str, on_progress: Progress = lambda n: None) -> dict[str, float]:
+def evaluate_model(
+    model: str,
+    *,
+    zeroshot: str | None,
+    retrieval: Sequence[str],
+    ledgers: Sequence[str] = (),
+    tracking: TrackingConfig,
+    plots: Path | None = None,
+    console: Console,
+) -> dict[str, Measured]:
+    """Evaluate, draw, and log to the run the model was trained in, where the bundle names one.
+
+    Raises:
+        BundleError, DataError: a model, folder or shard that cannot be used.
+    """
+    bundle = load_bundle(model)
+    report: dict[str, Measured] = {}
+    with tempfile.TemporaryDirectory(prefix="mm-plots-") as temporary:
+        drawn = plots or Path(temporary)
+        if zeroshot is not None:
+            with console.progress("zero-shot") as tracker:
+                metrics = evaluate_zeroshot(bundle, model, zeroshot, tracker.advance)
+            report["zeroshot"] = _beside_chance(metrics)
+        if retrieval:
+            with console.progress("retrieval") as tracker:
+                found = evaluate_retrieval(bundle, model, retrieval, ledgers, tracker.advance)
+            report["retrieval"] = _beside_chance(found.metrics)
+            chances = {key: value[1] for key, value in report["retrieval"].items()}
+            recall_bars(found.metrics, drawn / "recall.png", chance=chances)
+            retrieval_gallery(found.queries, found.results, found.correct, drawn / "retrieval.png")
+        run_id = bundle.manifest.run_id if bundle.manifest else None
+        if run_id is not None:
+            values = {f"eval/{kind}/{key}": value for kind, metrics in report.items() for key, (value, _) in metrics.items()}
+            log_metrics(tracking, run_id, values)
+            log_artifacts(tracking, run_id, drawn, "plots")
+    return report
+
+
+def evaluate_zeroshot(bundle: Bundle, model: str, folder: str, on_progress: Progress = lambda n: None) -> dict[str, float]:
     """Zero-shot top-1, top-5 and mean per class on a folder in CLIP_benchmark's layout.
 
     `folder` holds `classnames.txt`, `zeroshot_classification_templates.txt` and the shards, in `test/` where there is one.
     """
-    classnames, templates = read_classnames(Path(folder)), read_templates(Path(folder))
+    if not Path(folder).is_dir():
+        raise DataError(f"no folder {folder}: --zeroshot takes one with classnames.txt and shards, in CLIP_benchmark's layout")
+    where = next((path for path in (Path(folder), Path(folder).parent) if (path / "classnames.txt").is_file()), Path(folder))
+    classnames, templates = read_classnames(where), read_templates(where)
     shards = Path(folder) / "test"
-    index = _temporary_index([str(shards if shards.is_dir() else folder)], need=("image",))
-    features = encode_images(model, index, on_progress=on_progress)
+    with _opened([str(shards if shards.is_dir() else folder)], need=("image",)) as index:
+        features = encode_images(model, index, on_progress=on_progress)
     if (features.labels < 0).any():
         raise DataError(f"{int((features.labels < 0).sum())} samples of {folder} have no class: each needs a .cls member beside its image")
     if features.labels.max() >= len(classnames):
         raise DataError(f"a sample of {folder} has class {features.labels.max()}, classnames.txt has {len(classnames)} lines")
-    classes = class_embeddings(load_bundle(model), classnames, templates)
-    return zeroshot_metrics(features.images, features.labels, classes) | {"samples": len(features.labels), "classes": len(classnames)}
+    metrics = zeroshot_metrics(features.images, features.labels, class_embeddings(bundle, classnames, templates))
+    return metrics | {"samples": len(features.labels), "classes": len(classnames)}
 
 
 @dataclass(frozen=True)
@@ -79,19 +128,18 @@ class Retrieval:
 
 
 def evaluate_retrieval(
-    model: str, shards: Sequence[str], ledgers: Sequence[str] = (), on_progress: Progress = lambda n: None
+    bundle: Bundle, model: str, shards: Sequence[str], ledgers: Sequence[str] = (), on_progress: Progress = lambda n: None
 ) -> Retrieval:
-    """Recall at 1, 5 and 10 both ways on `shards`, or on an index; every caption of an image is a query, any counts as found."""
-    index = Index.open(shards[0]) if _is_index(shards) else _temporary_index(shards, need=("image", "text"))
-    features = encode_images(model, index, ledgers=ledgers, on_progress=on_progress)
-    bundle = load_bundle(model)
-    texts = [caption for captions in features.captions for caption in captions]
-    owners = np.repeat(np.arange(len(features.captions)), [len(captions) for captions in features.captions])
-    text_features = np.concatenate([bundle.text_features(texts[i : i + 256]) for i in range(0, len(texts), 256)])
-    metrics = retrieval_metrics(features.images, text_features, owners)
-    chosen = np.linspace(0, len(texts) - 1, min(_MAX_GALLERY_QUERIES, len(texts)), dtype=int)
-    best = np.argsort(-text_features[chosen] @ features.images.T, axis=1, kind="stable")[:, :_GALLERY_COLUMNS]
-    shown = _pictures(index, features.ordinals[best.reshape(-1)], bundle.image_size)
+    """Recall at 1, 5 and 10 both ways on shards, or on an index; every caption of an image is a query, any counts as found."""
+    with _opened(shards, need=("image", "text")) as index:
+        features = encode_images(model, index, ledgers=ledgers, on_progress=on_progress)
+        texts = [caption for captions in features.captions for caption in captions]
+        owners = np.repeat(np.arange(len(features.captions)), [len(captions) for captions in features.captions])
+        text_features = np.concatenate([bundle.text_features(texts[i : i + _TEXTS] ) for i in range(0, len(texts), _TEXTS)])
+        metrics = retrieval_metrics(features.images, text_features, owners)
+        chosen = np.linspace(0, len(texts) - 1, min(_MAX_GALLERY_QUERIES, len(texts)), dtype=int)
+        best = np.argsort(-text_features[chosen] @ features.images.T, axis=1, kind="stable")[:, :_GALLERY_COLUMNS]
+        shown = _pictures(index, features.ordinals[best.reshape(-1)], bundle.image_size)
     return Retrieval(
         metrics | {"images": len(features.images), "texts": len(texts)},
         [texts[i] for i in chosen],
@@ -206,13 +254,20 @@ def _pictures(index: Index, ordinals: U64, size: int) -> list[NDArray[np.uint8]]
     ]
 
 
-def _is_index(paths: Sequence[str]) -> bool:
-    return len(paths) == 1 and (Path(paths[0]) / "index.json").is_file()
+@contextmanager
+def _opened(paths: Sequence[str], need: tuple[str, ...]) -> Iterator[Index]:
+    """The index that `paths` is, or one of the shards it names, for the length of the evaluation."""
+    if len(paths) == 1 and fsspec.core.url_to_fs(paths[0])[0].exists(f"{paths[0].rstrip('/')}/index.json"):
+        yield Index.open(paths[0])
+        return
+    with tempfile.TemporaryDirectory(prefix="mm-eval-") as temporary:
+        yield build_index(paths, f"{temporary}/index", need=need)
 
 
-def _temporary_index(shards: Sequence[str], need: tuple[str, ...]) -> Index:
-    """An index for the length of this command. It lies beside nothing of the user's."""
-    return build_index(shards, f"{tempfile.mkdtemp(prefix='mm-eval-')}/index", need=need)
+def _beside_chance(metrics: dict[str, float]) -> Measured:
+    """Each metric with what a model that guesses gets; counts with themselves left out."""
+    expected = chance(metrics)
+    return {key: (metrics[key], expected[key]) for key in expected}
 
 
 def chance(metrics: dict[str, float]) -> dict[str, float]:
@@ -221,6 +276,6 @@ def chance(metrics: dict[str, float]) -> dict[str, float]:
         classes = metrics["classes"]
         return {"top1": 1 / classes, "top5": min(1.0, 5 / classes), "mean_per_class": 1 / classes}
     images, texts = metrics["images"], metrics["texts"]
-    per_image = texts / images
-    miss = {k: math.prod((texts - per_image - i) / (texts - i) for i in range(k)) for k in (1, 5, 10)}
-    return {f"t2i_r{k}": min(1.0, k / images) for k in miss} | {f"i2t_r{k}": 1 - m for k, m in miss.items()}
+    wrong = texts - texts / images
+    miss = {k: math.prod(max(0.0, wrong - i) / max(1.0, texts - i) for i in range(k)) for k in RECALL_AT}
+    return {f"t2i_r{k}": min(1.0, k / images) for k in RECALL_AT} | {f"i2t_r{k}": 1 - m for k, m in miss.items()}

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_core.cache import cache_folder
 from mm_core.errors import ServiceError
 from pipelines.tracking import (
     TrackingConfig,
@@ -45,6 +46,11 @@ _ROTATE_BYTES = 4 * 1024 * 1024
 
 Point = tuple[str, float, int, int]
 """Name, value, time in ms, step."""
+
+
+def spool_folder() -> Path:
+    """Where this machine's processes keep points that MLflow has not taken yet."""
+    return cache_folder() / "spool"
 
 
 class Spool:

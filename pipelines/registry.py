@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mm_core.cache import cache_folder
 from mm_core.bundle import MANIFEST, BundleManifest, read_manifest
 from mm_core.config import nearest
 from mm_core.errors import BundleError, ConfigError
@@ -118,11 +119,6 @@ def resolve_model(reference: str, tracking: TrackingConfig) -> Path | str:
         with store_errors(tracking, f"downloading {reference}"):
             _download(source, folder, digest, tracking)
     return folder
-
-
-def cache_folder() -> Path:
-    """`$MM_CACHE`, else `~/.cache/mm`."""
-    return Path(os.environ.get("MM_CACHE") or Path.home() / ".cache" / "mm")
 
 
 def _existing_run(client: MlflowClient, run_id: str | None) -> str | None:

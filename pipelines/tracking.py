@@ -254,6 +254,30 @@ def log_artifacts(config: TrackingConfig, run_id: str, path: Path, artifact_path
     return True
 
 
+def log_metrics(config: TrackingConfig, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> bool:
+    """Metrics of a finished run, as those of its evaluation. False, and a warning, when the store refuses."""
+    try:
+        client = open_client(config)
+        with store_errors(config, f"logging metrics of run {run_id}"):
+            for name, value in metrics.items():
+                client.log_metric(run_id, metric_name(name), float(value), step=step)
+    except ServiceError as error:
+        log.warning("metrics were not logged: %s", error)
+        return False
+    return True
+
+
+def final_metrics(config: TrackingConfig, run_id: str, prefix: str) -> dict[str, float]:
+    """The last value of every metric of a run whose name starts with `prefix`, which is left out; {} for an unknown run."""
+    client = open_client(config)
+    try:
+        with store_errors(config, f"reading the metrics of run {run_id}"):
+            found: dict[str, float] = client.get_run(run_id).data.metrics
+    except ServiceError:
+        return {}
+    return {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+
+
 def metric_history(config: TrackingConfig, run_id: str, names: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
     """(step, value) by step for each metric of `names` that the run has; a replayed step counts with its last value.
 

@@ -22,9 +22,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mm_core.cache import cache_folder
 from mm_core.config import Config
 from mm_core.data.index import Index
-from mm_core.data.locators import cache_folder
 from mm_core.data.permutation import mix
 from mm_core.data.scan import usable
 from mm_core.errors import DataError

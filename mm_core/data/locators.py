@@ -18,6 +18,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from mm_core.cache import cache_folder
+
 LOCATOR = np.dtype(
     [("start", "<u8"), ("span", "<u4"), ("shard", "<u4"), ("check", "<u4"), ("flags", "<u2"), ("occurrence", "<u2")]
 )
@@ -48,11 +50,6 @@ def open_mapped(url: str, cache_key: str) -> NDArray[Any]:
         if not path.exists():
             _fetch(url, path)
     return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def cache_folder() -> Path:
-    """`MM_CACHE`, else `~/.cache/mm`."""
-    return Path(os.environ.get("MM_CACHE") or Path.home() / ".cache" / "mm")
 
 
 def _fetch(url: str, path: Path) -> None:

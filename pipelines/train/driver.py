@@ -33,6 +33,7 @@ from mm_core.errors import CheckpointError, ConfigError, DataError, MMError, Tra
 from mm_core.models.clip import SpecialTokens, build_clip
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
 from mm_core.training.checkpoint import load_weights
+from pipelines.metric_log import MetricLog, spool_folder
 from pipelines.plots import loss_curve
 from pipelines.tracking import DatasetInput, RunStatus, continue_run, create_run, describe_run, finish_run, log_artifacts, metric_history
 from pipelines.train.config import TrainRun
@@ -109,6 +110,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
         console.note(f"stopped; continue with the same command and --resume --name {folder.name}")
         raise
     finally:
+        MetricLog(run.tracking.uri, record.tracking_run_id, spool_folder()).close(5)  # what a killed rank 0 on this machine left
         finish_run(run.tracking, record.tracking_run_id, status)
     return TrainResult(
         run_id=record.tracking_run_id,

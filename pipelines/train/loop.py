@@ -28,7 +28,7 @@ from mm_core.objectives.contrastive import ContrastiveObjective
 from mm_core.optim import build_optimizer
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, read_state, save_checkpoint, seed_step
 from mm_core.training.step import TrainStep
-from pipelines.metric_log import MetricLog, system_metrics
+from pipelines.metric_log import MetricLog, spool_folder, system_metrics
 from pipelines.stream import Share, StepBatch, stream
 from pipelines.train.audit import Audit
 from pipelines.train.config import TrainRun
@@ -206,8 +206,7 @@ class _MetricSink:
     def __enter__(self) -> _MetricSink:
         if self._rank == 0:
             tracking = self._task.run.tracking
-            spool = Path(tempfile.gettempdir()) / "mm-spool"
-            self._log = MetricLog(tracking.uri, self._task.tracking_run_id, spool, step=self._first_step)
+            self._log = MetricLog(tracking.uri, self._task.tracking_run_id, spool_folder(), step=self._first_step)
             self._stack.callback(self._log.close)
             if tracking.system_metrics:
                 self._stack.enter_context(system_metrics(self._log, interval_s=tracking.system_metrics_interval_s))

@@ -1,0 +1,329 @@
+"""`mm data`, `mm train`, `mm eval`, `mm register`, `mm config`. Each command is a thin layer over the module that does the work.
+
+Ray, torch and MLflow are imported inside the commands, so that `mm --help` is quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mm_core.console import Console
+from mm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.tracking import TrackingConfig
+    from pipelines.train.config import TrainRun
+
+Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration value, e.g. optimizer.lr=1e-3.")]
+Ledgers = Annotated[list[str] | None, typer.Option("--ledger", help="Read only what this ledger keeps; give it again for several.")]
+
+data = typer.Typer(no_args_is_help=True, help="Make, index and divide image-text shards.")
+config = typer.Typer(no_args_is_help=True, help="Show recipes and resolved configurations.")
+
+
+def attach(app: typer.Typer) -> None:
+    """Add this package's commands to the program."""
+    app.add_typer(data, name="data")
+    app.command("train")(train)
+    app.command("eval")(evaluate)
+    app.command("register")(register)
+    app.add_typer(config, name="config")
+
+
+@data.command("synth")
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    samples: Annotated[int, typer.Option(min=1, help="Training samples.")] = 8000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    image_size: Annotated[int, typer.Option(min=32, max=1024, help="Side of the pictures, pixels.")] = 96,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that draw.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Make an offline corpus of rendered scenes with captions, as shards.
+
+    Example: mm data synth corpus --samples 8000 --seed 0
+    """
+    from mm_core.data.synth.corpus import SynthConfig, write_corpus
+
+    console = Console(as_json)
+    settings = SynthConfig(samples=samples, seed=seed, image_size=image_size)
+    total = settings.samples + settings.heldout_samples + settings.zeroshot_samples
+    with console.progress("draw scenes", total) as tracker:
+        write_corpus(out, settings, workers=workers, on_progress=tracker.advance)
+    console.say(f"{out}/train, {out}/heldout and {out}/zeroshot hold {total:,} samples; next: mm data index {out}/train --out INDEX")
+    console.result({"samples": settings.samples, "heldout": settings.heldout_samples, "zeroshot": settings.zeroshot_samples, "out": str(out)})
+
+
+@data.command("index")
+def index(
+    shards: Annotated[list[str], typer.Argument(help="Shards: files, folders, globs, ranges like {00000..00012}.tar, URLs.")],
+    out: Annotated[str, typer.Option(help="Folder or URL of the index to write.")],
+    modality: Annotated[str, typer.Option(help="What a usable sample has: image-text, image or text.")] = "image-text",
+    max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share cannot be used.")] = 0.1,
+    as_json: Json = False,
+) -> None:
+    """Read every shard once and write an index of its samples.
+
+    Example: mm data index "shards/{00000..00099}.tar" --out index
+    """
+    import time
+
+    from pipelines.index import build_index
+    from pipelines.session import ray_session
+
+    console, started = Console(as_json), time.monotonic()
+    need = _need(modality)
+    with ray_session(), console.progress("index", unit="shards") as tracker:
+
+        def total(shard_count: int) -> None:
+            tracker.total = shard_count
+
+        summary = build_index(
+            shards, out, need=need, max_bad_fraction=max_bad_fraction, on_progress=tracker.advance, on_shards=total
+        ).summary
+    if summary.bad:
+        console.table(("cannot be used because", "samples"), list(summary.bad.items()))
+    if summary.duplicate_uids:
+        console.note(f"{summary.duplicate_uids:,} samples have the uid of another one")
+    console.say(f"{summary.samples:,} samples of {summary.shards:,} shards ({summary.bytes / 1e6:,.1f} MB) are indexed in {out}")
+    result = {"shards": summary.shards, "samples": summary.samples, "bad": summary.bad, "bytes": summary.bytes}
+    console.result(result | {"seconds": round(time.monotonic() - started, 2), "fingerprint": summary.fingerprint})
+
+
+@data.command("split")
+def split(
+    index: Annotated[str, typer.Argument(help="An index.")],
+    heldout: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share that is held out.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Divide an index into the ledgers `train` and `heldout`.
+
+    Example: mm data split index --heldout 0.1, then mm train clip-tiny --data index --ledger train
+    """
+    from mm_core.data.index import Index
+    from mm_core.data.ledger import split as divide
+
+    console = Console(as_json)
+    ours, theirs = divide(Index.open(index), heldout=heldout, seed=seed)
+    console.say(f"ledger train keeps {ours.kept:,} samples, ledger heldout {theirs.kept:,}")
+    console.result({"train": ours.kept, "heldout": theirs.kept})
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe's name, or a YAML file with `recipe:` and changes.")],
+    data: Annotated[str, typer.Option(help="The index to train on.")],
+    ledger: Ledgers = None,
+    init: Annotated[str | None, typer.Option(help="Start from the weights of a bundle or hub id.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Ranks.")] = None,
+    settings: Settings = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; by default recipe and time.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run from its last checkpoint.")] = False,
+    audit: Annotated[str | None, typer.Option(help="Write which sample was consumed when, as Parquet, to this folder.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model; every restart continues the same run.
+
+    Example: mm train clip-tiny --data index --workers 2 --set steps=500
+    """
+    from pipelines.session import ray_session
+    from pipelines.tracking import describe_run
+
+    console = Console(as_json)
+    overrides = list(settings or [])
+    overrides += [f"resources.workers={workers}"] if workers else []
+    overrides += [f"init={init}"] if init else []
+    run, origins = resolve_run(recipe, overrides)
+    if dry_run:
+        from pipelines.train.dry_run import describe
+
+        console.table(("key", "value", "from"), [(k, v, origins.get(k, "default")) for k, v in _flat(run)])
+        report = describe(run, data, ledger or ())
+        console.table(("", ""), list(report.items()))
+        console.result(report)
+        return
+    with ray_session():
+        from pipelines.train.driver import TrainRequest
+        from pipelines.train.driver import train as run_training
+
+        request = TrainRequest(run, data, tuple(ledger or ()), name=name, resume=resume, audit=audit)
+        result = run_training(request, console)
+    rows = {key: value for key, value in asdict(result).items() if key not in ("run_id", "name")}
+    console.table(("", result.name), list(rows.items()))
+    console.say(f"follow: {describe_run(run.tracking.resolved(), result.run_id)}")
+    console.say(f"next: mm eval {result.bundle} --retrieval SHARDS; mm serve {result.bundle}")
+    console.result(asdict(result))
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A bundle's folder, models:/NAME@ALIAS, or a hub id.")],
+    zeroshot: Annotated[str | None, typer.Option(help="Folder in CLIP_benchmark's layout.")] = None,
+    retrieval: Annotated[list[str] | None, typer.Option(help="Shards, or an index; again for several.")] = None,
+    ledger: Ledgers = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for the recall bars and the gallery.")] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: zero-shot classification, retrieval. The figures go to the run it was trained in, if that is known.
+
+    Example: mm eval runs/NAME/bundle --zeroshot corpus/zeroshot --retrieval corpus/heldout
+    """
+    if zeroshot is None and not retrieval:
+        raise ConfigError("nothing to evaluate: give --zeroshot FOLDER, --retrieval SHARDS, or both")
+    from pipelines.evaluate import evaluate_model
+    from pipelines.session import ray_session
+
+    console = Console(as_json)
+    with ray_session():
+        report = evaluate_model(
+            resolve_model(model, settings), zeroshot=zeroshot, retrieval=retrieval or (), ledgers=ledger or (), tracking=_tracking(settings),
+            plots=plots, console=console,
+        )  # fmt: skip
+    for kind, metrics in report.items():
+        console.table((kind, "", "chance"), [(key, f"{value:.4f}", f"{chance:.4f}") for key, (value, chance) in metrics.items()])
+    console.result({kind: {key: value for key, (value, _) in metrics.items()} for kind, metrics in report.items()})
+
+
+def register(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_BUNDLE", help="A run's folder or a bundle's.")],
+    name: Annotated[str, typer.Option(help="Name of the registered model.")],
+    alias: Annotated[str | None, typer.Option(help="Alias to point at the new version.")] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Make a bundle the next version of a registered model.
+
+    Example: mm register runs/NAME --name clip-demo --alias champion
+    """
+    from pipelines.registry import register_bundle
+
+    console = Console(as_json)
+    folder = bundle_of(source)
+    model = register_bundle(
+        _tracking(settings), name=name, bundle_folder=folder, alias=alias, metrics=evaluation_metrics(folder, _tracking(settings))
+    )
+    console.say(f"{folder} is version {model.version} of {name}; use it as {model.reference}")
+    console.result({"name": model.name, "version": model.version, "alias": model.alias})
+
+
+@config.command("show")
+def config_show(recipe: Annotated[str, typer.Argument(metavar="RECIPE_OR_FILE")], settings: Settings = None, as_json: Json = False) -> None:
+    """The resolved configuration, and where each value came from.
+
+    Example: mm config show clip-tiny --set optimizer.lr=5e-4
+    """
+    console = Console(as_json)
+    run, origins = resolve_run(recipe, settings or ())
+    console.table(("key", "value", "from"), [(key, value, origins.get(key, "default")) for key, value in _flat(run)])
+    console.result(run.model_dump(mode="json"))
+
+
+@config.command("schema")
+def config_schema() -> None:
+    """The JSON Schema of a configuration file.
+
+    Example: mm config schema > train.schema.json
+    """
+    import json
+
+    from pipelines.train.config import TrainRun
+
+    typer.echo(json.dumps(TrainRun.model_json_schema(), indent=1))
+
+
+@config.command("recipes")
+def config_recipes(as_json: Json = False) -> None:
+    """The recipes there are.
+
+    Example: mm config recipes
+    """
+    from mm_core.models.clip import parameter_count
+    from pipelines.recipes import RECIPES
+
+    console = Console(as_json)
+    rows = []
+    for name, make in RECIPES.items():
+        run = make()
+        summary = (make.__doc__ or "").split("\n")[0]
+        rows.append((name, f"{parameter_count(run.model) / 1e6:.1f} M", run.steps, run.global_batch_size, summary))
+    console.table(("recipe", "parameters", "steps", "batch", ""), rows)
+    console.result({"recipes": [row[0] for row in rows]})
+
+
+def resolve_run(recipe_or_file: str, overrides: Sequence[str]) -> tuple[TrainRun, dict[str, str]]:
+    """A recipe's run with file, environment and overrides laid over it, and where each value came from."""
+    from mm_core.config import read_file, resolve
+    from pipelines.recipes import recipe
+
+    path = Path(recipe_or_file)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        return resolve(recipe(recipe_or_file), base_name=f"recipe {recipe_or_file}", overrides=overrides)
+    named = read_file(path).get("recipe")
+    if not isinstance(named, str):
+        raise ConfigError(f"{path} does not say which recipe it changes: add a line `recipe: clip-tiny`")
+    return resolve(recipe(named), base_name=f"recipe {named}", file=path, overrides=overrides)
+
+
+def bundle_of(source: str) -> Path:
+    """The bundle's folder for a bundle or a run.
+
+    Raises:
+        BundleError: it is neither.
+    """
+    from mm_core.bundle import MANIFEST
+    from mm_core.errors import BundleError
+
+    for folder in (Path(source), Path(source) / "bundle"):
+        if (folder / MANIFEST).is_file():
+            return folder
+    raise BundleError(f"{source} is neither a bundle nor the folder of a finished run: give runs/NAME or runs/NAME/bundle")
+
+
+def evaluation_metrics(bundle: Path, tracking: TrackingConfig) -> dict[str, float]:
+    """What `mm eval` found of this bundle's run."""
+    from mm_core.bundle import read_manifest
+    from pipelines.tracking import final_metrics
+
+    run_id = read_manifest(bundle, verify=False).run_id
+    return final_metrics(tracking.resolved(), run_id, "eval/") if run_id else {}
+
+
+def resolve_model(reference: str, settings: Sequence[str] | None = None) -> str:
+    """The local folder, or hub id, that a MODEL argument stands for."""
+    from pipelines.registry import resolve_model as look_up
+
+    return str(look_up(reference, _tracking(settings)))
+
+
+def _tracking(settings: Sequence[str] | None) -> TrackingConfig:
+    """The tracking store that commands without a recipe use: `MM_SET__TRACKING__URI` and `--set tracking.…` change it."""
+    import os
+
+    from mm_core.config import Config, resolve
+    from pipelines.tracking import TrackingConfig
+
+    class _Only(Config):
+        tracking: TrackingConfig = TrackingConfig()
+
+    environment = {key: value for key, value in os.environ.items() if key.startswith("MM_SET__TRACKING__")}
+    return resolve(_Only(), environment=environment, overrides=settings or ())[0].tracking.resolved()
+
+
+def _need(modality: str) -> tuple[str, ...]:
+    choices = {"image-text": ("image", "text"), "image": ("image",), "text": ("text",)}
+    if modality not in choices:
+        raise ConfigError(f"--modality {modality!r} is not one of {', '.join(choices)}")
+    return choices[modality]
+
+
+def _flat(run: TrainRun) -> list[tuple[str, Any]]:
+    from mm_core.config import flatten
+
+    return [(key, str(value)) for key, value in flatten(run.model_dump(mode="json"))]
