@@ -19,6 +19,7 @@ import cluster.cli
 import pipelines.cli
 import serve.cli
 from mm_core.errors import MMError
+from pipelines.session import ray_session
 
 if TYPE_CHECKING:
     from mm_core.console import Console
@@ -61,7 +62,6 @@ def demo(
     Example: mm demo; mm demo --data "shards/*.tar"
     """
     from mm_core.console import Console
-    from pipelines.session import ray_session
 
     console = Console(as_json)
     with ray_session():
@@ -189,7 +189,7 @@ def _ask(console: Console, model: str, image: bytes, labels: list[str], *, keep:
 
 
 pipelines.cli.attach(app)
-serve.cli.attach(app, pipelines.cli.resolve_model)
+serve.cli.attach(app, pipelines.cli.resolve_model, ray_session)
 cluster.cli.attach(app)
 
 

@@ -1,4 +1,7 @@
-"""The Ray a command runs on: the cluster it was started in or pointed at, else an embedded one on this machine."""
+"""The Ray a command runs on: the cluster it was started in or pointed at, else an embedded one on this machine.
+
+Ray is imported when a session is made, so that programs which only name one start quickly.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import ray
 
 from mm_core.errors import ServiceError
 
@@ -27,6 +28,8 @@ def ray_session(*, cpus: int | None = None) -> Iterator[None]:
     Raises:
         ServiceError: `RAY_ADDRESS` names a cluster that does not answer.
     """
+    import ray
+
     if ray.is_initialized():
         yield
         return
@@ -39,6 +42,8 @@ def ray_session(*, cpus: int | None = None) -> Iterator[None]:
 
 def connect(*, cpus: int | None = None) -> None:
     """`ray.init`: `address="local"` unless `RAY_ADDRESS` says otherwise, as a stale cluster file makes a bare init join or fail."""
+    import ray
+
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")

@@ -1,0 +1,4 @@
+"""`mm doctor`, `mm submit`, `mm jobs`."""
+import typer
+def attach(app: typer.Typer) -> None:
+    pass
