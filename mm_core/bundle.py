@@ -22,11 +22,14 @@ import torch
 from jaxtyping import Float32, UInt8
 from pydantic import ValidationError
 from transformers import CLIPModel, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 from mm_core.config import Config
 from mm_core.errors import BundleError, ConfigError
 from mm_core.models.clip import OPENAI_MEAN, OPENAI_STD, ClipConfig, TwoTower
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer
+
+hf_logging.disable_progress_bar()
 
 FORMAT = 1
 MANIFEST = "mm.json"

@@ -30,15 +30,22 @@ class Tracker:
         self.done = 0.0
         self.note = ""
         self._started = time.monotonic()
+        self._first: tuple[float, float] | None = None
 
     @property
     def rate(self) -> float:
-        return self.done / max(time.monotonic() - self._started, 1e-9)
+        """Units per second since the first report, so that a slow start does not spoil the estimate."""
+        if self._first is None:
+            return 0.0
+        done, at = self._first
+        return (self.done - done) / max(time.monotonic() - at, 1e-9)
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
         self.update(self.done + amount, note)
 
     def update(self, done: float, note: str | None = None) -> None:
+        if self._first is None:
+            self._first = (done, time.monotonic())
         self.done = done
         if note is not None:
             self.note = note
@@ -135,10 +142,11 @@ class _LineTracker(Tracker):
         super().__init__(label, total, unit)
         self._console = console
         self._next = time.monotonic() + _LINE_EVERY_S
+        self._shown = 0.0
 
     def _show(self) -> None:
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _LINE_EVERY_S
+        if time.monotonic() >= self._next and self.done > self._shown:
+            self._next, self._shown = time.monotonic() + _LINE_EVERY_S, self.done
             self._console.print(self.line(), markup=False)
 
     def finish(self) -> None:

@@ -46,6 +46,9 @@ def connect(*, cpus: int | None = None) -> None:
 
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    if not os.environ.get("MM_DEBUG"):
+        # Ray's C++ side prints warnings for its own developers, and a stack dump at every SIGTERM.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     runtime_env = {"env_vars": {name: os.environ[name] for name in _QUIET}}
@@ -64,5 +67,17 @@ def connect(*, cpus: int | None = None) -> None:
     except (ConnectionError, RuntimeError) as error:
         where = f"at RAY_ADDRESS={address}" if address else "on this machine"
         raise ServiceError(f"Ray {where} does not start or answer ({error}); `mm doctor` says what to fix") from None
-    for name in ("ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _quieten()
+
+
+def _quieten() -> None:
+    """Leave on the terminal what mm says itself; Ray's own log files keep everything."""
+    import ray.data  # its import sets up the handlers that are turned down here
+
+    for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
+        logger = logging.getLogger(name)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                handler.setLevel(logging.ERROR)
+        if not logger.handlers:
+            logger.setLevel(logging.ERROR)

@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mm_core.data.problems import SampleProblem
 from serve.config import ServeConfig
+from serve.encoder import Encoder
 from serve.problems import RESPONSES, BadInput, install, problem
 from serve.schema import (
     ClassifyRequest,

@@ -83,7 +83,10 @@ def walk(stream: BinaryIO, *, max_member_bytes: int, whole: bool = True) -> Iter
             continue
         name, size = extended.get("path", name), int(extended.get("size", size))
         member_start, start, extended = start, None, {}
-        yield from _member(reader, name, member_start, size, kind, max_member_bytes)
+        for entry in _member(reader, name, member_start, size, kind, max_member_bytes):
+            yield entry
+            if isinstance(entry, Hole) and entry.reason is Reason.TRUNCATED:
+                return
     if damaged_at is not None:
         yield Hole(Reason.BAD_HEADER, damaged_at, f"no valid header after byte {damaged_at}")
     elif whole and not ended:

@@ -79,12 +79,27 @@ def clip_tiny() -> ClipConfig:
     """Trains in minutes on two CPU cores."""
     return ClipConfig(
         image_size=64,
-        patch_size=8,
-        context_length=32,
+        patch_size=16,
+        context_length=24,
         vocab_size=1024,
         embed_dim=128,
-        vision=TowerConfig(width=160, layers=5, heads=5),
+        vision=TowerConfig(width=128, layers=4, heads=4),
         text=TowerConfig(width=128, layers=3, heads=4),
+        hidden_act="gelu",
+    )
+
+
+def clip_tiny_photo() -> ClipConfig:
+    """For photographs, still on two CPU cores: 36 patches, a larger vocabulary."""
+    return ClipConfig(
+        image_size=96,
+        patch_size=16,
+        context_length=24,
+        vocab_size=4096,
+        embed_dim=192,
+        vision=TowerConfig(width=192, layers=6, heads=6),
+        text=TowerConfig(width=192, layers=3, heads=6),
+        hidden_act="gelu",
     )
 
 
@@ -146,6 +161,11 @@ def hf_config(config: ClipConfig, tokens: SpecialTokens) -> HFClipConfig:
         vision_config={**_tower(config.vision), **shared, "image_size": config.image_size, "patch_size": config.patch_size},
         projection_dim=config.embed_dim,
     )
+
+
+def attend_for(model: CLIPModel, device: torch.device) -> None:
+    """Choose the attention kernel: SDPA, but on a CPU, where the backward of its kernel takes 44 % of a small model's step."""
+    model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
 
 
 def parameter_count(config: ClipConfig) -> int:

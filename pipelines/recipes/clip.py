@@ -28,7 +28,18 @@ def clip_tiny() -> TrainRun:
 def clip_tiny_photo() -> TrainRun:
     """Photographs with several captions each, twenty minutes on two CPU cores."""
     base = clip_tiny()
-    return base.model_copy(update={"recipe": "clip-tiny-photo"})
+    return base.model_copy(
+        update={
+            "recipe": "clip-tiny-photo",
+            "model": models.clip_tiny_photo(),
+            "tokenizer": TokenizerConfig(vocab_size=4096),
+            "data": DataConfig(chunk=16, augment=AugmentConfig(crop_area=(0.5, 1.0), crop_ratio=(0.8, 1.25), horizontal_flip=0.5)),
+            "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.2),
+            "schedule": ScheduleConfig(warmup_steps=200),
+            "steps": 1500,
+            "checkpoint": CheckpointConfig(every_steps=500),
+        }
+    )
 
 
 def clip_vit_b32() -> TrainRun:

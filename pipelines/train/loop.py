@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mm_core.data.plan import chunks_per_step, rank_counts
 from mm_core.data.reader import ReadSpec
-from mm_core.models.clip import ImageTextBatch, SpecialTokens, TwoTower, build_clip
+from mm_core.models.clip import ImageTextBatch, SpecialTokens, TwoTower, attend_for, build_clip
 from mm_core.objectives.contrastive import ContrastiveObjective
 from mm_core.optim import build_optimizer
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, read_state, save_checkpoint, seed_step
@@ -80,6 +80,7 @@ def train_worker(settings: dict[str, WorkerTask]) -> Outcome:
     model = TwoTower(build_clip(run.model, task.tokens), mean=run.model.image_mean, std=run.model.image_std)
     if task.initial_weights is not None:
         model.clip.load_state_dict(ray.get(task.initial_weights))
+    attend_for(model.clip, device)
     parallel = DistributedDataParallel(model.to(device), device_ids=[device.index] if device.type == "cuda" else None)
     optimizer = build_optimizer(model, run.optimizer)
     train_step = TrainStep(

@@ -1,0 +1,54 @@
+"""What the whole suite shares: one embedded Ray, small corpora, tiny bundles. Real photos come from MM_TEST_DATA or ../shared/data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's cache."""
+    os.environ["MM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    yield
+    del os.environ["MM_CACHE"]
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(_own_cache: None) -> Iterator[None]:
+    """One embedded Ray for the session: starting it costs as much as many tests. Four CPUs, so that three ranks fit."""
+    from pipelines.session import ray_session
+
+    with ray_session(cpus=4):
+        yield
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rendered scenes: train/ (4 shards, 330 samples), heldout/ and zeroshot/."""
+    from mm_core.data.synth.corpus import SynthConfig, write_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    settings = SynthConfig(samples=330, samples_per_shard=100, image_size=48, heldout_samples=60, zeroshot_samples=96)
+    write_corpus(folder, settings)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """Real photographs and captions.
+
+    Skips where they are absent: they are not ours to ship.
+    """
+    folder = Path(os.environ.get("MM_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no test photos at {folder}: set MM_TEST_DATA")
+    return folder
