@@ -46,9 +46,6 @@ def connect(*, cpus: int | None = None) -> None:
 
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    if not os.environ.get("MM_DEBUG"):
-        # Ray's C++ side prints warnings for its own developers, and a stack dump at every SIGTERM.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     runtime_env = {"env_vars": {name: os.environ[name] for name in _QUIET}}

@@ -1,10 +1,9 @@
-"""The HTTP interface: checks a request against the bounds, asks the encoder, shapes the answer."""
+"""The HTTP interface: checks a request against the bounds, asks the encoder, shapes the answer.
 
-from __future__ import annotations
+No `from __future__ import annotations` here: FastAPI reads the annotations of methods that Ray Serve has moved elsewhere.
+"""
 
 import asyncio
-import base64
-import binascii
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
@@ -17,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from mm_core.data.problems import SampleProblem
 from serve.config import ServeConfig
 from serve.encoder import Encoder
+from serve.inputs import checked, encoded, is_image
 from serve.problems import RESPONSES, BadInput, install, problem
 from serve.schema import (
     ClassifyRequest,
@@ -67,14 +67,14 @@ class Gateway:
         if request.dimensions not in (None, own):
             raise BadInput(f"dimensions: this model has {own}, other sizes are not offered", 422)
         vectors = await self._encode(inputs, "input")
-        texts = [text for text in inputs if not _is_image(text)]
+        texts = [text for text in inputs if not is_image(text)]
         tokens = await self._encoder.tokens.remote(texts)
-        data = [Embedding(index=i, embedding=_encoded(v, request.encoding_format)) for i, v in enumerate(vectors)]
+        data = [Embedding(index=i, embedding=encoded(v, request.encoding_format)) for i, v in enumerate(vectors)]
         return EmbeddingResponse(data=data, model=self._name, usage=Usage(prompt_tokens=tokens, total_tokens=tokens))
 
     @api.post("/v1/classify", responses=RESPONSES)  # type: ignore[arg-type]
     async def classify(self, request: ClassifyRequest) -> ClassifyResponse:
-        if not _is_image(request.image):
+        if not is_image(request.image):
             raise BadInput("image: not a data URI; send data:image/jpeg;base64,…", 422)
         templates = request.templates or ["{c}"]
         for template in templates:
@@ -94,31 +94,14 @@ class Gateway:
         if len(inputs) > self._config.max_inputs:
             raise BadInput(f"{where}: {len(inputs)} inputs in one call, at most {self._config.max_inputs}", 413)
         names = [(named or {}).get(i, f"{where}.{i}") for i in range(len(inputs))]
-        checked = [self._checked(value, name) for value, name in zip(inputs, names, strict=True)]
-        calls = [self._encoder.image.remote(v) if isinstance(v, bytes) else self._encoder.text.remote(v) for v in checked]
+        values = [checked(value, name, self._config) for value, name in zip(inputs, names, strict=True)]
+        calls = [self._encoder.image.remote(v) if isinstance(v, bytes) else self._encoder.text.remote(v) for v in values]
         vectors = []
         for name, result in zip(names, await asyncio.gather(*calls), strict=True):
             if isinstance(result, SampleProblem):
                 raise BadInput(f"{name}: {result}", 422)
             vectors.append(result)
         return vectors
-
-    def _checked(self, value: str, name: str) -> str | bytes:
-        if not _is_image(value):
-            if not value.strip():
-                raise BadInput(f"{name}: the text is empty", 422)
-            if len(value) > self._config.max_text_characters:
-                raise BadInput(f"{name}: {len(value):,} characters, at most {self._config.max_text_characters:,}", 413)
-            return value
-        head, comma, body = value.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise BadInput(f"{name}: a data URI must be base64: data:image/jpeg;base64,…", 422)
-        if len(body) * 3 // 4 > self._config.max_image_bytes:
-            raise BadInput(f"{name}: a picture of about {len(body) * 3 // 4:,} bytes, at most {self._config.max_image_bytes:,}", 413)
-        try:
-            return base64.b64decode(body, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise BadInput(f"{name}: not valid base64 ({error})", 422) from None
 
     async def _described(self) -> dict[str, float]:
         if not self._facts:
@@ -140,13 +123,3 @@ def build(model: str, name: str, config: ServeConfig) -> ray.serve.Application:
         ray_actor_options={"num_cpus": 0.1},
     )
     return gateway.bind(name, config, encoder)
-
-
-def _is_image(value: str) -> bool:
-    return value[:5].lower() == "data:"
-
-
-def _encoded(vector: Vector, encoding: str) -> list[float] | str:
-    if encoding == "base64":
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-    return [float(value) for value in vector]

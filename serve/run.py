@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import threading
@@ -38,7 +39,8 @@ class Server:
                 signal.signal(number, handler)
 
     def stop(self) -> None:
-        """Take the endpoint down; Ray stays."""
+        """Take the endpoint down, letting running requests end; Ray stays."""
+        ray.serve.delete(APPLICATION)
         ray.serve.shutdown()
 
 
@@ -49,6 +51,7 @@ def start(model: str, config: ServeConfig) -> Server:
         BundleError: the model cannot be loaded; nothing was started.
         ServiceError: the port is taken.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     load_bundle(model)
     _check_port(config.host, config.port)
     ray.serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.request_timeout_s))
