@@ -1,4 +1,145 @@
-"""`mm doctor`, `mm submit`, `mm jobs`."""
+"""`mm doctor`, `mm submit`, `mm jobs`. Ray, torch and MLflow are imported inside the commands, so that `mm --help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
 import typer
+
+from mm_core.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="The head's job service; by default RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265."),
+]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, from `mm jobs list`.")]
+
+jobs = typer.Typer(no_args_is_help=True, help="See, follow and stop what was submitted to a Ray cluster.")
+
+
 def attach(app: typer.Typer) -> None:
-    pass
+    """Add this package's commands to the program."""
+    app.command("submit")(submit)
+    app.add_typer(jobs, name="jobs")
+    app.command("doctor")(doctor)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check this machine, and the services that are configured; exit code 1 if something would not work.
+
+    Example: mm doctor; RAY_ADDRESS=10.0.0.5:6379 mm doctor --json
+    """
+    from cluster.doctor import State, checks
+
+    console = Console(as_json)
+    found = checks()
+    console.table(("check", "", "found", "what to do"), [(check.name, check.state, check.evidence, check.remedy) for check in found])
+    counts = {state: sum(check.state is state for check in found) for state in State}
+    console.say(", ".join(f"{count} {state}" for state, count in counts.items()))
+    console.result({"checks": [asdict(check) for check in found]} | {state.value: count for state, count in counts.items()})
+    raise typer.Exit(1 if counts[State.FAIL] else 0)
+
+
+def submit(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND…", help="The mm command to run there, behind two dashes.")],
+    address: Address = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Pass this variable on; again for several.")] = None,
+    send_code: Annotated[
+        bool | None,
+        typer.Option("--send-code/--no-send-code", help="Send mm's code along; by default if the head is on another machine."),
+    ] = None,
+    python: Annotated[str, typer.Option(metavar="PROGRAM", help="The cluster's Python, where the code is sent along.")] = "python",
+    wait_s: Annotated[float, typer.Option(min=0, help="Seconds to wait for the id of the tracking run.")] = 120.0,
+    as_json: Json = False,
+) -> None:
+    """Run an mm command on a Ray cluster; it goes on when this terminal is closed.
+
+    Example: mm submit --env AWS_PROFILE -- train clip-tiny --data index
+    """
+    from cluster.head import connect, is_this_machine
+    from cluster.submit import Elsewhere, Here, passed_variables, wait_for_run
+    from cluster.submit import submit as start
+
+    console = Console(as_json)
+    variables = passed_variables(env or ())
+    head = connect(address)
+    remote = not is_this_machine(head.address) if send_code is None else send_code
+    if remote:
+        console.note("the code is sent along; data, storage and tracking.uri must be URLs or absolute paths that the cluster sees")
+    job_id = start(head, command, Elsewhere(python) if remote else Here(Path.cwd()), variables=variables)
+    there = f" --address {head.address}" if address else ""
+    console.say(f"job {job_id} at {head.address}")
+    console.say(f"follow: mm jobs logs -f {job_id}{there}")
+    console.say(f"stop:   mm jobs stop {job_id}{there}")
+    job = wait_for_run(head, job_id, wait_s=wait_s)
+    if job.failed:
+        console.note(f"the job {job.status.lower()}; its last lines:\n{job.log_tail}")
+    elif job.run_id:
+        console.say(f"mlflow run {job.run_id}")
+    elif job.status == "SUCCEEDED":
+        console.say(f"the job has ended well and named no tracking run; its last lines:\n{job.log_tail}")
+    else:
+        console.say(f"the job is {job.status.lower()} and has named no tracking run in {wait_s:g} s; follow it as above")
+    console.result({"job_id": job_id, "run_id": job.run_id, "status": job.status})
+    raise typer.Exit(1 if job.failed else 0)
+
+
+@jobs.command("list")
+def jobs_list(address: Address = None, as_json: Json = False) -> None:
+    """The jobs of a cluster, the newest first.
+
+    Example: mm jobs list --address http://10.0.0.5:8265
+    """
+    from cluster.head import connect
+    from cluster.jobs import list_jobs
+
+    console = Console(as_json)
+    found = list_jobs(connect(address))
+    for job in found:  # lines, as a table would cut the ids on a narrow terminal
+        console.say(f"{job.job_id}  {job.status:<9}  {job.started or '-':<25}  {job.command}")
+    if not found:
+        console.note("no jobs yet; start one with mm submit")
+    console.result({"jobs": [asdict(job) for job in found]})
+
+
+@jobs.command("logs")
+def jobs_logs(
+    job: JobId,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job has ended.")] = False,
+    address: Address = None,
+) -> None:
+    """What a job has written. With -f the exit code is 1 if the job fails; Ctrl-C ends only the following.
+
+    Example: mm jobs logs -f raysubmit_4LamXRuQpYdSMg7J
+    """
+    from cluster.head import connect
+    from cluster.jobs import follow_log, job_status, read_log
+
+    head = connect(address)
+    if not follow:
+        typer.echo(read_log(head, job), nl=False)
+        return
+    for piece in follow_log(head, job):
+        typer.echo(piece, nl=False)
+    status = job_status(head, job)
+    Console().note(f"job {job} {status.lower()}")
+    raise typer.Exit(0 if status == "SUCCEEDED" else 1)
+
+
+@jobs.command("stop")
+def jobs_stop(job: JobId, address: Address = None, as_json: Json = False) -> None:
+    """Stop a job. A stopped training run continues with `mm train … --resume`.
+
+    Example: mm jobs stop raysubmit_4LamXRuQpYdSMg7J
+    """
+    from cluster.head import connect
+    from cluster.jobs import job_status, stop
+
+    console = Console(as_json)
+    head = connect(address)
+    stopped = stop(head, job)
+    console.say(f"job {job} is being stopped" if stopped else f"job {job} had ended: {job_status(head, job).lower()}")
+    console.result({"job_id": job, "stopped": stopped})

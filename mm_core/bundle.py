@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,20 +21,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from transformers import CLIPModel, PreTrainedTokenizerFast
-from transformers.utils import logging as hf_logging
 
 from mm_core.config import Config
 from mm_core.errors import BundleError, ConfigError
-from mm_core.models.clip import OPENAI_MEAN, OPENAI_STD, ClipConfig, TwoTower
+from mm_core.models.clip import ClipConfig, TwoTower
+from mm_core.models.pretrained import architecture, check_pooling, load_clip, load_normalisation, no_progress_bars
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer
-
-hf_logging.disable_progress_bar()
 
 FORMAT = 1
 MANIFEST = "mm.json"
 _CARD = "README.md"
+_WEIGHTS = "model.safetensors"
 
 
 class BundleManifest(Config):
@@ -44,7 +44,7 @@ class BundleManifest(Config):
     recipe: str
     data_fingerprint: str
     run_id: str | None = None
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default_factory=dict)
     model: ClipConfig
     files: dict[str, str]
     """SHA-256 of every other file of the bundle, by name."""
@@ -80,7 +80,7 @@ class Bundle:
 
     @property
     def logit_scale(self) -> float:
-        return float(self.towers.logit_scale)
+        return float(self.towers.logit_scale.detach())
 
     @torch.inference_mode()
     def image_features(self, images: UInt8[np.ndarray, "b h w 3"]) -> Float32[np.ndarray, "b d"]:
@@ -109,18 +109,23 @@ def write_bundle(
     """Write a bundle, whole or not at all.
 
     Raises:
-        BundleError: `folder` exists.
+        BundleError: `folder` exists, or a metric is not a number.
     """
     if folder.exists():
         raise BundleError(f"{folder} exists; a bundle is never changed: give another folder, or remove it first")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    if not_finite := {name: value for name, value in metrics.items() if not math.isfinite(value)}:
+        raise BundleError(f"metrics of a bundle are numbers; leave out or mend {not_finite}")
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
     try:
-        model.save_pretrained(temporary, safe_serialization=True)
+        with no_progress_bars():
+            model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        _make_portable(temporary / "tokenizer_config.json")
         _write_json(temporary / "preprocessor_config.json", _preprocessor(config))
         facts = {"recipe": recipe, "data_fingerprint": data_fingerprint, "run_id": run_id, "metrics": dict(metrics), "model": config}
-        (temporary / _CARD).write_text(_card(folder.name, config, recipe, data_fingerprint, metrics), encoding="utf-8")
+        weights = _digests(temporary).get(_WEIGHTS)
+        (temporary / _CARD).write_text(_card(folder.name, config, recipe, data_fingerprint, metrics, weights), encoding="utf-8")
         manifest = BundleManifest.model_validate(facts | {"files": _digests(temporary)})
         (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         os.replace(temporary, folder)
@@ -134,7 +139,7 @@ def read_manifest(folder: Path, *, verify: bool = True) -> BundleManifest:
     """The manifest of a bundle, its files' digests checked.
 
     Raises:
-        BundleError: no bundle, one of another format, or a file that is missing or is not what was written.
+        BundleError: no bundle, one of another format, or a file that is missing, added or not what was written.
     """
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -145,15 +150,23 @@ def read_manifest(folder: Path, *, verify: bool = True) -> BundleManifest:
     try:
         manifest = BundleManifest.model_validate(values)
     except ValidationError as error:
-        raise BundleError(f"{folder / MANIFEST} is not valid: {error.errors()[0]['msg']}") from None
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{folder / MANIFEST} is not valid at {where}: {first['msg']}, got {first['input']!r}") from None
     if verify:
-        found = _digests(folder, list(manifest.files))
-        for name, digest in manifest.files.items():
-            if name not in found:
-                raise BundleError(f"the bundle {folder} lacks {name}: copy it again from where it came")
-            if found[name] != digest:
-                raise BundleError(f"{folder / name} is not the file that was written (SHA-256 differs): copy the bundle again")
+        _verify(folder, manifest.files)
     return manifest
+
+
+def _verify(folder: Path, expected: Mapping[str, str]) -> None:
+    found = _digests(folder)
+    for name, digest in expected.items():
+        if name not in found:
+            raise BundleError(f"the bundle {folder} lacks {name}: copy it again from where it came")
+        if found[name] != digest:
+            raise BundleError(f"{folder / name} is not the file that was written (SHA-256 differs): copy the bundle again")
+    if added := sorted(set(found) - set(expected)):
+        raise BundleError(f"{folder / added[0]} is not part of the bundle, and could change how it loads: remove it")
 
 
 def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.device = "cpu") -> Bundle:
@@ -166,58 +179,37 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
     manifest = read_manifest(folder, verify=verify) if (folder / MANIFEST).is_file() else None
     if manifest is None and not folder.is_dir() and (folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1):
         raise BundleError(f"no bundle at {source}: give a bundle's folder, models:/NAME@ALIAS, or a hub id")
-    model = _load_clip(str(source))
-    mean, std = (manifest.model.image_mean, manifest.model.image_std) if manifest else _hub_normalisation(str(source))
+    model = load_clip(str(source))
+    mean, std = (manifest.model.image_mean, manifest.model.image_std) if manifest else load_normalisation(str(source))
     towers = TwoTower(model, mean=mean, std=std).to(device).eval()
+    image_size = int(model.config.vision_config.image_size)
     try:
         tokenizer = load_tokenizer(str(source))
+        check_pooling(model, tokenizer)
+        return Bundle(folder.resolve().name, manifest, towers, tokenizer, image_size, torch.device(device))
     except ConfigError as error:
-        raise BundleError(f"{source}: {error}") from None
-    image_size = int(model.config.vision_config.image_size)
-    return Bundle(folder.name, manifest, towers, tokenizer, image_size, torch.device(device))
+        raise BundleError(f"the model {source} cannot be used: {error}") from None
 
 
-def init_from(model: CLIPModel, source: str) -> None:
-    """Start `model` from the weights of a bundle, folder or hub id.
+def init_from(model: CLIPModel, source: str, *, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
+    """Start `model` from the weights of a bundle, folder or hub id. `tokenizer`: what feeds `model`; None leaves it unchecked.
 
     Raises:
-        BundleError: no such model, or a tensor of another shape.
+        BundleError: no such model, or one of another architecture or vocabulary; the message names the first difference.
     """
-    if (Path(source) / MANIFEST).is_file():
-        read_manifest(Path(source))
-    theirs, ours = _load_clip(source).state_dict(), model.state_dict()
-    for name, tensor in ours.items():
-        if name not in theirs:
-            raise BundleError(f"{source} has no tensor {name}: it is of another architecture than the recipe's model")
-        if theirs[name].shape != tensor.shape:
+    start = load_bundle(source)
+    theirs, ours = architecture(start.model), architecture(model)
+    for key in ours:
+        if theirs.get(key) != ours[key]:
             raise BundleError(
-                f"{source} does not fit the recipe's model: {name} is {tuple(theirs[name].shape)} there, {tuple(tensor.shape)} here;"
-                " choose the recipe it was trained with, and its tokenizer with --set tokenizer.source=…"
+                f"{source} does not fit the recipe's model: {key} is {theirs.get(key)} there, {ours[key]} here;"
+                f" choose the recipe it was trained with, and its tokenizer with --set tokenizer.source={source}"
             )
-    model.load_state_dict({name: theirs[name] for name in ours})
-
-
-def _load_clip(source: str) -> CLIPModel:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.model_type != "clip":
-            raise BundleError(f"{source} is a {config.model_type} model; this command takes CLIP models")
-        return CLIPModel.from_pretrained(source, use_safetensors=True, torch_dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        lines = str(error).splitlines()
-        raise BundleError(f"no model that can be loaded at {source}: {lines[0] if lines else error!r}") from None
-
-
-def _hub_normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    from transformers import CLIPImageProcessor
-
-    try:
-        values, _ = CLIPImageProcessor.get_image_processor_dict(source)
-    except (OSError, ValueError):
-        return OPENAI_MEAN, OPENAI_STD
-    return tuple(values.get("image_mean", OPENAI_MEAN)), tuple(values.get("image_std", OPENAI_STD))
+    if tokenizer is not None and start.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise BundleError(
+            f"{source} was trained with another tokenizer, to which its token ids belong: --set tokenizer.source={source} takes its own"
+        )
+    model.load_state_dict(start.model.state_dict())
 
 
 def _preprocessor(config: ClipConfig) -> dict[str, Any]:
@@ -238,7 +230,10 @@ def _preprocessor(config: ClipConfig) -> dict[str, Any]:
     }
 
 
-def _card(name: str, config: ClipConfig, recipe: str, data_fingerprint: str, metrics: Mapping[str, float]) -> str:
+def _card(
+    name: str, config: ClipConfig, recipe: str, data_fingerprint: str, metrics: Mapping[str, float], weights_sha256: str | None
+) -> str:
+    """A model card in the hub's form. The same model gives the same card: no dates, no host names."""
     rows = "".join(f"| {key} | {value:.4f} |\n" for key, value in sorted(metrics.items()))
     table = f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
     return f"""---
@@ -250,25 +245,49 @@ tags: [clip, mm]
 # {name}
 
 A CLIP model trained with mm, recipe `{recipe}`: images of {config.image_size} pixels in patches of {config.patch_size}, captions of up
-to {config.context_length} tokens, features of {config.embed_dim} dimensions. Fingerprint of its training data: `{data_fingerprint}`.
+to {config.context_length} tokens, features of {config.embed_dim} dimensions.
+
+| | |
+|---|---|
+| fingerprint of the training data | `{data_fingerprint}` |
+| SHA-256 of the weights | `{weights_sha256}` |
+
+`mm.json` holds the SHA-256 of every file.
 {table}
 ## Use
 
-    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
-    model = CLIPModel.from_pretrained(".")
+With mm: `mm serve FOLDER`, `mm eval FOLDER`. With transformers, where FOLDER is this one:
 
-or `mm serve .`, `mm eval .`. `mm.json` holds the SHA-256 of every file.
+```python
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+model = CLIPModel.from_pretrained(FOLDER)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+images = CLIPImageProcessor.from_pretrained(FOLDER)
+
+texts = tokenizer(["a cat", "a dog"], padding="max_length", truncation=True, return_tensors="pt")
+pixels = images(Image.open("picture.jpg"), return_tensors="pt")
+print(model(input_ids=texts.input_ids, pixel_values=pixels.pixel_values).logits_per_image.softmax(-1))
+```
 """
 
 
-def _digests(folder: Path, names: Sequence[str] | None = None) -> dict[str, str]:
-    paths = [folder / n for n in names] if names is not None else sorted(p for p in folder.rglob("*") if p.is_file())
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file by its name in the folder; not of the manifest, nor of what is hidden (file managers' and the hub's)."""
     result = {}
-    for path in paths:
-        if path.is_file():
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and name.as_posix() != MANIFEST and not any(part.startswith(".") for part in name.parts):
             with path.open("rb") as file:
-                result[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+                result[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return result
+
+
+def _make_portable(tokenizer_config: Path) -> None:
+    """transformers 5 writes a class name that 4 does not know; the name that 4 writes is known to both."""
+    text = tokenizer_config.read_text(encoding="utf-8")
+    tokenizer_config.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 
 def gather_features(local: Float[Tensor, "b d"], counts: Sequence[int], group: dist.ProcessGroup | None = None) -> Float[Tensor, "B d"]:
-    """The rows of all ranks in rank order, with gradients to the rank they came from.
+    """The rows of all ranks in rank order, with gradients to the rank they came from. One rank alone gets its own rows back.
 
     Args:
         counts: rows of each rank, known to all without a message; they may differ.
@@ -24,23 +26,28 @@ def gather_features(local: Float[Tensor, "b d"], counts: Sequence[int], group: d
 
 
 class _Gather(torch.autograd.Function):
-    """Forward: pad to the largest share, all-gather, drop the padding. Backward: sum over ranks what each found for our rows."""
+    """Shares are padded to the largest, since not every backend takes uneven ones.
+
+    Backward: every rank has a gradient for all rows; a rank gets the sum over ranks of those for its own.
+    """
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, counts: list[int], group: dist.ProcessGroup | None) -> Tensor:
-        rank = dist.get_rank(group)
-        if local.shape[0] != counts[rank]:
-            raise AssertionError(f"rank {rank} has {local.shape[0]} rows, counts say {counts[rank]}")
-        ctx.counts, ctx.group = counts, group
-        padded = local.new_zeros(max(counts), local.shape[1])
-        padded[: local.shape[0]] = local
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded, group=group)
+        own = counts[dist.get_rank(group)]
+        assert local.shape[0] == own, f"{local.shape[0]} rows here, {own} of {counts} announced"
+        ctx.counts, ctx.own, ctx.group = counts, own, group
+        parts = [local.new_empty(max(counts), local.shape[1]) for _ in counts]
+        dist.all_gather(parts, _pad(local, max(counts)), group=group)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        first = sum(ctx.counts[: dist.get_rank(ctx.group)])
-        return grad[first : first + ctx.counts[dist.get_rank(ctx.group)]], None, None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        parts = [_pad(part, max(ctx.counts)) for part in grad.split(ctx.counts)]
+        summed = torch.empty_like(parts[0])
+        dist.reduce_scatter(summed, parts, group=ctx.group)
+        return summed[: ctx.own], None, None
+
+
+def _pad(rows: Float[Tensor, "b d"], length: int) -> Float[Tensor, "length d"]:
+    return functional.pad(rows, (0, 0, 0, length - rows.shape[0])).contiguous()

@@ -15,7 +15,7 @@ class ScheduleConfig(Config):
 
 
 def lr_at(config: ScheduleConfig, peak_lr: float, step: int, total_steps: int) -> float:
-    """The learning rate of the optimiser step numbered `step`, from 0."""
+    """The learning rate of the optimiser step numbered `step`, from 0; never 0 in the warm-up, the minimum from `total_steps` on."""
     if step < config.warmup_steps:
         return peak_lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)

@@ -10,7 +10,7 @@ import typer
 
 from mm_core.console import Console
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_MODELS = "models:/"
 
 
 def attach(app: typer.Typer, resolve_model: Callable[[str], str], session: Callable[[], AbstractContextManager[None]]) -> None:
@@ -28,17 +28,24 @@ def attach(app: typer.Typer, resolve_model: Callable[[str], str], session: Calla
 
         Example: mm serve models:/clip-demo@champion --port 8000
         """
-        console = Console()
-        folder = resolve_model(model)
-        with session():
-            from serve.config import ServeConfig
-            from serve.run import start
+        from serve.config import ServeConfig
+        from serve.run import check_address, start
 
-            server = start(folder, ServeConfig(host=host, port=port, replicas=replicas, gpus_per_replica=gpus))
-            if host not in LOOPBACK:
-                console.note(f"warning: {host} is reachable from elsewhere and this version asks for no key; put a proxy that does before it")
-            console.say(f"{model} answers at {server.url} (interactive: {server.url}/docs). Ctrl-C stops it. Try:")
-            console.say(f"  curl -s {server.url}/v1/embeddings -H 'content-type: application/json' -d '{{\"input\": [\"a red circle\"]}}'")
+        console = Console()
+        config = ServeConfig(host=host, port=port, replicas=replicas, gpus_per_replica=gpus)
+        check_address(host, port)
+        folder = resolve_model(model)
+        name = model.removeprefix(_MODELS) if model.startswith(_MODELS) else None
+        if not config.is_loopback:
+            console.note(f"warning: {host} is reachable from elsewhere and this version asks for no key: put a proxy that does before it")
+        with session():
+            server = start(folder, config, name=name)
+            _introduce(console, model, server.url)
             server.wait()
             console.note("stopping")
             server.stop()
+
+
+def _introduce(console: Console, model: str, url: str) -> None:
+    console.say(f"{model} answers at {url} (OpenAPI: {url}/docs). Ctrl-C stops it. Try:")
+    console.say(f"""  curl -s {url}/v1/embeddings -H 'content-type: application/json' -d '{{"input": ["a red circle"]}}'""")

@@ -3,57 +3,85 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
 
 from serve.schema import Problem
 
 logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
-RESPONSES = {status: {"model": Problem} for status in (400, 413, 422, 429)}
+MEDIA_TYPE = "application/problem+json"
+_MAX_DETAIL_CHARACTERS = 500
+_MAX_SHOWN = 3
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": description, "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}}
+    for status, description in {
+        400: "The body is no JSON.",
+        413: "Too many inputs, or one that is too large.",
+        422: "A field is missing, unknown or wrong, or a picture cannot be read.",
+        429: "Too many requests at a time; `Retry-After` says when to try again.",
+    }.items()
+}
 """For the OpenAPI document."""
 
 
-class BadInput(Exception):
+class InputError(Exception):
     """The caller can mend this."""
 
-    def __init__(self, detail: str, status: int = 400) -> None:
+    def __init__(self, detail: str, status: int = 422) -> None:
         super().__init__(detail)
         self.detail, self.status = detail, status
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail)
-    return JSONResponse(body.model_dump(), status_code=status, media_type="application/problem+json", headers=headers)
+    """`detail` may repeat what the caller sent: it is cut, and what UTF-8 cannot say is replaced."""
+    if len(detail) > _MAX_DETAIL_CHARACTERS:
+        detail = f"{detail[:_MAX_DETAIL_CHARACTERS]}…"
+    sayable = detail.encode("utf-8", "replace").decode("utf-8")
+    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=sayable)
+    return JSONResponse(body.model_dump(), status_code=status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def overloaded(max_requests: int) -> JSONResponse:
+    detail = f"{max_requests:,} requests are being answered, no more are taken now; try again shortly"
+    return problem(429, detail, {"Retry-After": str(RETRY_AFTER_S)})
 
 
 def install(app: FastAPI) -> None:
     """Make every error of `app` a problem document."""
 
-    @app.exception_handler(BadInput)
-    async def bad_input(_: Request, error: BadInput) -> Response:
+    @app.exception_handler(InputError)
+    async def bad_input(_: Request, error: InputError) -> Response:
         return problem(error.status, error.detail)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return problem(422, f"{where or 'body'}: {first['msg']}")
+        errors = error.errors()
+        if errors[0]["type"] == "json_invalid":
+            return problem(400, f"the body is not JSON: {errors[0]['ctx']['error']} at character {errors[0]['loc'][-1]}")
+        return problem(422, _explained(errors))
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
         return problem(error.status_code, str(error.detail), dict(error.headers or {}))
 
-    @app.exception_handler(BackPressureError)
-    async def overload(_: Request, error: BackPressureError) -> Response:
-        return problem(429, "too many requests are waiting; try again shortly", {"Retry-After": str(RETRY_AFTER_S)})
-
     @app.exception_handler(Exception)
     async def internal(_: Request, error: Exception) -> Response:
-        logger.exception("a request failed")
+        logger.error("a request failed", exc_info=error)
         return problem(500, "the request failed inside the server; it is logged there")
+
+
+def _explained(errors: Sequence[Any]) -> str:
+    """Each field with what is wrong; a field of several types has an error for each."""
+    lines = []
+    for error in errors[:_MAX_SHOWN]:
+        where = ".".join(str(part) for part in error["loc"] if part != "body")
+        lines.append(f"{where or 'body'}: {error['msg']}")
+    return "; ".join(lines)

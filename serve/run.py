@@ -7,14 +7,15 @@ import signal
 import socket
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
+import ray
 import ray.serve
+import torch
 from ray.serve.config import HTTPOptions
 
 from mm_core.bundle import load_bundle
 from mm_core.errors import ServiceError
-from serve.app import build
+from serve.app import Served, build
 from serve.config import ServeConfig
 
 APPLICATION = "mm"
@@ -44,25 +45,32 @@ class Server:
         ray.serve.shutdown()
 
 
-def start(model: str, config: ServeConfig) -> Server:
-    """Deploy a bundle and wait until it answers.
+def start(model: str, config: ServeConfig, *, name: str | None = None) -> Server:
+    """Deploy a bundle and wait until it answers. `name` is what answers call the model: by default the folder's name.
 
     Raises:
         BundleError: the model cannot be loaded; nothing was started.
-        ServiceError: the port is taken.
+        ServiceError: the address cannot be used, or this Ray serves something already; nothing was started.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    load_bundle(model)
-    _check_port(config.host, config.port)
-    ray.serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.request_timeout_s))
-    name = Path(model).name
+    check_address(config.host, config.port)
+    served = _look_at(model, name)
+    if ray.is_initialized() and ray.serve.status().proxies:
+        raise ServiceError("this Ray cluster serves applications already: stop them first (serve shutdown), or use another cluster")
     try:
-        ray.serve.run(build(model, name, config), name=APPLICATION, route_prefix="/")
+        ray.serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.request_timeout_s))
+        ray.serve.run(build(model, served, config), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         ray.serve.shutdown()
         raise ServiceError(f"the endpoint did not come up: {error}") from None
-    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-    return Server(f"http://{host}:{config.port}", model)
+    return Server(config.url, served.name)
+
+
+@torch.no_grad()
+def _look_at(model: str, name: str | None) -> Served:
+    """Loads the model once here, so that a bad one is an error before anything is deployed."""
+    bundle = load_bundle(model)
+    return Served(name or bundle.name, bundle.embed_dim, bundle.logit_scale)
 
 
 def free_port() -> int:
@@ -72,10 +80,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ServiceError(f"port {port} of {host} cannot be used ({error.strerror}): stop what listens there, or give another --port") from None
+def check_address(host: str, port: int) -> None:
+    """
+    Raises:
+        ServiceError: nothing can listen there.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = f"port {port} of {host} cannot be used ({error.strerror})"
+        raise ServiceError(f"{reason}: stop what listens there, or give another --port or --host") from None

@@ -18,13 +18,15 @@ def read_classnames(folder: Path) -> list[str]:
     """`classnames.txt` of a folder in CLIP_benchmark's layout: one name a line, in the order of the labels.
 
     Raises:
-        DataError: it is not there, or empty.
+        DataError: it is not there, no text, or empty.
     """
     path = folder / "classnames.txt"
     try:
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError:
-        raise DataError(f"{path} is not there: a zero-shot folder has classnames.txt, one name a line, beside its shards") from None
+    except (OSError, UnicodeDecodeError):
+        raise DataError(
+            f"{path} is not there, or no text: a zero-shot folder has classnames.txt, one name a line, beside its shards"
+        ) from None
     if not names:
         raise DataError(f"{path} is empty: it must name the classes, one a line")
     return names
@@ -57,12 +59,18 @@ def class_embeddings(bundle: Bundle, classnames: Sequence[str], templates: Seque
 
 
 def zeroshot_metrics(
-    image_features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, "n"], classes: Float[np.ndarray, "c d"]
+    image_features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], classes: Float[np.ndarray, "c d"]
 ) -> dict[str, float]:
-    """top1, top5 and the mean over classes of top-1. A tie with another class counts against the right one."""
+    """top1, top5 (1 where there are no more than five classes) and the mean of top1 over the classes that occur.
+
+    A tie with another class counts against the right one, as does a score that is not a number.
+
+    Args:
+        labels: rows of `classes`.
+    """
     scores = image_features @ classes.T
     own = scores[np.arange(len(labels)), labels][:, None]
-    ahead = (scores >= own).sum(axis=1) - 1
+    ahead = (~(scores < own)).sum(axis=1) - 1
     hits = ahead < 1
     per_class = [hits[labels == label].mean() for label in np.unique(labels)]
     return {"top1": float(hits.mean()), "top5": float((ahead < 5).mean()), "mean_per_class": float(np.mean(per_class))}

@@ -20,8 +20,8 @@ from mm_core.errors import ConfigError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-_LEGACY_EOS = 2
-"""transformers pools at the largest token id, not at the EOS, when `eos_token_id` is 2."""
+LEGACY_EOS = 2
+"""With this `eos_token_id`, which the first CLIP exports state whatever their tokenizer's, transformers pools at the largest token id."""
 
 
 class TowerConfig(Config):
@@ -135,8 +135,14 @@ def build_clip(config: ClipConfig, tokens: SpecialTokens) -> CLIPModel:
     Raises:
         ConfigError: sizes that do not fit, or an EOS id that would switch on transformers' legacy pooling.
     """
-    if tokens.eos == _LEGACY_EOS:
-        raise ConfigError(f"the tokenizer's end-of-text id is {_LEGACY_EOS}, for which transformers' CLIP pools at the wrong token: use another tokenizer")
+    if tokens.eos == LEGACY_EOS:
+        raise ConfigError(
+            f"the tokenizer's end-of-text id is {LEGACY_EOS}, for which transformers' CLIP pools at the wrong token: use another tokenizer"
+        )
+    if max(tokens.bos, tokens.eos, tokens.pad) >= config.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size {config.vocab_size} does not hold the tokenizer's marks {tokens}: set it to the tokenizer's size"
+        )
     if config.image_size % config.patch_size:
         raise ConfigError(f"image_size {config.image_size} is no multiple of patch_size {config.patch_size}")
     for name, tower in (("vision", config.vision), ("text", config.text)):
@@ -174,7 +180,7 @@ def parameter_count(config: ClipConfig) -> int:
         return sum(p.numel() for p in build_clip(config, SpecialTokens(bos=0, eos=config.vocab_size - 1, pad=1)).parameters())
 
 
-def normalise(images: UInt8[Tensor, "b h w 3"], mean: Float[Tensor, "3"], std: Float[Tensor, "3"]) -> Float[Tensor, "b 3 h w"]:
+def normalise(images: UInt8[Tensor, "b h w 3"], mean: Float[Tensor, " 3"], std: Float[Tensor, " 3"]) -> Float[Tensor, "b 3 h w"]:
     """uint8 pixels to a tower's input, on the device they are on."""
     return ((images.to(mean.dtype) / 255 - mean) / std).permute(0, 3, 1, 2)
 
@@ -196,15 +202,20 @@ class TwoTower(nn.Module):
 
     def image_features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
         pixels = normalise(images, self.mean, self.std)
-        return nn.functional.normalize(self.clip.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+        return _unit(self.clip.get_image_features(pixel_values=pixels).pooler_output)
 
     def text_features(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
         """No attention mask: text is causal and pooled at the first EOS, so the padding behind it is never seen."""
-        return nn.functional.normalize(self.clip.get_text_features(input_ids=input_ids).pooler_output.float(), dim=-1)
+        return _unit(self.clip.get_text_features(input_ids=input_ids).pooler_output)
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
         return self.clip.logit_scale.exp()
+
+
+def _unit(features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    """L2-normalised, in fp32 at least: half precision has too few digits for logits of up to 100."""
+    return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def _tower(tower: TowerConfig) -> dict[str, int]:

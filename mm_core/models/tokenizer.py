@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mm_core.data.text import CaptionTokenizer
@@ -20,7 +20,7 @@ _SPECIALS = [PAD, "<|unused|>", "<|unused2|>", BOS, EOS]
 
 
 def train_bpe(captions: Iterable[str], *, vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
-    """A lower-casing byte-level BPE; the same captions in the same order give the same tokenizer.
+    """A lower-casing, space-squeezing byte-level BPE; the same captions give the same tokenizer.
 
     Raises:
         ConfigError: `vocab_size` cannot hold the 256 bytes and the marks.
@@ -29,7 +29,9 @@ def train_bpe(captions: Iterable[str], *, vocab_size: int, context_length: int) 
     if vocab_size < len(alphabet) + len(_SPECIALS):
         raise ConfigError(f"tokenizer.vocab_size {vocab_size} is below {len(alphabet) + len(_SPECIALS)}, the bytes and marks alone")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -38,9 +40,7 @@ def train_bpe(captions: Iterable[str], *, vocab_size: int, context_length: int) 
     tokenizer.train_from_iterator(captions, trainer)
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=[(BOS, bos), (EOS, eos)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=context_length
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=context_length)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
@@ -51,15 +51,17 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"no tokenizer at {source}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the tokenizers library raises nothing narrower for a damaged file
+        reason = next(iter(str(error).splitlines()), repr(error))
+        raise ConfigError(f"no tokenizer at {source}: give a folder with tokenizer.json, or a hub id ({reason})") from None
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"the tokenizer at {source} has no fast (tokenizers) form, which mm needs")
     return tokenizer
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
-    """
+    """Ids of the marks; the end mark stands in for a begin mark or padding that the tokenizer lacks.
+
     Raises:
         ConfigError: it has no end mark, at which CLIP pools.
     """
@@ -81,7 +83,9 @@ def caption_tokenizer(tokenizer: PreTrainedTokenizerFast, context_length: int) -
         tokenizer.backend_tokenizer.to_str(), context_length, tokens.pad, str(tokenizer.convert_ids_to_tokens(tokens.pad))
     )
     if tokens.eos not in light(["a"])[0]:
-        raise ConfigError("the tokenizer does not end a text with its end-of-text token, at which CLIP pools: use CLIP's own or one like it")
+        raise ConfigError(
+            "the tokenizer does not end a text with its end-of-text token, at which CLIP pools: use CLIP's own or one like it"
+        )
     return light
 
 

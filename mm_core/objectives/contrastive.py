@@ -22,7 +22,10 @@ class ContrastiveObjective:
         self._rank, self._gather = rank, gather
 
     def __call__(self, output: TwoTowerOutput, counts: Sequence[int]) -> LossOutput:
-        """`counts`: samples of each rank in this step. One gather serves both modalities."""
+        """`counts`: samples of each rank in this step. One gather serves both modalities.
+
+        With one rank this is CLIP's own loss; `LossOutput` says how it is scaled with several.
+        """
         both = torch.cat([output.image_features, output.text_features], dim=1)
         all_image, all_text = self._gather(both, counts).chunk(2, dim=1)
         share = contrastive_loss(

@@ -4,7 +4,7 @@
     OUT/heldout/00000.tar …   the same kind, other scenes: for retrieval
     OUT/zeroshot/             CLIP_benchmark's layout; the class of a picture is the colour and shape of its one object
 
-A shard depends on (seed, part, number) alone: the same seed gives the same bytes, whoever makes it, alone or beside others.
+A sample depends on the config, its part and its number alone: the same config gives the same bytes, however many processes draw.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import simplejpeg
 from pydantic import Field
@@ -26,7 +27,7 @@ from pydantic import Field
 from mm_core.config import Config
 from mm_core.data.synth.language import captions, questions, relations
 from mm_core.data.synth.render import render
-from mm_core.data.synth.scene import COLOURS, SHAPES, Scene, draw_scene, draw_single
+from mm_core.data.synth.scene import COLOURS, MAX_OBJECTS, SHAPES, Scene, draw_scene, draw_single
 from mm_core.errors import ConfigError
 
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
@@ -40,6 +41,7 @@ class SynthConfig(Config):
     samples: int = Field(gt=0, description="Training samples.")
     seed: int = Field(default=0, ge=0)
     image_size: int = Field(default=96, ge=32, le=1024, description="Side of the pictures, pixels.")
+    max_objects: int = Field(default=MAX_OBJECTS, ge=1, le=MAX_OBJECTS, description="Objects in a scene, at most.")
     samples_per_shard: int = Field(default=500, gt=0)
     heldout_samples: int = Field(default=500, ge=0, description="For retrieval; none of them is a training scene.")
     zeroshot_samples: int = Field(default=480, ge=0, description="For classification, the classes equally often.")
@@ -56,44 +58,62 @@ class _Shard:
 
 def write_corpus(
     out: Path, config: SynthConfig, *, workers: int = 1, on_progress: Callable[[int], None] = lambda samples: None
-) -> None:
-    """Write the whole corpus; `on_progress` is told how many samples each finished shard has.
+) -> list[Path]:
+    """Write the whole corpus and return its shards; `on_progress` is told how many samples each finished shard has.
 
     Raises:
-        ConfigError: `out` exists and is not empty. A failed run leaves nothing behind.
+        ConfigError: `out` is a file or a folder that is not empty. A failed run leaves nothing behind.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out} exists and is not empty; give another folder, or remove it first")
     existed = out.exists()
+    if existed and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; give another folder, or remove it first")
     try:
         shards = _layout(out, config)
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            running = [pool.submit(write_shard, shard.path, shard.part, shard.first, shard.last, config) for shard in shards]
-            for done in as_completed(running):
-                on_progress(done.result())
+        for samples in _write_all(shards, config, workers):
+            on_progress(samples)
     except BaseException:
-        for path in out.iterdir() if existed and out.exists() else [out]:
+        for path in out.iterdir() if existed else [out]:
             shutil.rmtree(path, ignore_errors=True)
         raise
+    return [shard.path for shard in shards]
 
 
 def write_shard(path: Path, part: str, first: int, last: int, config: SynthConfig) -> int:
     """Write samples [first, last) of a part as one tar, whole or not at all. Returns how many."""
     temporary = path.with_suffix(".tmp")
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number in range(first, last):
-            for name, data in _members(part, number, config):
-                entry = tarfile.TarInfo(name)
-                entry.size = len(data)
-                tar.addfile(entry, io.BytesIO(data))
-    temporary.replace(path)
+    try:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number in range(first, last):
+                for name, data in _members(part, number, config):
+                    entry = tarfile.TarInfo(name)
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return last - first
+
+
+def _write_all(shards: list[_Shard], config: SynthConfig, workers: int) -> Iterator[int]:
+    """Sizes of the shards as they are finished. One worker is this process."""
+    if workers == 1:
+        for shard in shards:
+            yield write_shard(shard.path, shard.part, shard.first, shard.last, config)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        running = [pool.submit(write_shard, shard.path, shard.part, shard.first, shard.last, config) for shard in shards]
+        for done in as_completed(running):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _layout(out: Path, config: SynthConfig) -> list[_Shard]:
     shards = []
     for part, samples in (("train", config.samples), ("heldout", config.heldout_samples)):
-        (out / part).mkdir(parents=True)
+        if samples:
+            (out / part).mkdir(parents=True)
         for number, first in enumerate(range(0, samples, config.samples_per_shard)):
             shards.append(_Shard(out / part / f"{number:05d}.tar", part, first, min(samples, first + config.samples_per_shard)))
     if config.zeroshot_samples:
@@ -115,17 +135,17 @@ def _members(part: str, number: int, config: SynthConfig) -> Iterator[tuple[str,
         yield f"{key}.jpg", _jpeg(draw_single(draw, shape, colour), config.image_size)
         yield f"{key}.cls", str(label).encode()
         return
-    scene = draw_scene(draw)
-    said = captions(scene, draw)
+    scene = draw_scene(draw, config.max_objects)
+    truth = _truth(scene, f"synth-{config.seed}-{part}-{key}", config.image_size, draw)
     yield f"{key}.jpg", _jpeg(scene, config.image_size)
-    yield f"{key}.txt", said[0].encode()
-    yield f"{key}.json", json.dumps(_truth(scene, said, f"synth-{config.seed}-{part}-{key}", config.image_size)).encode()
+    yield f"{key}.txt", truth["captions"][0].encode()
+    yield f"{key}.json", json.dumps(truth).encode()
 
 
-def _truth(scene: Scene, said: list[str], uid: str, side: int) -> dict[str, object]:
+def _truth(scene: Scene, uid: str, side: int, draw: random.Random) -> dict[str, Any]:
     return {
         "uid": uid,
-        "captions": said,
+        "captions": captions(scene, draw),
         "width": side,
         "height": side,
         "background": {"colour": scene.background, "gradient": scene.gradient},
@@ -141,7 +161,7 @@ def _truth(scene: Scene, said: list[str], uid: str, side: int) -> dict[str, obje
             for thing in scene.things
         ],
         "relations": [asdict(relation) for relation in relations(scene)],
-        "qa": questions(scene),
+        "qa": questions(scene, draw),
     }
 
 

@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from mm_core.data.synth.scene import BACKGROUNDS, COLOURS, Scene, Thing
 
 _SUPERSAMPLE = 3
-_DARKEN = 0.7
-"""How much light a gradient leaves at the bottom."""
+_DARKEN = 0.8
+"""How much light a gradient leaves at the bottom; with less, white ends as grey."""
 _SHADE = 0.55
 """Stripes and dots are the object's colour, this much darker."""
 

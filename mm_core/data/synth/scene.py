@@ -15,10 +15,19 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (240, 130, 180),
     "brown": (120, 72, 40),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 TEXTURES = ("plain", "striped", "dotted")
-SIZES = {"small": 0.62, "large": 1.0}
-"""Share of the room an object has."""
+SIZES = {"small": (0.12, 0.16), "large": (0.19, 0.42)}
+"""Least and greatest radius, fractions of the image's side: the words mean the same in every scene."""
+EXTENTS = {
+    "circle": (-1.0, -1.0, 1.0, 1.0),
+    "square": (-0.88, -0.88, 0.88, 0.88),
+    "triangle": (-1.0, -1.0, 1.0, 0.85),
+    "star": (-0.951, -1.0, 0.951, 0.809),
+    "cross": (-1.0, -1.0, 1.0, 1.0),
+    "ring": (-1.0, -1.0, 1.0, 1.0),
+}
+"""Left, top, right, bottom of each outline around its centre, in radii."""
+SHAPES = tuple(EXTENTS)
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 242),
     "grey": (160, 163, 168),
@@ -26,6 +35,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "beige": (224, 208, 176),
 }
 MAX_OBJECTS = 4
+"""One to a quarter of the image."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +63,8 @@ class Thing:
 
     def box(self, side: int) -> tuple[int, int, int, int]:
         """Left, top, right, bottom in pixels of an image of `side`."""
-        ends = (self.x - self.radius, self.y - self.radius, self.x + self.radius, self.y + self.radius)
-        left, top, right, bottom = (min(side, max(0, round(end * side))) for end in ends)
-        return left, top, right, bottom
+        left, top, right, bottom = (self.radius * extent for extent in EXTENTS[self.shape])
+        return round((self.x + left) * side), round((self.y + top) * side), round((self.x + right) * side), round((self.y + bottom) * side)
 
 
 @dataclass(frozen=True)
@@ -71,9 +80,9 @@ class Scene:
         return len(self.things) > 1 and len({thing.name for thing in self.things}) == 1
 
 
-def draw_scene(draw: random.Random) -> Scene:
-    """One to four objects; a third of the scenes with several show the same object several times."""
-    count = draw.choices((1, 2, 3, 4), weights=(3, 4, 3, 2))[0]
+def draw_scene(draw: random.Random, max_objects: int = MAX_OBJECTS) -> Scene:
+    """One to `max_objects` objects; a third of the scenes with several show the same object several times."""
+    count = draw.choices(range(1, max_objects + 1), weights=(3, 4, 3, 2)[:max_objects])[0]
     names = _names(draw, count)
     rooms = _rooms(draw, count)
     things = tuple(_thing(draw, shape, colour, room) for (shape, colour), room in zip(names, rooms, strict=True))
@@ -104,7 +113,8 @@ def _rooms(draw: random.Random, count: int) -> list[tuple[float, float, float]]:
 def _thing(draw: random.Random, shape: str, colour: str, room: tuple[float, float, float]) -> Thing:
     x, y, half = room
     size = draw.choice(tuple(SIZES))
-    radius = half * SIZES[size] * draw.uniform(0.86, 1.0)
+    least, greatest = SIZES[size]
+    radius = draw.uniform(least, min(greatest, half))
     slack = half - radius
     return Thing(
         shape=shape,

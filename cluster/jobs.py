@@ -1,0 +1,79 @@
+"""The jobs of a Ray head: list, read, follow, stop. What was passed to them in variables is never shown."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from cluster.head import Head
+from mm_core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job. Times are ISO 8601, UTC, to the second."""
+
+    job_id: str
+    status: str
+    started: str
+    ended: str
+    command: str
+
+
+def list_jobs(head: Head) -> list[Job]:
+    """Submitted jobs, the newest first; drivers that joined the cluster themselves are not among them."""
+    with head.asked():
+        found = [job for job in head.client.list_jobs() if job.submission_id]
+    found.sort(key=lambda job: job.start_time or 0, reverse=True)
+    return [Job(job.submission_id, job.status.value, _time(job.start_time), _time(job.end_time), _command(job.entrypoint)) for job in found]
+
+
+def read_log(head: Head, job_id: str) -> str:
+    """Everything the job has written."""
+    _known(head, job_id)
+    with head.asked():
+        return str(head.client.get_job_logs(job_id))
+
+
+def follow_log(head: Head, job_id: str) -> Iterator[str]:
+    """What the job wrote and writes, in pieces, until it has ended."""
+    import asyncio
+
+    _known(head, job_id)
+    with head.asked(), asyncio.Runner() as runner:
+        pieces = head.client.tail_job_logs(job_id)
+        while (piece := runner.run(_next(pieces))) is not None:
+            yield piece
+
+
+def stop(head: Head, job_id: str) -> bool:
+    """Ask the job to end (SIGTERM, after a few seconds SIGKILL). False: it had ended before."""
+    _known(head, job_id)
+    with head.asked():
+        return bool(head.client.stop_job(job_id))
+
+
+def job_status(head: Head, job_id: str) -> str:
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    with head.asked():
+        return str(head.client.get_job_status(job_id).value)
+
+
+def _known(head: Head, job_id: str) -> None:
+    known = [job.job_id for job in list_jobs(head)]
+    if job_id not in known:
+        raise ConfigError(f"{head.address} has no job {job_id!r}; `mm jobs list` shows the {len(known)} it has")
+
+
+async def _next(pieces: AsyncIterator[str]) -> str | None:
+    return await anext(pieces, None)
+
+
+def _time(milliseconds: int | None) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds") if milliseconds else ""
+
+
+def _command(entrypoint: str) -> str:
+    """The mm command in an entrypoint of ours; other entrypoints as they are."""
+    return "mm " + entrypoint.rpartition(" -m mm ")[2] if " -m mm " in entrypoint else entrypoint

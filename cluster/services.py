@@ -1,0 +1,162 @@
+"""Checks of what is reached over the network or configured for it. Credentials are looked for, never read or shown."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cluster.check import Check, fail, ok, warn
+
+_TIMEOUT_S = 3.0
+_PORTS = {
+    8000: ("mm serve", "serve on another one: mm serve MODEL --port 8001"),
+    8265: ("a Ray head's job service", "if it is not your head: ray start --head --dashboard-port 8266"),
+    5000: ("an MLflow server", "if it is not yours: mlflow server --port 5001"),
+}
+_DEFAULT_TRACKING = "sqlite:///mlflow.db"
+_DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433, "ray": 10001}
+
+
+def ports() -> list[Check]:
+    """The ports that commands use unless told otherwise."""
+    found = []
+    for port, (use, remedy) in _PORTS.items():
+        if _listens("127.0.0.1", port):
+            found.append(warn(f"port {port}", f"in use; {use} would listen here", remedy))
+        else:
+            found.append(ok(f"port {port}", "free"))
+    return found
+
+
+def ray_authentication() -> Check:
+    """Whether Ray asks for a token, and whether there is one. Only that a token exists is looked at."""
+    name, mode = "Ray authentication", os.environ.get("RAY_AUTH_MODE", "").lower()
+    present = bool(os.environ.get("RAY_AUTH_TOKEN")) or _token_file().is_file()
+    match mode:
+        case "disabled":
+            return warn(name, "RAY_AUTH_MODE=disabled: whoever reaches the head runs code on it", "unset RAY_AUTH_MODE, or set it to token")
+        case "token" if not present:
+            return fail(name, "RAY_AUTH_MODE=token, but there is no token", "run `ray get-auth-token --generate`, or copy the head's token")
+        case "token":
+            return ok(name, "token; it does not encrypt (RAY_USE_TLS=1 does)")
+        case "" if present:
+            return ok(name, "a token is there, so Ray asks for it")
+        case "":
+            remedy = "run `ray get-auth-token --generate` before `ray start --head`, which otherwise starts an open cluster"
+            return warn(name, "no token yet: an embedded Ray makes one, `ray start` does not", remedy)
+    return fail(name, f"RAY_AUTH_MODE={mode} is no mode", "set it to token")
+
+
+def ray_head() -> Check:
+    """The cluster that RAY_ADDRESS names."""
+    name, address = "Ray head", os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        return ok(name, "RAY_ADDRESS is not set: each command starts Ray on this machine")
+    if address == "auto":
+        return warn(name, "RAY_ADDRESS=auto: whichever Ray runs on this machine", "name the head: RAY_ADDRESS=HOST:6379")
+    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    try:
+        host, port = parts.hostname, parts.port or _DEFAULT_PORTS.get(parts.scheme)
+    except ValueError:
+        host, port = None, None
+    if not host or not port:
+        return fail(name, f"RAY_ADDRESS={address} names no host and port", "give HOST:6379, ray://HOST:10001 or http://HOST:8265")
+    address = address.rpartition("@")[2]
+    if not _listens(host, port):
+        return fail(name, f"nothing answers at RAY_ADDRESS={address}", "start it with `ray start --head`, correct RAY_ADDRESS, or unset it")
+    return ok(name, f"{address} answers")
+
+
+def tracking() -> Check:
+    """The store of runs and models: a writable place for sqlite, a server that answers for others."""
+    name, uri = "tracking store", os.environ.get("MM_SET__TRACKING__URI", _DEFAULT_TRACKING)
+    if uri.startswith("sqlite:///"):
+        return _sqlite(name, Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute())
+    parts = urlsplit(uri)
+    scheme, shown = parts.scheme.partition("+")[0], f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}"
+    if scheme in ("http", "https"):
+        reason = _no_answer(f"{uri.rstrip('/')}/health")
+    elif parts.hostname:
+        reason = None if _listens(parts.hostname, parts.port or _DEFAULT_PORTS.get(scheme, 0)) else "no answer"
+    else:
+        reason, shown = "not a tracking store", uri.partition(":")[0]
+    if reason:
+        remedy = "start it with `mlflow server`, correct MM_SET__TRACKING__URI, or unset it to keep runs in sqlite:///mlflow.db"
+        return fail(name, f"{shown}: {reason}", remedy)
+    return ok(name, f"{shown} answers")
+
+
+def object_storage() -> list[Check]:
+    """Where to find S3 and with whose credentials, if any of that is configured."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    key, secret = (bool(os.environ.get(name)) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
+    profile = os.environ.get("AWS_PROFILE")
+    file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")).expanduser().is_file()
+    found = []
+    if key != secret:
+        here, absent = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")[:: 1 if key else -1]
+        found.append(fail("S3 credentials", f"{here} is set, {absent} is not", "export both, or neither and AWS_PROFILE"))
+    elif key or profile or file:
+        source = "variables" if key else f"profile {profile}" if profile else "the credentials file"
+        found.append(ok("S3 credentials", f"from {source}"))
+    elif endpoint:
+        found.append(warn("S3 credentials", "none found", "export AWS_ACCESS_KEY_ID and its secret, unless the machine has a role"))
+    else:
+        return [ok("S3", "not configured: s3:// data would use the machine's role")]
+    if endpoint:
+        parts = urlsplit(endpoint)
+        reason = _no_answer(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/")
+        shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        remedy = "correct AWS_ENDPOINT_URL, or unset it for AWS itself"
+        found.append(fail("S3 endpoint", f"{shown}: {reason}", remedy) if reason else ok("S3 endpoint", f"{shown} answers"))
+    return found
+
+
+def hugging_face() -> Check:
+    """Models and tokenizers by hub id need the hub, or a cache; everything else works without."""
+    name = "Hugging Face hub"
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
+        return ok(name, "HF_HUB_OFFLINE: hub ids come from the cache")
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    reason = _no_answer(url)
+    if reason:
+        remedy = "use folders in place of hub ids, and export HF_HUB_OFFLINE=1 so that nothing waits for it"
+        return warn(name, f"{urlsplit(url).hostname}: {reason}", remedy)
+    return ok(name, f"{urlsplit(url).hostname} answers")
+
+
+def _sqlite(name: str, file: Path) -> Check:
+    """Looks at permissions only: opening the store would create it."""
+    folder = next(parent for parent in file.parents if parent.exists())
+    writable = os.access(file, os.W_OK) if file.exists() else folder == file.parent and os.access(folder, os.W_OK)
+    if not writable or file.is_dir():
+        evidence = f"{file} cannot be written" if folder == file.parent else f"the folder {file.parent} does not exist"
+        return fail(name, evidence, "set MM_SET__TRACKING__URI=sqlite:////FOLDER/mlflow.db to a folder you can write")
+    return ok(name, f"{file} {'is there' if file.exists() else 'will be made'}")
+
+
+def _token_file() -> Path:
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=_TIMEOUT_S):
+            return True
+    except (OSError, OverflowError):
+        return False
+
+
+def _no_answer(url: str) -> str | None:
+    """Why the server does not answer, or None. Any status below 500 is an answer: it may want credentials."""
+    import requests
+
+    try:
+        status = requests.head(url, timeout=_TIMEOUT_S, allow_redirects=False).status_code
+    except requests.exceptions.SSLError:
+        return "its certificate is not trusted here"
+    except requests.RequestException as error:
+        return f"no answer ({type(error).__name__})"
+    return f"HTTP status {status}" if status >= 500 and status != 501 else None

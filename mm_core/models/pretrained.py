@@ -1,0 +1,80 @@
+"""CLIP models as others wrote them: from a folder in transformers' layout or the hub. Safetensors alone, no pickle, no remote code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import logging as hf_logging
+
+from mm_core.errors import BundleError, ConfigError
+from mm_core.models.clip import LEGACY_EOS, OPENAI_MEAN, OPENAI_STD
+from mm_core.models.tokenizer import special_tokens
+
+_TOWER_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps")
+
+
+def load_clip(source: str) -> CLIPModel:
+    """A `CLIPModel` in fp32, every weight of which is in the file: transformers would make up the missing ones.
+
+    Raises:
+        BundleError: there is no such model, it is of another kind, or it is not whole.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if config.model_type != "clip":
+            raise BundleError(f"{source} is a {config.model_type} model; this command takes CLIP models")
+        with no_progress_bars():
+            model, report = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), repr(error))
+        raise BundleError(f"no model that can be loaded at {source}: {reason}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise BundleError(f"{source} lacks {len(missing)} of the model's tensors, {missing[0]} first: copy it again from where it came")
+    return model
+
+
+def load_normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the pixels a model was trained on, [0, 1]; OpenAI's where it does not say."""
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    except (OSError, ValueError):
+        return OPENAI_MEAN, OPENAI_STD
+    return tuple(values.get("image_mean", OPENAI_MEAN)), tuple(values.get("image_std", OPENAI_STD))
+
+
+def architecture(model: CLIPModel) -> dict[str, object]:
+    """What two models must agree on for the weights of one to work in the other: sizes, and what changes no shape."""
+    config = model.config
+    text = {f"text_config.{key}": getattr(config.text_config, key) for key in (*_TOWER_KEYS, "vocab_size", "max_position_embeddings")}
+    vision = {f"vision_config.{key}": getattr(config.vision_config, key) for key in (*_TOWER_KEYS, "image_size", "patch_size")}
+    return {"projection_dim": config.projection_dim} | text | vision
+
+
+def check_pooling(model: CLIPModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The token at which the model pools is the one that the tokenizer puts at the end of a text.
+
+    Raises:
+        ConfigError: it is another, so that text features would be of the wrong token.
+    """
+    pooled, eos = model.config.text_config.eos_token_id, special_tokens(tokenizer).eos
+    if pooled == LEGACY_EOS:
+        pooled = max(tokenizer.get_vocab().values())
+    if pooled != eos:
+        raise ConfigError(f"it pools at token {pooled}, and its tokenizer ends a text with {eos}: the two do not belong together")
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Commands show their own progress."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,55 @@
+"""`mm train --dry-run`: what a run would be, from its configuration and the index alone. Nothing starts, nothing is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mm_core.data.index import Index
+from mm_core.data.ledger import compile_kept
+from mm_core.data.plan import chunks_per_step
+from mm_core.models.clip import ClipConfig, TowerConfig, parameter_count
+from pipelines.train.config import TrainRun
+
+_STATE_BYTES = 16
+"""Per parameter: fp32 weight and gradient, and AdamW's two moments."""
+_ACTIVATION_BYTES = 34
+"""Per token, unit of width and layer in 16 bits, with attention that does not keep its matrix (Korthikanti et al. 2022,
+arXiv 2205.05198, section 4)."""
+
+
+def describe(run: TrainRun, index: str, ledgers: Sequence[str]) -> dict[str, object]:
+    """Parameters, steps, samples, epochs, shares and a memory estimate per worker.
+
+    Raises:
+        ConfigError, DataError: what would stop the run before its first step.
+    """
+    kept = len(compile_kept(Index.open(index), ledgers))
+    workers = run.resources.workers
+    chunks = chunks_per_step(run.global_batch_size, run.data.chunk, workers)
+    rank_batch = -(-chunks // workers) * run.data.chunk
+    parameters = parameter_count(run.model)
+    state = parameters * _STATE_BYTES
+    activations = rank_batch * activation_bytes(run.model)
+    samples = run.steps * run.global_batch_size
+    return {
+        "parameters": parameters,
+        "steps": run.steps,
+        "global_batch_size": run.global_batch_size,
+        "samples_per_rank_and_step": rank_batch,
+        "samples_seen": samples,
+        "samples_kept": kept,
+        "epochs": round(samples / kept, 3),
+        "memory_per_worker_mb": round((state + activations) / 1e6),
+        "memory_weights_and_optimizer_mb": round(state / 1e6),
+        "memory_activations_mb": round(activations / 1e6),
+    }
+
+
+def activation_bytes(model: ClipConfig) -> int:
+    """Of one sample, both towers, in 16 bits; twice that in fp32."""
+    patches = (model.image_size // model.patch_size) ** 2 + 1
+    return _tower_bytes(model.vision, patches) + _tower_bytes(model.text, model.context_length)
+
+
+def _tower_bytes(tower: TowerConfig, tokens: int) -> int:
+    return _ACTIVATION_BYTES * tokens * tower.width * tower.layers

@@ -1,0 +1,97 @@
+"""A real Ray head with its job service: started once for this package's tests, in a process group of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+
+_START_S = 60
+
+
+@dataclass(frozen=True)
+class RunningHead:
+    """Where the head listens, and the environment in which a command can reach it."""
+
+    address: str
+    gcs_port: str
+    environment: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def running_head() -> Iterator[RunningHead]:
+    """`ray start --head --block` with token authentication and a token of its own.
+
+    Its folder's name is short, as the paths of Ray's sockets must fit 107 bytes.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="mmh"))
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    gcs, dashboard, client, metrics, agent = _free_ports(5)
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2",
+        "--include-dashboard=true", "--disable-usage-stats", "--object-store-memory=100000000", f"--port={gcs}",
+        f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}",
+        f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}/r",
+    ]  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_until_up(process, address, folder / "log")
+            yield RunningHead(address, str(gcs), environment)
+        finally:
+            _end_group(process)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _wait_until_up(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    until = time.monotonic() + _START_S
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            if requests.get(f"{address}/api/version", timeout=1).status_code in (200, 401):
+                return
+        except requests.RequestException:
+            time.sleep(0.2)
+    pytest.fail(f"the head did not come up: {log.read_text()[-2000:]}")
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM lets `ray start --block` stop the processes it started; what is left of its own group is killed."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,180 @@
+"""Submitting to a real head, as a user does: the mm command in a process of its own.
+
+In the working folder of some tests lies a small `mm.py`, which the job finds before the installed one: it does quickly and
+visibly what a training run does slowly.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cluster.head import choose_address, is_this_machine
+from cluster.submit import Elsewhere, Here, entrypoint, passed_variables
+from mm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from conftest import RunningHead
+
+RUN_ID = "0123456789abcdef" * 2
+
+
+def mm(head: RunningHead, *arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    # -P: this process must be the real mm, whatever lies in the folder.
+    command = [sys.executable, "-P", "-m", "mm", *arguments]
+    environment = head.environment | {"RAY_API_SERVER_ADDRESS": head.address} | variables
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def result_of(process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert process.stdout, process.stderr
+    values: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return values
+
+
+def test_a_job_runs_in_the_callers_folder_and_joins_the_cluster(running_head: RunningHead, tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "mm.py").write_text(
+        "import json, os, pathlib, ray, sys\n"
+        "from pipelines.session import ray_session\n"
+        "with ray_session():\n"
+        "    port = ray.get_runtime_context().gcs_address.split(':')[-1]\n"
+        "pathlib.Path('seen').write_text(json.dumps([sys.argv[1:], os.environ['MM_SECRET'], port]))\n"
+        f"print('run x   mlflow run {RUN_ID} (experiment mm)')\n"
+    )
+    arguments = ["train", "clip-tiny", "--set", "name=it's $HOME; *"]
+
+    process = mm(running_head, "submit", "--json", "--env", "MM_SECRET", "--", *arguments, folder=folder, MM_SECRET="s3cr3t")
+
+    assert process.returncode == 0, process.stderr
+    job = result_of(process)
+    assert job["run_id"] == RUN_ID
+    assert job["job_id"].startswith("raysubmit_")
+    assert json.loads((folder / "seen").read_text()) == [arguments, "s3cr3t", running_head.gcs_port]
+    assert f"mm jobs logs -f {job['job_id']}" in process.stderr
+    listed = mm(running_head, "jobs", "list", "--json", folder=tmp_path)
+    assert result_of(listed)["jobs"][0]["job_id"] == job["job_id"]
+    assert "s3cr3t" not in process.stdout + process.stderr + listed.stdout + listed.stderr
+
+
+def test_code_is_sent_to_a_head_elsewhere(running_head: RunningHead, tmp_path: Path) -> None:
+    options = ["--send-code", "--python", sys.executable, "--json"]
+    process = mm(running_head, "submit", *options, "--", "doctor", "--json", folder=tmp_path)
+    job = result_of(process)
+    assert job["status"] == "SUCCEEDED", process.stderr
+    assert job["run_id"] is None
+    assert '"checks": [' in process.stderr
+    assert "Uploading" not in process.stderr
+
+
+def test_a_failed_job_shows_its_last_lines(running_head: RunningHead, tmp_path: Path) -> None:
+    process = mm(running_head, "submit", "--json", "--", "train", "--no-such-option", folder=tmp_path)
+    assert process.returncode == 1
+    assert "--no-such-option" in process.stderr
+    assert result_of(process)["status"] == "FAILED"
+
+
+def test_follow_and_stop(running_head: RunningHead, tmp_path: Path) -> None:
+    (tmp_path / "mm.py").write_text("import time\nprint('begun')\ntime.sleep(600)\n")
+    process = mm(running_head, "submit", "--json", "--wait-s", "0", "--", "train", folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "follow it as above" in process.stderr
+    job = result_of(process)["job_id"]
+    environment = running_head.environment | {"RAY_API_SERVER_ADDRESS": running_head.address}
+    command = [sys.executable, "-P", "-m", "mm", "jobs", "logs", "-f", job]
+    follower = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert follower.stdout is not None
+    assert any("begun" in line for line in follower.stdout)
+
+    stopped = mm(running_head, "jobs", "stop", job, "--json", folder=tmp_path)
+
+    assert result_of(stopped) == {"job_id": job, "stopped": True}
+    _, shown = follower.communicate(timeout=60)
+    assert follower.returncode == 1
+    assert "stopped" in shown
+    assert "begun" in mm(running_head, "jobs", "logs", job, folder=tmp_path).stdout
+    again = mm(running_head, "jobs", "stop", job, "--json", folder=tmp_path)
+    assert result_of(again) == {"job_id": job, "stopped": False}
+
+
+def test_a_job_nobody_knows_is_named(running_head: RunningHead, tmp_path: Path) -> None:
+    process = mm(running_head, "jobs", "logs", "raysubmit_none", folder=tmp_path)
+    assert process.returncode == 2
+    assert "raysubmit_none" in process.stderr
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_the_given_address_wins_and_another_token_is_refused(running_head: RunningHead, tmp_path: Path) -> None:
+    other = tmp_path / "token"
+    other.write_text("0" * 64)
+    command = ["jobs", "list", "--address", running_head.address]
+    assert mm(running_head, *command, folder=tmp_path, RAY_API_SERVER_ADDRESS="http://127.0.0.1:9").returncode == 0
+    refused = mm(running_head, *command, folder=tmp_path, RAY_AUTH_TOKEN_PATH=str(other))
+    assert refused.returncode == 1
+    assert "asks for a token" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_token_is_sent_although_no_variable_asks_for_it(running_head: RunningHead, tmp_path: Path) -> None:
+    environment = {name: value for name, value in running_head.environment.items() if name != "RAY_AUTH_MODE"}
+    command = [sys.executable, "-m", "mm", "jobs", "list", "--json", "--address", running_head.address]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 0, process.stderr
+    assert isinstance(result_of(process)["jobs"], list)
+
+
+def test_nobody_at_the_address(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mm", "submit", "--address", "http://127.0.0.1:9", "--", "train", "clip-tiny"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1
+    assert "http://127.0.0.1:9" in process.stderr
+    assert "ray start --head" in process.stderr
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_address_by_precedence() -> None:
+    both = {"RAY_API_SERVER_ADDRESS": "http://a:8265/", "RAY_ADDRESS": "http://b:8265"}
+    assert choose_address("https://given:1", both) == "https://given:1"
+    assert choose_address(None, both) == "http://a:8265"
+    assert choose_address(None, {"RAY_ADDRESS": "http://b:8265"}) == "http://b:8265"
+
+
+def test_ports_that_drivers_join_by_are_not_the_job_service() -> None:
+    with pytest.raises(ConfigError, match="http://HOST:8265"):
+        choose_address("ray://head:10001", {})
+    with pytest.raises(ConfigError, match="http://HOST:8265"):
+        choose_address("head:6379", {})
+    assert choose_address(None, {"RAY_ADDRESS": "auto"}) == "http://127.0.0.1:8265"
+
+
+def test_an_address_with_a_password_is_refused_without_showing_it() -> None:
+    with pytest.raises(ConfigError, match="carries a password") as error:
+        choose_address("http://me:geheim@head:8265", {})
+    assert "geheim" not in str(error.value)
+
+
+def test_this_machine_is_told_from_others() -> None:
+    assert is_this_machine("http://127.0.0.1:8265")
+    assert is_this_machine("http://localhost:8265")
+    assert not is_this_machine("http://198.51.100.7:8265")  # reserved for documentation: nobody's
+    assert not is_this_machine("http://no-such-host.invalid:8265")
+
+
+def test_entrypoint_is_quoted() -> None:
+    assert entrypoint(["train", "a b"], Elsewhere()) == "exec python -m mm train 'a b'"
+    assert entrypoint(["x;y"], Here(Path("/a b"))) == f"cd '/a b' && exec {sys.executable} -m mm 'x;y'"
+
+
+def test_variables_are_passed_by_name_only() -> None:
+    assert passed_variables(["A"], {"A": "1", "B": "2"}) == {"A": "1"}
+    with pytest.raises(ConfigError, match="--env C is not set"):
+        passed_variables(["C"], {})
+    with pytest.raises(ConfigError, match="give the name alone") as error:
+        passed_variables(["A=geheim"], {})
+    assert "geheim" not in str(error.value)

@@ -1,0 +1,181 @@
+"""Kill a worker, then the driver; go on with one, two and three workers: the same samples in the same global batches."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pytest
+import torch
+
+from mm_core.bundle import load_bundle
+from mm_core.config import resolve
+from mm_core.console import Console
+from mm_core.data.index import Index
+from mm_core.errors import CheckpointError, ConfigError, TrainingError
+from pipelines.index import build_index
+from pipelines.recipes import recipe
+from pipelines.train.audit import read_audit
+from pipelines.train.config import TrainRun
+from pipelines.train.driver import TrainRequest, TrainResult, train
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+STEPS = 120
+
+
+def settings(storage: Path) -> list[str]:
+    tower = "{width: 32, layers: 1, heads: 2}"
+    return [
+        f"steps={STEPS}", "global_batch_size=40", "data.chunk=8", "precision=fp32", "log_every_steps=5", "checkpoint.every_steps=10",
+        "model.image_size=32", f"model.vision={tower}", f"model.text={tower}", "model.embed_dim=16", "tokenizer.vocab_size=320",
+        f"storage={storage / 'runs'}", f"tracking.uri=sqlite:///{storage / 'mlflow.db'}", "tracking.system_metrics=false",
+        "data.augment.crop_area=[0.5, 1.0]",
+    ]  # fmt: skip
+
+
+def tiny_run(storage: Path, workers: int) -> TrainRun:
+    return resolve(recipe("clip-tiny"), overrides=[*settings(storage), f"resources.workers={workers}"])[0]
+
+
+def run(index: Index, storage: Path, workers: int, audit: Path, *, resume: bool = False) -> TrainResult:
+    return train(TrainRequest(tiny_run(storage, workers), index.url, name="tiny", resume=resume, audit=str(audit)), Console(json=True))
+
+
+def batches(audit: Path) -> dict[int, list[tuple[int, str]]]:
+    """Per step (epoch, uid) in the order of the global batch, from each step's highest attempt."""
+    rows: pa.Table = read_audit(str(audit))
+    found: dict[int, list[tuple[int, str]]] = {}
+    for row in rows.to_pylist():
+        found.setdefault(row["step"], []).append((row["epoch"], row["uid"]))
+    return found
+
+
+def weights(bundle: str) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in load_bundle(bundle).model.parameters()])
+
+
+@pytest.fixture(scope="module")
+def index(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return build_index([str(corpus / "train")], str(tmp_path_factory.mktemp("resume") / "index"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(index: Index, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, Path]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return run(index, folder, 2, folder / "audit"), folder
+
+
+@pytest.fixture(scope="module")
+def killed(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run by the command line: SIGKILL to a worker, then, after it has gone on by itself, to the driver."""
+    folder = tmp_path_factory.mktemp("killed")
+    arguments = [item for setting in settings(folder) for item in ("--set", setting)]
+    command = [sys.executable, "-m", "mm", "train", "clip-tiny", "--data", index.url, "--name", "tiny", "--workers", "2"]
+    command += ["--audit", str(folder / "audit"), *arguments]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(folder / "log").open("wb"))
+    try:
+        wait_for(lambda: reached(folder, 10), driver, folder)
+        worker = next(p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
+        worker.send_signal(signal.SIGKILL)
+        wait_for(lambda: attempts(folder) == 2 and reached(folder, 20), driver, folder)
+        family = psutil.Process(driver.pid).children(recursive=True)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        psutil.wait_procs(family, timeout=30)
+    finally:
+        driver.kill()
+    return folder
+
+
+def wait_for(done: Callable[[], bool], driver: subprocess.Popen[bytes], folder: Path, timeout_s: float = 240) -> None:
+    end = time.monotonic() + timeout_s
+    while not done():
+        assert driver.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < end, (folder / "log").read_text()
+        time.sleep(0.05)
+
+
+def reached(folder: Path, step: int) -> bool:
+    found = [int(path.parent.name.split("_")[1]) for path in (folder / "runs" / "tiny").glob("checkpoint_*/state.json")]
+    return bool(found) and max(found) >= step
+
+
+def attempts(folder: Path) -> int:
+    return int((folder / "runs" / "tiny" / "attempt").read_text())
+
+
+def test_the_run_is_whole(undisturbed: tuple[TrainResult, Path]) -> None:
+    result, folder = undisturbed
+    assert (result.steps, result.samples_seen) == (STEPS, STEPS * 40)
+    assert math.isfinite(result.final_loss)
+    consumed = batches(folder / "audit")
+    assert sorted(consumed) == list(range(STEPS))
+    assert all(len(step) == 40 for step in consumed.values())
+    first = [uid for step in consumed.values() for epoch, uid in step if epoch == 0]
+    assert len(first) == len(set(first)) == 330
+    state = json.loads((Path(result.checkpoint) / "state.json").read_text())
+    assert (state["step"], state["chunks_consumed"], state["tracking_run_id"]) == (STEPS, STEPS * 5, result.run_id)
+    assert state["code_revision"]
+    assert state["config"]["steps"] == STEPS
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_killed_and_resumed_is_as_undisturbed(
+    workers: int, killed: Path, undisturbed: tuple[TrainResult, Path], index: Index, tmp_path: Path
+) -> None:
+    assert len({path.name.split("-")[0] for path in (killed / "audit").glob("*.parquet")}) == 2
+    for name in ("runs", "audit"):
+        shutil.copytree(killed / name, tmp_path / name)
+    shutil.copy(killed / "mlflow.db", tmp_path / "mlflow.db")
+    reference, folder = undisturbed
+
+    result = run(index, tmp_path, workers, tmp_path / "audit", resume=True)
+
+    assert batches(tmp_path / "audit") == batches(folder / "audit")
+    assert result.run_id == json.loads((killed / "runs" / "tiny" / "run.json").read_text())["tracking_run_id"]
+    torch.testing.assert_close(weights(result.bundle), weights(reference.bundle), atol=2e-3, rtol=1e-2)
+    assert abs(result.final_loss - reference.final_loss) < 1e-2
+
+
+def test_resume_without_a_name_finds_the_run(undisturbed: tuple[TrainResult, Path], index: Index) -> None:
+    result, folder = undisturbed
+    again = train(TrainRequest(tiny_run(folder, 1), index.url, resume=True), Console(json=True))
+    assert (again.name, again.run_id, again.steps) == ("tiny", result.run_id, STEPS)
+
+
+def test_a_run_is_not_overwritten_nor_continued_as_another(undisturbed: tuple[TrainResult, Path], index: Index, corpus: Path) -> None:
+    _, folder = undisturbed
+    with pytest.raises(ConfigError, match="exists: continue it with --resume"):
+        run(index, folder, 1, folder / "audit2")
+    other = tiny_run(folder, 1).model_copy(update={"steps": 7})
+    with pytest.raises(CheckpointError, match="of another run: steps was 120, now 7"):
+        train(TrainRequest(other, index.url, name="tiny", resume=True), Console(json=True))
+    with pytest.raises(CheckpointError, match="no run of clip-tiny with this configuration"):
+        train(TrainRequest(other, index.url, resume=True), Console(json=True))
+    data = build_index([str(corpus / "heldout")], str(folder / "other-index"))
+    with pytest.raises(CheckpointError, match="was started on other data"):
+        run(data, folder, 1, folder / "audit2", resume=True)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_batch(index: Index, tmp_path: Path) -> None:
+    broken = tiny_run(tmp_path, 2)
+    broken = broken.model_copy(update={"steps": 12, "optimizer": broken.optimizer.model_copy(update={"lr": 1e30})})
+    with pytest.raises(TrainingError, match=r"the gradient of step \d+ is not finite.*synth-0-train-"):
+        train(TrainRequest(broken, index.url, name="nan"), Console(json=True))
+    assert not list((tmp_path / "runs" / "nan").glob("checkpoint_*"))
+
+
+def test_a_batch_for_too_many_workers_is_refused_before_anything_starts(index: Index, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="5 chunks of 8 for 6 workers"):
+        run(index, tmp_path, 6, tmp_path / "audit")
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "mlflow.db").exists()

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from mm_core.models.clip import ClipConfig, SpecialTokens, TowerConfig, TwoTower, build_clip
+from mm_core.optim import OptimizerConfig, build_optimizer, clamp_logit_scale
+
+TOWER = TowerConfig(width=16, layers=1, heads=2)
+CONFIG = ClipConfig(image_size=16, patch_size=8, context_length=6, vocab_size=20, embed_dim=8, vision=TOWER, text=TOWER)
+
+
+@pytest.fixture
+def model() -> TwoTower:
+    return TwoTower(build_clip(CONFIG, SpecialTokens(bos=3, eos=4, pad=0)))
+
+
+def test_gains_biases_and_the_temperature_do_not_decay(model: TwoTower) -> None:
+    decays, others = build_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.2)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert (decays["weight_decay"], others["weight_decay"]) == (0.2, 0.0)
+    assert len(decays["params"]) + len(others["params"]) == len(names)
+    spared = {names[id(p)] for p in others["params"]}
+    assert "clip.logit_scale" in spared
+    assert all(("norm" in name) <= (name in spared) and ("bias" in name) <= (name in spared) for name in names.values())
+    assert all("proj" in name or "fc" in name or "embedding" in name for name in set(names.values()) - spared)
+
+
+def test_frozen_parameters_are_left_out(model: TwoTower) -> None:
+    model.clip.vision_model.requires_grad_(False)
+    groups = build_optimizer(model, OptimizerConfig(lr=1e-3)).param_groups
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("value", "kept"), [(9.0, math.log(100)), (-1.0, 0.0), (2.5, 2.5)])
+def test_the_temperature_is_kept_in_its_bounds(model: TwoTower, value: float, kept: float) -> None:
+    with torch.no_grad():
+        model.clip.logit_scale.fill_(value)
+    clamp_logit_scale(torch.nn.ModuleDict({"module": model}))
+    assert model.clip.logit_scale.item() == pytest.approx(kept)
+
+
+def test_an_infinite_bound_is_refused() -> None:
+    """It could not be written to a checkpoint's JSON."""
+    with pytest.raises(ValidationError, match="finite"):
+        OptimizerConfig(lr=1e-3, grad_clip_norm=math.inf)

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mm_core.data.index import Index
+from mm_core.data.ledger import compile_kept, split
+from mm_core.data.problems import SampleProblem
+from mm_core.data.reader import IndexReader
+from mm_core.data.sample import Sample
+from mm_core.data.synth.corpus import SynthConfig, write_corpus
+from mm_core.errors import ConfigError, DataError
+from pipelines.index import build_index, expand_shards
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def index(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return build_index([str(corpus / "train")], str(tmp_path_factory.mktemp("index") / "index"))
+
+
+@pytest.fixture
+def picture(corpus: Path) -> bytes:
+    with tarfile.open(corpus / "train" / "00000.tar") as tar:
+        member = tar.extractfile("00000000.jpg")
+        assert member is not None
+        return member.read()
+
+
+def test_every_sample_is_found_by_its_ordinal(index: Index, corpus: Path) -> None:
+    assert (index.summary.samples, index.summary.shards, index.summary.bad) == (330, 4, {})
+    truth = {}
+    for path in sorted((corpus / "train").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            truth |= {m.name: file.read() for m in tar if (file := tar.extractfile(m))}
+    ordinals = np.arange(330, dtype=np.uint64)[::-1].copy()
+    for ordinal, sample in zip(ordinals, IndexReader(index).read(ordinals), strict=True):
+        assert isinstance(sample, Sample)
+        assert sample.image == truth[f"{ordinal:08d}.jpg"]
+        assert sample.uid == json.loads(truth[f"{ordinal:08d}.json"])["uid"]
+        assert sample.captions[0].encode() == truth[f"{ordinal:08d}.txt"]
+
+
+def test_the_table_says_what_the_samples_hold(index: Index) -> None:
+    rows = [row for batch in index.samples(["shard", "row", "uid", "width", "image_format", "captions", "reason"]) for row in batch.to_pylist()]
+    assert [(r["shard"], r["row"]) for r in rows] == sorted((r["shard"], r["row"]) for r in rows)
+    assert len({r["uid"] for r in rows}) == 330
+    assert {(r["width"], r["image_format"], r["reason"]) for r in rows} == {(48, "jpeg", None)}
+    assert all(r["captions"] for r in rows)
+
+
+def test_locators_are_small_and_open_with_numpy_alone(index: Index) -> None:
+    locators = np.load(f"{index.url}/locators.npy", mmap_mode="r")
+    assert locators.dtype.itemsize == 24
+    assert len(locators) == 330
+
+
+def test_the_same_shards_have_the_same_fingerprint_wherever_they_lie(index: Index, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "again", SynthConfig(samples=330, samples_per_shard=100, image_size=48, heldout_samples=0, zeroshot_samples=0))
+    again = build_index([str(tmp_path / "again" / "train")], str(tmp_path / "index"))
+    assert again.summary.fingerprint == index.summary.fingerprint
+
+
+def test_bad_samples_are_rows_with_a_reason(picture: bytes, tmp_path: Path) -> None:
+    good = {f"g{i}.{suffix}": data for i in range(8) for suffix, data in (("jpg", picture), ("txt", b"fine"))}
+    bad = {"a.txt": b"text only", "b.jpg": picture, "c.jpg": b"no picture", "c.txt": b"t", "d.jpg": b"", "d.txt": b"t", "e.mp4.gz": b"z"}
+    shard = write_tar(tmp_path / "s.tar", good | bad)
+    index = build_index([str(shard)], str(tmp_path / "index"), max_bad_fraction=0.5)
+    assert index.summary.samples == 8
+    assert index.summary.bad == {"no_image": 1, "no_text": 1, "not_an_image": 1, "empty_image": 1, "unsupported_member": 1}
+    assert len(compile_kept(index)) == 8
+    table = pq.read_table(f"{index.url}/samples")
+    assert sum(reason is not None for reason in table["reason"].to_pylist()) == 5
+
+
+def test_too_many_bad_samples_stop_the_job_and_leave_nothing(picture: bytes, tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "s.tar", {"a.txt": b"text only", "b.jpg": picture, "b.txt": b"t"})
+    with pytest.raises(DataError, match=r"1 of 2 samples \(50%\) cannot be used.*no_image 1"):
+        build_index([str(shard)], str(tmp_path / "index"))
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_truncated_shard_keeps_what_is_whole(corpus: Path, tmp_path: Path) -> None:
+    data = (corpus / "train" / "00000.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(data[: len(data) // 2])
+    summary = build_index([str(tmp_path / "cut.tar")], str(tmp_path / "index")).summary
+    assert 40 < summary.samples < 60
+    assert sum(summary.bad.values()) in (1, 2)
+    assert "truncated" in summary.bad
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", r"is empty \(0 bytes\)"), (b"\x1f\x8b" + bytes(600), "compressed with gzip"), (b"no tar" * 500, "no usable sample")],
+)
+def test_what_is_no_shard_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        build_index([str(tmp_path / "x.tar")], str(tmp_path / "index"))
+    assert not (tmp_path / "index").exists()
+
+
+def test_missing_shards_and_taken_folders_are_refused(index: Index, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no shard at"):
+        expand_shards([str(tmp_path / "nothing" / "*.tar")])
+    with pytest.raises(ConfigError, match="is an index already"):
+        build_index([str(corpus / "train")], index.url)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("keep")
+    with pytest.raises(ConfigError, match=r"holds other things \(precious\.txt\)"):
+        build_index([str(corpus / "train")], str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "precious.txt").read_text() == "keep"
+    with pytest.raises(DataError, match="mm data index"):
+        Index.open(str(tmp_path / "nothing"))
+
+
+def test_shards_are_named_in_many_ways(corpus: Path) -> None:
+    folder = corpus / "train"
+    everything = [str(folder / f"{i:05d}.tar") for i in range(4)]
+    for patterns in ([str(folder)], [str(folder / "*.tar")], [str(folder / "{00000..00003}.tar")], [*everything, *everything]):
+        assert expand_shards(patterns) == everything
+
+
+def test_any_fsspec_store(corpus: Path, tmp_path: Path) -> None:
+    """The memory store stands for a remote one: other code paths, no local files."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/shards/0.tar", (corpus / "train" / "00000.tar").read_bytes())
+    from mm_core.data.scan import scan_shard
+
+    read = scan_shard("memory://shards/0.tar", 0, ("image", "text"))
+    local = scan_shard(str(corpus / "train" / "00000.tar"), 0, ("image", "text"))
+    np.testing.assert_array_equal(read.locators, local.locators)
+    assert expand_shards(["memory://shards/*.tar"]) == ["memory:///shards/0.tar"]
+
+
+def test_a_changed_byte_is_noticed(corpus: Path, tmp_path: Path) -> None:
+    data = (corpus / "train" / "00000.tar").read_bytes()
+    shard = tmp_path / "s.tar"
+    shard.write_bytes(data)
+    index = build_index([str(shard)], str(tmp_path / "index"))
+    shard.write_bytes(bytes(512) + data[512:])
+    first, second = IndexReader(index).read(np.asarray([0, 1], dtype=np.uint64))
+    assert isinstance(first, SampleProblem)
+    assert first.reason == "changed"
+    assert isinstance(second, Sample)
+
+
+def test_a_split_divides_without_overlap_and_is_repeatable(index: Index) -> None:
+    ours, theirs = split(index, heldout=0.2, seed=1)
+    train, held = compile_kept(index, ["train"]), compile_kept(index, ["heldout"])
+    assert sorted([*train.ordinals, *held.ordinals]) == list(range(330))
+    assert 30 < len(held) < 110
+    assert split(index, heldout=0.2, seed=1) == (ours, theirs)
+    assert len(compile_kept(index, ["train", "heldout"])) == 0
+    with pytest.raises(DataError, match="has no ledger 'trian'; it has: heldout, train"):
+        compile_kept(index, ["trian"])

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from mm_core.data.image import AugmentConfig
+from mm_core.data.index import Index
+from mm_core.data.ledger import compile_kept
+from mm_core.data.plan import Plan
+from mm_core.data.reader import ReadSpec
+from mm_core.errors import DataError, StreamOrderError
+from mm_core.models.tokenizer import caption_tokenizer, train_bpe
+from pipelines.index import build_index
+from pipelines.stream import Share, StepBatch, StreamConfig, _split, stream
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+CHUNK, CHUNKS, STEPS = 8, 5, 14
+TINY_BLOCKS = StreamConfig(block_bytes=100_000, segment_blocks=3)
+"""Several segments within a few steps, so that their seams are tested."""
+
+
+def make_spec(index: Index, seed: int = 0) -> ReadSpec:
+    kept = compile_kept(index)
+    tokenizer = caption_tokenizer(train_bpe(["a red circle", "a blue square"] * 3, vocab_size=300, context_length=12), 12)
+    augment = AugmentConfig(crop_area=(0.5, 1.0), horizontal_flip=0.5)
+    return ReadSpec(index.url, (), Plan(len(kept), seed, CHUNK, 1, kept.fingerprint), 24, augment, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def spec(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> ReadSpec:
+    return make_spec(build_index([str(corpus / "train")], str(tmp_path_factory.mktemp("stream") / "index")))
+
+
+@ray.remote(num_cpus=0)
+def read(spec: ReadSpec, rank: int, world_size: int, first_step: int = 0) -> list[StepBatch]:
+    share = Share(rank, world_size, CHUNKS)
+    return list(stream(spec, share, first_step=first_step, last_step=STEPS, config=TINY_BLOCKS, cpus=1))
+
+
+def global_batches(spec: ReadSpec, world_size: int, first_step: int = 0) -> list[tuple[np.ndarray, np.ndarray, list[str]]]:
+    """Per step the images, token ids and uids of all ranks together."""
+    ranks = ray.get([read.remote(spec, rank, world_size, first_step) for rank in range(world_size)])
+    return [
+        (
+            np.concatenate([b.images for b in step]),
+            np.concatenate([b.input_ids for b in step]),
+            [uid for b in step for uid in b.rows["uid"].to_pylist()],
+        )
+        for step in zip(*ranks, strict=True)
+    ]
+
+
+def test_any_number_of_ranks_reads_the_same_global_batches(spec: ReadSpec) -> None:
+    """Same samples, same crops, same captions; 14 steps of 40 run into the second epoch of 330."""
+    alone = global_batches(spec, 1)
+    assert len(alone) == STEPS
+    for world_size in (2, 3):
+        for (images, ids, uids), (images_1, ids_1, uids_1) in zip(global_batches(spec, world_size), alone, strict=True):
+            assert uids == uids_1
+            np.testing.assert_array_equal(images, images_1)
+            np.testing.assert_array_equal(ids, ids_1)
+
+
+def test_a_stream_opened_at_a_step_goes_on_as_the_whole_one(spec: ReadSpec) -> None:
+    for (images, _, uids), (images_1, _, uids_1) in zip(global_batches(spec, 2, first_step=9), global_batches(spec, 1)[9:], strict=True):
+        assert uids == uids_1
+        np.testing.assert_array_equal(images, images_1)
+
+
+def test_an_epoch_holds_every_sample_once(spec: ReadSpec) -> None:
+    batches = ray.get(read.remote(spec, 0, 1))
+    uids = [(e, uid) for b in batches for e, uid in zip(b.rows["epoch"].to_pylist(), b.rows["uid"].to_pylist(), strict=True)]
+    first = [uid for epoch, uid in uids if epoch == 0]
+    assert len(first) == len(set(first)) == 330
+
+
+def test_a_sample_that_cannot_be_read_is_replaced_within_its_chunk_and_counted(corpus: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "s.tar"
+    data = (corpus / "train" / "00000.tar").read_bytes()
+    shard.write_bytes(data)
+    index = build_index([str(shard)], str(tmp_path / "index"))
+    spec = make_spec(index)
+    whole = ray.get(read.remote(spec, 0, 1))
+    damaged = index.locators[3]
+    shard.write_bytes(data[: damaged["start"]] + bytes(damaged["span"]) + data[damaged["start"] + damaged["span"] :])
+
+    batches = ray.get(read.remote(spec, 0, 1))
+
+    assert [len(b.images) for b in batches] == [CHUNK * CHUNKS] * STEPS
+    replaced = sum((b.replaced.get("changed", 0) for b in batches))
+    before = [uid for b in whole for uid in b.rows["uid"].to_pylist()]
+    after = [uid for b in batches for uid in b.rows["uid"].to_pylist()]
+    lost = before[next(i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)]
+    assert replaced == before.count(lost) > 1
+    assert lost not in after
+    for i, (a, b) in enumerate(zip(before, after, strict=True)):
+        assert a == b or b in before[i // CHUNK * CHUNK : i // CHUNK * CHUNK + CHUNK]
+
+
+def test_shards_that_are_gone_stop_the_stream_with_one_clear_error(corpus: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "s.tar"
+    shard.write_bytes((corpus / "train" / "00000.tar").read_bytes())
+    spec = make_spec(build_index([str(shard)], str(tmp_path / "index")))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ray.get(read.remote(spec, 0, 1))
+    assert isinstance(caught.value.cause, DataError)
+    assert "moved or changed since it was indexed" in str(caught.value.cause)
+
+
+def test_a_block_out_of_order_is_an_error(spec: ReadSpec) -> None:
+    from mm_core.data.reader import PlanReader
+
+    share = Share(0, 1, CHUNKS)
+    block = PlanReader(spec).read(share.positions(1, CHUNK))
+    assert next(_split(spec, share, block, 1)).step == 1
+    with pytest.raises(StreamOrderError, match="step 0 expected positions"):
+        next(_split(spec, share, block, 0))

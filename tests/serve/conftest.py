@@ -1,0 +1,68 @@
+"""A tiny bundle and one endpoint over it, shared by the tests of this folder: deploying costs more than all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from mm_core.bundle import Bundle, load_bundle, write_bundle
+from mm_core.models.clip import ClipConfig, TowerConfig, build_clip
+from mm_core.models.tokenizer import special_tokens, train_bpe
+from serve.config import ServeConfig
+from serve.run import Server, free_port, start
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    tokenizer = train_bpe(["a red circle", "two blue squares"], vocab_size=300, context_length=16)
+    tower = TowerConfig(width=32, layers=1, heads=2)
+    config = ClipConfig(image_size=32, patch_size=16, context_length=16, vocab_size=len(tokenizer), embed_dim=16, vision=tower, text=tower)
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    write_bundle(
+        folder,
+        model=build_clip(config, special_tokens(tokenizer)),
+        tokenizer=tokenizer,
+        config=config,
+        recipe="clip-tiny",
+        data_fingerprint="f1" * 16,
+        metrics={},
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_folder: Path) -> Bundle:
+    return load_bundle(bundle_folder)
+
+
+@pytest.fixture(scope="session")
+def serve_config() -> ServeConfig:
+    """Small bounds, so that breaking them is cheap."""
+    return ServeConfig(
+        port=free_port(),
+        max_batch_size=4,
+        max_requests=8,
+        max_inputs=12,
+        max_text_characters=200,
+        max_image_bytes=50_000,
+        max_pixels=1_000_000,
+        max_request_bytes=1_000_000,
+    )
+
+
+@pytest.fixture(scope="package")
+def server(ray_cluster: None, bundle_folder: Path, serve_config: ServeConfig) -> Iterator[Server]:
+    running = start(str(bundle_folder), serve_config)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="package")
+def client(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=60) as session:
+        yield session

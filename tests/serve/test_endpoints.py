@@ -1,0 +1,127 @@
+"""What the endpoint answers over HTTP is what the bundle computes, in OpenAI's shape, in the order asked."""
+
+from __future__ import annotations
+
+import base64
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mm_core.bundle import Bundle
+from mm_core.data.image import decode_centre
+
+TEXTS = ["a red circle", "two blue squares", "ein roter Kreis ✓"]
+
+
+def picture(seed: int, kind: str = "JPEG", size: tuple[int, int] = (60, 45)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def data_uri(data: bytes, kind: str = "jpeg") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def expected(bundle: Bundle, value: str | bytes) -> np.ndarray:
+    if isinstance(value, str):
+        return bundle.text_features([value])[0]
+    return bundle.image_features(decode_centre(value, bundle.image_size)[None])[0]
+
+
+def test_healthz_names_the_model(client: httpx.Client) -> None:
+    assert client.get("/healthz").json() == {"status": "ok", "model": "tiny"}
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+def test_an_image_has_the_features_of_the_bundle(client: httpx.Client, bundle: Bundle, kind: str) -> None:
+    data = picture(1, kind.upper())
+    answer = client.post("/v1/embeddings", json={"model": "tiny", "input": data_uri(data, kind)}).json()
+    np.testing.assert_allclose(answer["data"][0]["embedding"], expected(bundle, data), atol=1e-5)
+
+
+def test_texts_and_images_in_one_call_keep_their_order(client: httpx.Client, bundle: Bundle) -> None:
+    values: list[str | bytes] = [TEXTS[0], picture(1), picture(2, "PNG"), TEXTS[1], picture(3), TEXTS[2]]
+    inputs = [value if isinstance(value, str) else data_uri(value) for value in values]
+    answer = client.post("/v1/embeddings", json={"input": inputs}).json()
+    assert [row["index"] for row in answer["data"]] == list(range(len(values)))
+    vectors = np.array([row["embedding"] for row in answer["data"]])
+    np.testing.assert_allclose(vectors, np.stack([expected(bundle, value) for value in values]), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_the_answer_has_openais_shape(client: httpx.Client) -> None:
+    answer = client.post("/v1/embeddings", json={"model": "any", "input": "a red circle", "user": "me"}).json()
+    assert set(answer) == {"object", "data", "model", "usage"}
+    assert answer["object"] == "list"
+    assert answer["data"][0]["object"] == "embedding"
+    assert answer["model"] == "tiny"
+
+
+def test_usage_counts_the_tokens_that_the_model_read(client: httpx.Client, bundle: Bundle) -> None:
+    long = "circle " * 25
+    answer = client.post("/v1/embeddings", json={"input": [TEXTS[0], long, data_uri(picture(1))]}).json()
+    context = bundle.model.config.text_config.max_position_embeddings
+    tokens = len(bundle.tokenizer(TEXTS[0])["input_ids"]) + context
+    assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+
+
+def test_base64_vectors_are_the_same_float32(client: httpx.Client) -> None:
+    plain = client.post("/v1/embeddings", json={"input": TEXTS}).json()
+    packed = client.post("/v1/embeddings", json={"input": TEXTS, "encoding_format": "base64"}).json()
+    for one, other in zip(plain["data"], packed["data"], strict=True):
+        vector = np.frombuffer(base64.b64decode(other["embedding"]), dtype="<f4")
+        np.testing.assert_allclose(vector, one["embedding"], atol=1e-6)
+
+
+def test_requests_that_share_a_batch_get_their_own_vectors(client: httpx.Client, bundle: Bundle) -> None:
+    values = [picture(seed) for seed in range(6)]
+
+    def ask(data: bytes) -> list[float]:
+        return client.post("/v1/embeddings", json={"input": data_uri(data)}).json()["data"][0]["embedding"]
+
+    with ThreadPoolExecutor(len(values)) as threads:
+        vectors = list(threads.map(ask, values))
+    np.testing.assert_allclose(vectors, np.stack([expected(bundle, value) for value in values]), atol=1e-5)
+
+
+def test_classify_gives_the_softmax_over_the_mean_of_the_templates(client: httpx.Client, bundle: Bundle) -> None:
+    data, labels, templates = picture(4), ["red circle", "blue square", "star"], ["a {c}", "a picture of a {c}."]
+    body = {"image": data_uri(data), "labels": labels, "templates": templates}
+    answer = client.post("/v1/classify", json=body).json()
+    classes = np.stack([np.mean([expected(bundle, t.replace("{c}", label)) for t in templates], axis=0) for label in labels])
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    with torch.no_grad():
+        logits = bundle.logit_scale * classes @ expected(bundle, data)
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    scores = [row["score"] for row in answer["scores"]]
+    assert scores == sorted(scores, reverse=True)
+    assert sum(scores) == pytest.approx(1, abs=1e-6)
+    found = {row["label"]: row["score"] for row in answer["scores"]}
+    assert found == pytest.approx(dict(zip(labels, probabilities.tolist(), strict=True)), abs=1e-4)
+
+
+def test_openapi_describes_every_route_with_examples_that_work(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    assert set(document["paths"]) == {"/healthz", "/v1/embeddings", "/v1/classify"}
+    schemas = document["components"]["schemas"]
+    for path in ("/v1/embeddings", "/v1/classify"):
+        operation = document["paths"][path]["post"]
+        assert {"200", "400", "413", "422", "429"} <= set(operation["responses"])
+        for status in ("400", "413", "422", "429"):
+            assert "application/problem+json" in operation["responses"][status]["content"]
+        name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+        assert schemas[name]["examples"]
+        for example in schemas[name]["examples"]:
+            answer = client.post(path, json=example)
+            assert answer.status_code == 200, answer.text
+            shape = operation["responses"]["200"]["content"]["application/json"]["schema"]
+            jsonschema.validate(answer.json(), shape | {"components": document["components"]})
