@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from base64 import b64encode
@@ -200,6 +201,7 @@ def main() -> None:
     debug = "--debug" in sys.argv or bool(os.environ.get("MM_DEBUG"))
     if not debug:
         warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends to stop a job ends it as Ctrl-C does
     try:
         app()
     except MMError as error:

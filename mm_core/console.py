@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 _LINE_EVERY_S = 5.0
+_LOG_WIDTH = 200
 
 
 class Tracker:
@@ -72,8 +73,8 @@ class Console:
     _err: RichConsole = field(init=False)
 
     def __post_init__(self) -> None:
-        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
-        self._out = self._err if self.json else RichConsole(highlight=False, soft_wrap=True)
+        self._err = _rich(sys.stderr)
+        self._out = self._err if self.json else _rich(sys.stdout)
 
     def stage(self, title: str) -> None:
         self._err.print(f"\n[bold cyan]── {title}[/]")
@@ -151,6 +152,11 @@ class _LineTracker(Tracker):
 
     def finish(self) -> None:
         self._console.print(f"{self.line()}  in {_clock(time.monotonic() - self._started)}", markup=False)
+
+
+def _rich(stream: TextIO) -> RichConsole:
+    """As wide as the terminal; without one, wide enough that no path in a table is cut."""
+    return RichConsole(file=stream, highlight=False, soft_wrap=True, width=None if stream.isatty() else _LOG_WIDTH)
 
 
 def _clock(seconds: float) -> str:

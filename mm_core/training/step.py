@@ -58,7 +58,7 @@ class TrainStep:
         """`counts`: samples per rank of a global step; `model` is wrapped for data parallelism already."""
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self._optimizer_config, self._schedule, self._total_steps = optimizer_config, schedule, total_steps
-        self._counts, self._device = list(counts), device
+        self._counts, self.device = list(counts), device
         self._bf16 = _use_bf16(precision, device)
 
     def __call__(self, batch: ImageTextBatch, step: int) -> StepResult:
@@ -75,8 +75,13 @@ class TrainStep:
         clamp_logit_scale(self.model)
         return StepResult({name: term.detach() for name, term in loss.terms.items()}, grad_norm.detach(), lr)
 
+    @property
+    def logit_scale(self) -> Tensor:
+        """The model's temperature factor, as it is now."""
+        return next(p for name, p in self.model.named_parameters() if name.endswith("logit_scale")).detach().exp()
+
     def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self._device.type, torch.bfloat16) if self._bf16 else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext()
 
 
 def _use_bf16(precision: Precision, device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,70 +81,92 @@ def train_worker(settings: dict[str, WorkerTask]) -> Outcome:
     model = TwoTower(build_clip(run.model, task.tokens), mean=run.model.image_mean, std=run.model.image_std)
     if task.initial_weights is not None:
         model.clip.load_state_dict(ray.get(task.initial_weights))
+    train_step = build_step(run, model, device)
+
+    # 3. Where an earlier attempt stopped: weights, optimiser, step. The step gives schedule, random state and data cursor.
+    first_step = _restore(model, train_step.optimizer)
+    attempt = _next_attempt(task.folder, rank)
+
+    # 4. The samples from there on, and the steps.
+    batches = stream(task.spec, share, first_step=first_step, last_step=run.steps, config=run.stream, cpus=_stream_cpus(run))
+    audit = Audit(task.audit, rank=rank, attempt=attempt) if task.audit else None
+
+    def save(step: int, metrics: dict[str, float]) -> None:
+        if audit:
+            audit.flush()
+        state = CheckpointState(
+            step=step,
+            chunks_consumed=step * chunks,
+            plan_fingerprint=task.spec.plan.fingerprint,
+            data_fingerprint=task.data_fingerprint,
+            config=run.model_dump(mode="json"),
+            code_revision=task.code_revision,
+            tracking_run_id=task.tracking_run_id,
+        )
+        _save(model, train_step.optimizer, state, rank, metrics)
+
+    with _MetricSink(task, rank, first_step) as log:
+        return run_steps(run, train_step, batches, first_step, log=log, save=save, audit=audit)
+
+
+def build_step(run: TrainRun, model: TwoTower, device: torch.device) -> TrainStep:
+    """`model` on its device, wrapped for data parallelism, with its objective and optimiser."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     attend_for(model.clip, device)
     parallel = DistributedDataParallel(model.to(device), device_ids=[device.index] if device.type == "cuda" else None)
-    optimizer = build_optimizer(model, run.optimizer)
-    train_step = TrainStep(
+    return TrainStep(
         parallel,
         ContrastiveObjective(rank=rank),
-        optimizer,
+        build_optimizer(model, run.optimizer),
         optimizer_config=run.optimizer,
         schedule=run.schedule,
         total_steps=run.steps,
-        counts=rank_counts(chunks, run.data.chunk, world_size),
+        counts=rank_counts(chunks_per_step(run.global_batch_size, run.data.chunk, world_size), run.data.chunk, world_size),
         device=device,
         precision=run.precision,
     )
 
-    # 3. Where an earlier attempt stopped: weights, optimiser, step. The step gives schedule, random state and data cursor.
-    first_step = _restore(model, optimizer)
-    attempt = _next_attempt(task.folder, rank)
 
-    with ExitStack() as stack:
-        log = stack.enter_context(_MetricSink(task, rank, first_step))
-        audit = Audit(task.audit, rank=rank, attempt=attempt) if task.audit else None
-        meter = Meter(device, run.global_batch_size)
-        metrics: dict[str, float] = {}
-        batches = stream(task.spec, share, first_step=first_step, last_step=run.steps, config=run.stream, cpus=_stream_cpus(run))
-        unchecked: tuple[StepBatch, torch.Tensor] | None = None
+def run_steps(
+    run: TrainRun,
+    train_step: TrainStep,
+    batches: Iterator[StepBatch],
+    first_step: int,
+    *,
+    log: Callable[[int, dict[str, float]], None],
+    save: Callable[[int, dict[str, float]], None],
+    audit: Audit | None = None,
+) -> Outcome:
+    """The steps [first_step, run.steps) on this rank. `log` and `save` are called at the run's intervals and at its end."""
+    rank, device = dist.get_rank(), train_step.device
+    meter = Meter(device, run.global_batch_size)
+    metrics: dict[str, float] = {}
+    unchecked: tuple[StepBatch, torch.Tensor] | None = None
+    for step in range(first_step, run.steps):
+        with meter.waiting():
+            batch = next(batches)
+        seed_step(run.seed, step, rank)
+        result = train_step(_to_device(batch, device), step)
+        meter.step_done(batch.replaced)
+        if audit:
+            audit.add(batch)
+        # The norm of the step before is read while this one's kernels run, so looking at it holds nothing up.
+        if unchecked and (failure := _not_finite(*unchecked)):
+            return Outcome(step, metrics, failure)
+        unchecked = (batch, result.grad_norm)
 
-        # 4. Steps.
-        for step in range(first_step, run.steps):
-            with meter.waiting():
-                batch = next(batches)
-            seed_step(run.seed, step, rank)
-            result = train_step(_to_device(batch, device), step)
-            meter.step_done(batch.replaced)
-            if audit:
-                audit.add(batch)
-            # The norm of the step before is read while this one's kernels run, so looking at it holds nothing up.
-            if unchecked and (failure := _not_finite(*unchecked)):
-                return Outcome(step, metrics, failure)
-            unchecked = (batch, result.grad_norm)
-
-            # 5. Log lines and checkpoints, before which the last step is looked at too.
-            done = step + 1
-            log_due = done % run.log_every_steps == 0 or done == run.steps
-            save_due = done % run.checkpoint.every_steps == 0 or done == run.steps
-            if (log_due or save_due) and (failure := _not_finite(*unchecked)):
-                return Outcome(done, metrics, failure)
-            if log_due:
-                metrics = meter.read(result, model.logit_scale)
-                log(done, metrics)
-            if save_due:
-                with meter.saving():
-                    if audit:
-                        audit.flush()
-                    state = CheckpointState(
-                        step=done,
-                        chunks_consumed=done * chunks,
-                        plan_fingerprint=task.spec.plan.fingerprint,
-                        data_fingerprint=task.data_fingerprint,
-                        config=run.model_dump(mode="json"),
-                        code_revision=task.code_revision,
-                        tracking_run_id=task.tracking_run_id,
-                    )
-                    _save(model, optimizer, state, rank, metrics)
+        done = step + 1
+        log_due = done % run.log_every_steps == 0 or done == run.steps
+        save_due = done % run.checkpoint.every_steps == 0 or done == run.steps
+        # Before anything leaves the loop the last step is looked at too.
+        if (log_due or save_due) and (failure := _not_finite(*unchecked)):
+            return Outcome(done, metrics, failure)
+        if log_due:
+            metrics = meter.read(result, train_step.logit_scale)
+            log(done, metrics)
+        if save_due:
+            with meter.saving():
+                save(done, metrics)
     return Outcome(run.steps, metrics)
 
 

@@ -1,0 +1,186 @@
+"""Images/s that arrive at the ranks of a two-worker TorchTrainer, beside what bounds it and what people use.
+
+    python benchmarks/loader.py SHARDS... [--images 20000] [--runs 5] [--size 224]
+
+ours        mm's stream inside Ray Train, two workers: ranged reads, checks, decoding, tokenising, strict order, shuffled
+limit       the same reading and decoding in two plain processes that keep nothing
+dataloader  webdataset + Pillow RandomResizedCrop + the same tokenizer in a torch DataLoader with two workers
+
+Each is timed from its first batch to its last, start-up left out; the three are interleaved. Same crops (0.9 to 1 of the area, as
+open_clip), same size, bicubic. Prints one JSON line with the medians and the ratios, run by run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import ray
+import ray.train
+import torch
+import webdataset
+from PIL import Image
+from ray.train.torch import TorchTrainer
+
+from mm_core.data.image import AugmentConfig, decode_crop
+from mm_core.data.index import Index
+from mm_core.data.ledger import compile_kept
+from mm_core.data.plan import Plan
+from mm_core.data.reader import IndexReader, ReadSpec
+from mm_core.data.sample import Sample
+from mm_core.data.text import CaptionTokenizer
+from mm_core.models.tokenizer import caption_tokenizer, train_bpe
+from pipelines.index import build_index, expand_shards
+from pipelines.session import ray_session
+from pipelines.stream import Share, StreamConfig, stream
+
+RANKS, CHUNK, BATCH, CONTEXT = 2, 16, 256, 32
+
+
+def make_spec(index: Index, size: int) -> ReadSpec:
+    kept = compile_kept(index)
+    captions = [c for batch in index.samples(["captions"]) for cs in batch["captions"].to_pylist() for c in cs or ()]
+    tokenizer = caption_tokenizer(train_bpe(captions, vocab_size=1024, context_length=CONTEXT), CONTEXT)
+    return ReadSpec(index.url, (), Plan(len(kept), 0, CHUNK, 1, kept.fingerprint), size, AugmentConfig(), tokenizer)
+
+
+def ours(spec: ReadSpec, images: int) -> float:
+    """Samples after the first batch of each rank, over the time from the first of these to the last."""
+
+    def worker(settings: dict[str, ReadSpec]) -> tuple[int, float, float]:
+        context = ray.train.get_context()
+        share = Share(context.get_world_rank(), RANKS, BATCH // CHUNK)
+        seen, started = 0, 0.0
+        for batch in stream(settings["spec"], share, first_step=0, last_step=images // BATCH, config=StreamConfig(), cpus=1):
+            if not started:
+                started = time.time()
+                continue
+            seen += len(batch.images)
+        counts: list[tuple[int, float, float]] = [(0, 0.0, 0.0)] * RANKS
+        torch.distributed.all_gather_object(counts, (seen, started, time.time()))
+        total = sum(c[0] for c in counts)
+        return total, min(c[1] for c in counts), max(c[2] for c in counts)
+
+    with tempfile.TemporaryDirectory() as storage:
+        trainer = TorchTrainer(
+            worker,
+            train_loop_config={"spec": spec},
+            scaling_config=ray.train.ScalingConfig(num_workers=RANKS, resources_per_worker={"CPU": 0, "memory": 1 << 20}),
+            run_config=ray.train.RunConfig(storage_path=storage, name="loader"),
+        )
+        total, first, last = trainer.fit().return_value
+    return total / (last - first)
+
+
+def _limit_process(spec: ReadSpec, rank: int, images: int, barrier: multiprocessing.synchronize.Barrier, out: multiprocessing.Queue) -> None:
+    torch.set_num_threads(1)
+    reader, kept = IndexReader(Index.open(spec.index_url)), compile_kept(Index.open(spec.index_url)).ordinals
+    share = Share(rank, RANKS, BATCH // CHUNK)
+    steps = images // BATCH
+    barrier.wait()
+    started = time.time()
+    for step in range(steps):
+        _, places = spec.plan.resolve(share.positions(step, CHUNK))
+        for sample in reader.read(np.asarray(kept[places.astype(np.int64)])):
+            assert isinstance(sample, Sample)
+            decode_crop(sample.image or b"", spec.image_size, spec.augment, step)
+    out.put((started, time.time()))
+
+
+def limit(spec: ReadSpec, images: int) -> float:
+    context = multiprocessing.get_context("spawn")
+    barrier, out = context.Barrier(RANKS), context.Queue()
+    processes = [context.Process(target=_limit_process, args=(spec, rank, images, barrier, out)) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    times = [out.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return images // BATCH * BATCH / (max(t[1] for t in times) - min(t[0] for t in times))
+
+
+class PillowCrop:
+    """torchvision's RandomResizedCrop, written out with Pillow: the whole picture is decoded, then cropped and resized."""
+
+    def __init__(self, size: int, tokenizer: CaptionTokenizer) -> None:
+        self._size, self._tokenizer = size, tokenizer
+
+    def image(self, data: bytes) -> np.ndarray:
+        picture = Image.open(io.BytesIO(data)).convert("RGB")
+        for _ in range(10):
+            area = picture.width * picture.height * random.uniform(0.9, 1.0)
+            ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if w <= picture.width and h <= picture.height:
+                left, top = random.randint(0, picture.width - w), random.randint(0, picture.height - h)
+                break
+        else:
+            w = h = min(picture.size)
+            left, top = (picture.width - w) // 2, (picture.height - h) // 2
+        size = (self._size, self._size)
+        return np.asarray(picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)))
+
+    def text(self, data: bytes) -> np.ndarray:
+        return self._tokenizer([data.decode()])[0]
+
+
+def dataloader(shards: list[str], spec: ReadSpec, images: int) -> float:
+    """As open_clip builds it: shards resampled, samples shuffled in a buffer, batched in the workers."""
+    crop = PillowCrop(spec.image_size, spec.tokenizer)
+    batch = BATCH // RANKS
+    pipeline = (
+        webdataset.WebDataset(shards, resampled=True, shardshuffle=False)
+        .shuffle(1000)
+        .to_tuple("jpg", "txt")
+        .map_tuple(crop.image, crop.text)
+        .batched(batch)
+    )
+    loader = torch.utils.data.DataLoader(pipeline, batch_size=None, num_workers=RANKS, prefetch_factor=4)
+    batches = iter(loader)
+    next(batches)
+    started, seen = time.perf_counter(), 0
+    while seen < images:
+        seen += len(next(batches)[0])
+    return seen / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shards", nargs="+")
+    parser.add_argument("--images", type=int, default=20_480)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--size", type=int, default=224)
+    arguments = parser.parse_args()
+    shards = expand_shards(arguments.shards)
+    with tempfile.TemporaryDirectory() as folder, ray_session():
+        spec = make_spec(build_index(shards, str(Path(folder) / "index")), arguments.size)
+        runs = []
+        for _ in range(arguments.runs):
+            runs.append((ours(spec, arguments.images), limit(spec, arguments.images), dataloader(shards, spec, arguments.images)))
+    result = {
+        "benchmark": "loader",
+        "images": arguments.images,
+        "size": arguments.size,
+        "cpus": os.cpu_count(),
+        "ours_images_per_s": round(statistics.median(r[0] for r in runs)),
+        "limit_images_per_s": round(statistics.median(r[1] for r in runs)),
+        "dataloader_images_per_s": round(statistics.median(r[2] for r in runs)),
+        "of_limit": round(statistics.median(r[0] / r[1] for r in runs), 3),
+        "times_dataloader": round(statistics.median(r[0] / r[2] for r in runs), 2),
+        "runs": [[round(x) for x in r] for r in runs],
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
