@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -63,9 +64,13 @@ def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
             height, width, colour, _ = simplejpeg.decode_jpeg_header(data, strict=False)
             header = ImageHeader("jpeg", width, height, colour)
         else:
-            with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as picture:
-                header = ImageHeader(str(picture.format).lower(), *picture.size, picture.mode)
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound is below
+                with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as picture:
+                    header = ImageHeader(str(picture.format).lower(), *picture.size, picture.mode)
+    except Image.DecompressionBombError as error:
+        raise SampleProblem(Reason.TOO_MANY_PIXELS, str(error)) from None
+    except (ValueError, OSError, SyntaxError, KeyError) as error:  # KeyError: simplejpeg, of a damaged colour space
         raise SampleProblem(Reason.NOT_AN_IMAGE, f"starts with {data[:8]!r}: {error}") from None
     if header.width * header.height > max_pixels:
         raise SampleProblem(Reason.TOO_MANY_PIXELS, f"{header.width}x{header.height} is above {max_pixels:,} pixels")
@@ -126,7 +131,7 @@ def _decode(
             pixels = _decode_jpeg(data, header, min(box[2:]) // size)
         else:
             pixels = _decode_pillow(data)
-    except (ValueError, OSError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
+    except (ValueError, OSError, SyntaxError, KeyError, MemoryError) as error:
         raise SampleProblem(Reason.UNDECODABLE, f"{header.format} {width}x{height}: {error}") from None
     return _resize(_orient(pixels, orientation), (width, height), box, size)
 
@@ -188,7 +193,7 @@ def _resize(
 ) -> UInt8[np.ndarray, "size size 3"]:
     """Crop `box`, given in pixels of the `full` (width, height), out of the decoded image, which may be smaller."""
     height, width = pixels.shape[:2]
-    left, top = box[0] * width // full[0], box[1] * height // full[1]
+    left, top = min(width - 1, round(box[0] * width / full[0])), min(height - 1, round(box[1] * height / full[1]))
     w = max(1, min(width - left, round(box[2] * width / full[0])))
     h = max(1, min(height - top, round(box[3] * height / full[1])))
     crop = np.ascontiguousarray(pixels[top : top + h, left : left + w])

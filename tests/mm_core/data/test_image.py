@@ -37,8 +37,9 @@ def reference(picture: Image.Image, size: int) -> Picture:
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("size", [16, 48, 90, 128])
+@pytest.mark.parametrize("size", [24, 48, 90, 128])
 def test_centre_is_what_pillow_makes(image_format: str, size: int) -> None:
+    """To within the half pixel that a crop of a scaled decode can be off."""
     picture = Image.fromarray(gradient())
     data = encoded(picture, image_format, quality=95)
     assert read_header(data).format == image_format.lower()
