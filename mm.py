@@ -102,7 +102,9 @@ def _run_demo(console: Console, shards: str | None, folder: Path, keep: bool) ->
     served = _ask(console, pipelines.cli.resolve_model(model.reference), *_question(retrieval, held_out), keep=keep)
 
     console.stage("7/7 figures")
-    rows = [(f"{kind} {key}", f"{value:.3f}", f"{chance:.3f}") for kind, values in report.items() for key, (value, chance) in values.items()]
+    rows = [
+        (f"{kind} {key}", f"{value:.3f}", f"{chance:.3f}") for kind, values in report.items() for key, (value, chance) in values.items()
+    ]
     console.table(("held-out scenes" if shards is None else "held-out samples", "model", "chance"), rows)
     checked = {"zeroshot": ("top1",), "retrieval": ("t2i_r5", "i2t_r5")}
     passed = all(report[kind][key][0] >= 3 * report[kind][key][1] for kind in report for key in checked[kind])
@@ -208,12 +210,15 @@ def main() -> None:
         if debug:
             raise
         _fail(f"error: {error}", error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", _INTERRUPTED)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # typer turns Ctrl-C into this, without a word
+            _fail("interrupted", _INTERRUPTED)
+        raise
     except Exception as error:
         if debug:
             raise
-        _fail(f"internal error: {type(error).__name__}: {error} (mm --debug … shows where; please report it)", 1)
+        what = " ".join(str(error).split())
+        _fail(f"internal error: {type(error).__name__}: {what} (mm --debug … shows where; please report it)", 1)
 
 
 def _fail(line: str, code: int) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
 from serve.schema import Problem
@@ -27,6 +29,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         413: "Too many inputs, or one that is too large.",
         422: "A field is missing, unknown or wrong, or a picture cannot be read.",
         429: "Too many requests at a time; `Retry-After` says when to try again.",
+        503: "A copy of the model was lost while it answered; `Retry-After` says when to try again.",
     }.items()
 }
 """For the OpenAPI document."""
@@ -71,6 +74,13 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
         return problem(error.status_code, str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(RayActorError)
+    @app.exception_handler(DeploymentUnavailableError)
+    async def lost(_: Request, error: Exception) -> Response:
+        logger.warning("no copy of the model answered", exc_info=error)
+        detail = "the copy of the model that took this request was lost; another is started, try again shortly"
+        return problem(503, detail, {"Retry-After": str(RETRY_AFTER_S)})
 
     @app.exception_handler(Exception)
     async def internal(_: Request, error: Exception) -> Response:

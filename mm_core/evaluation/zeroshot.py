@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from mm_core.bundle import Bundle
 from mm_core.errors import DataError
 
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """What a bundle is to this module."""
+
+    def text_features(self, texts: Sequence[str]) -> Float[np.ndarray, "b d"]:
+        """L2-normalised."""
 
 
 def read_classnames(folder: Path) -> list[str]:
@@ -48,11 +56,11 @@ def read_templates(folder: Path) -> list[str]:
     return templates or list(DEFAULT_TEMPLATES)
 
 
-def class_embeddings(bundle: Bundle, classnames: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "c d"]:
+def class_embeddings(encoder: TextEncoder, classnames: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "c d"]:
     """Per class: the mean over templates of the prompts' features, normalised again."""
     means = []
     for name in classnames:
-        features = bundle.text_features([template.replace("{c}", name) for template in templates])
+        features = encoder.text_features([template.replace("{c}", name) for template in templates])
         mean = features.mean(axis=0)
         means.append(mean / np.linalg.norm(mean))
     return np.stack(means)

@@ -36,7 +36,7 @@ def clip_tiny_photo() -> TrainRun:
             "data": DataConfig(chunk=16, augment=AugmentConfig(crop_area=(0.5, 1.0), crop_ratio=(0.8, 1.25), horizontal_flip=0.5)),
             "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.2),
             "schedule": ScheduleConfig(warmup_steps=200),
-            "steps": 1700,
+            "steps": 1500,
             "checkpoint": CheckpointConfig(every_steps=500),
         }
     )

@@ -123,15 +123,16 @@ def test_a_plain_transformers_folder_loads_too(bundle: Path) -> None:
     np.testing.assert_allclose(plain.towers.mean.numpy(), MEAN, rtol=1e-6)
 
 
-def test_nothing_is_left_of_a_bundle_that_could_not_be_written(written: Path, tmp_path: Path) -> None:
+def test_nothing_is_left_of_a_bundle_that_could_not_be_written(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BundleError, match="exists; a bundle is never changed"):
         write(written)
     loaded = load_bundle(written)
     facts = {"model": loaded.model, "tokenizer": loaded.tokenizer, "config": tiny(300), "recipe": "r", "data_fingerprint": "f"}
     with pytest.raises(BundleError, match=r"leave out or mend \{'top1': nan\}"):
         write_bundle(tmp_path / "b", **facts, metrics={"top1": float("nan")})
-    with pytest.raises(AttributeError):
-        write_bundle(tmp_path / "b", **facts | {"tokenizer": None}, metrics={})
+    monkeypatch.setattr(loaded.tokenizer, "save_pretrained", lambda folder: (folder / "absent" / "tokenizer.json").touch())
+    with pytest.raises(FileNotFoundError):
+        write_bundle(tmp_path / "b", **facts, metrics={})
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def weigh(rank: int, gathered: torch.Tensor) -> torch.Tensor:
 
 def _worker(rank: int, counts: list[int], outsiders: int, rendezvous: str, out: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(counts) + outsiders)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(counts) + outsiders, timeout=timedelta(seconds=60)
+    )
     group = dist.new_group(list(range(len(counts))))
     if rank < len(counts):
         local = rows_of(rank, counts[rank])

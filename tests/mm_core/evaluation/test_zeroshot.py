@@ -59,7 +59,7 @@ def test_prompts_are_averaged_and_normalised_again() -> None:
         def text_features(self, texts: Sequence[str]) -> Any:
             return np.asarray([[1.0, 0.0] if text.startswith("a") else [0.0, 1.0] for text in texts], dtype=np.float32)
 
-    embeddings = class_embeddings(Texts(), ["cat", "dog"], ["a {c}", "the {c}", "one {c}"])  # type: ignore[arg-type]
+    embeddings = class_embeddings(Texts(), ["cat", "dog"], ["a {c}", "the {c}", "one {c}"])
     np.testing.assert_allclose(embeddings, np.asarray([[1, 2], [1, 2]]) / np.sqrt(5), rtol=1e-6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def whole_batch(samples: int) -> ImageTextBatch:
 
 def _worker(rank: int, counts: list[int], rendezvous: str, out: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(counts))
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(counts), timeout=timedelta(seconds=60))
     model = DistributedDataParallel(whole_model())
     batch, first = whole_batch(sum(counts)), sum(counts[:rank])
     mine = ImageTextBatch(batch.images[first : first + counts[rank]], batch.input_ids[first : first + counts[rank]])

@@ -47,7 +47,7 @@ def test_what_cannot_be_a_clip_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tokenizer at"):
         load_tokenizer(tmp_path / "nothing")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no tokenizer at .*give a folder with"):
+    with pytest.raises(ConfigError, match=r"no tokenizer at .*give a folder with"):
         load_tokenizer(tmp_path)
     tokenizer = train_bpe(CAPTIONS, vocab_size=320, context_length=8)
     tokenizer.eos_token = None
