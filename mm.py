@@ -210,8 +210,10 @@ def main() -> None:
         if debug:
             raise
         _fail(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", _INTERRUPTED)
     except SystemExit as end:
-        if end.code == _INTERRUPTED:  # typer turns Ctrl-C into this, without a word
+        if end.code == _INTERRUPTED:  # typer turns Ctrl-C in a command into this, without a word
             _fail("interrupted", _INTERRUPTED)
         raise
     except Exception as error:

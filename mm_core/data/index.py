@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -30,7 +30,6 @@ FORMAT = 1
 SHARD_SCHEMA = pa.schema(
     [("shard", pa.uint32()), ("url", pa.string()), ("bytes", pa.uint64()), ("version", pa.string()), ("rows", pa.uint64())]
 )
-T = TypeVar("T")
 
 
 class IndexSummary(Config):

@@ -32,7 +32,7 @@ class Reason(StrEnum):
     """What was read is not what the index recorded."""
 
 
-class SampleProblem(Exception):
+class SampleProblem(Exception):  # noqa: N818 - not an error of the program, a finding about the data
     """One sample cannot be used. `reason` is what it is counted under."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:

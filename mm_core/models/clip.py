@@ -80,7 +80,7 @@ def clip_tiny() -> ClipConfig:
     return ClipConfig(
         image_size=64,
         patch_size=16,
-        context_length=24,
+        context_length=32,
         vocab_size=1024,
         embed_dim=128,
         vision=TowerConfig(width=128, layers=4, heads=4),

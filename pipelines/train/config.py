@@ -25,6 +25,7 @@ class DataConfig(Config):
     run_length: int = Field(default=1, ge=1, description="Neighbouring samples read in one go: 1 on a local disk, 16 to 64 on a remote store.")
     augment: AugmentConfig = AugmentConfig()
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="Images above this are not decoded.")
+    max_bad_fraction: float = Field(default=0.1, ge=0, le=1, description="The run stops if a larger share of samples has to be replaced.")
 
 
 class TokenizerConfig(Config):

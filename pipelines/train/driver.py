@@ -21,6 +21,8 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from mm_core.bundle import BundleManifest, init_from, write_bundle
 from mm_core.console import Console, Tracker
@@ -30,7 +32,7 @@ from mm_core.data.plan import Plan, chunks_per_step
 from mm_core.data.reader import ReadSpec
 from mm_core.data.text import CaptionTokenizer
 from mm_core.errors import CheckpointError, ConfigError, DataError, MMError, TrainingError
-from mm_core.models.clip import SpecialTokens, build_clip
+from mm_core.models.clip import TwoTower, build_clip
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
 from mm_core.training.checkpoint import load_weights
 from pipelines.metric_log import MetricLog, spool_folder
@@ -136,8 +138,6 @@ def export_bundle(folder: RunFolder, name: str = "bundle") -> BundleManifest:
     checkpoint = folder.latest_checkpoint()
     if checkpoint is None:
         raise CheckpointError(f"the run {folder.url} has no checkpoint to export yet")
-    from mm_core.models.clip import TwoTower
-
     tokenizer = load_tokenizer(str(folder.get("tokenizer")))
     model = TwoTower(build_clip(run.model, special_tokens(tokenizer)), mean=run.model.image_mean, std=run.model.image_std)
     load_weights(folder.get(checkpoint), model)
@@ -184,9 +184,10 @@ def _identity(run: TrainRun) -> dict[str, Any]:
 
 def _begin(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folder: RunFolder) -> RunRecord:
     """Make the tokenizer, the run's folder and the tracking run."""
-    tokenizer = load_tokenizer(run.tokenizer.source) if run.tokenizer.source else _train_tokenizer(run, index)
+    source = run.tokenizer.source or run.init  # the weights of another model belong to its token ids
+    tokenizer = load_tokenizer(source) if source else _train_tokenizer(run, index)
     run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
-    special_tokens(tokenizer)
+    _initial_state(run, tokenizer)
     try:
         with tempfile.TemporaryDirectory(prefix="mm-tokenizer-") as local:
             tokenizer.save_pretrained(local)
@@ -213,7 +214,7 @@ def _begin(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folde
     return record
 
 
-def _train_tokenizer(run: TrainRun, index: Index) -> Any:
+def _train_tokenizer(run: TrainRun, index: Index) -> PreTrainedTokenizerFast:
     return train_bpe(
         _captions(index, run.tokenizer.max_captions), vocab_size=run.tokenizer.vocab_size, context_length=run.model.context_length
     )
@@ -232,8 +233,8 @@ def _captions(index: Index, limit: int) -> Iterator[str]:
 
 def _task(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folder: RunFolder, record: RunRecord) -> WorkerTask:
     tokenizer = load_tokenizer(str(folder.get("tokenizer")))
-    tokens = special_tokens(tokenizer)
     run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
+    initial = _initial_state(run, tokenizer)
     spec = ReadSpec(
         index_url=index.url,
         ledgers=request.ledgers,
@@ -246,23 +247,29 @@ def _task(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folder
     return WorkerTask(
         run=run,
         spec=spec,
-        tokens=tokens,
+        tokens=special_tokens(tokenizer),
         folder=folder.url,
         audit=request.audit if request.audit is None or "://" in request.audit else str(Path(request.audit).absolute()),
         data_fingerprint=kept.fingerprint,
         code_revision=code_revision(),
         tracking_run_id=record.tracking_run_id,
-        initial_weights=_initial_weights(run, tokens),
+        initial_weights=None if initial is None else ray.put(initial),
         board=Board.remote(),
     )
 
 
-def _initial_weights(run: TrainRun, tokens: SpecialTokens) -> ray.ObjectRef | None:
+def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor] | None:
+    """The weights that `--init` names.
+
+    Raises:
+        ConfigError, BundleError: sizes or tokenizer that do not fit the model.
+    """
+    model = build_clip(run.model, special_tokens(tokenizer))
     if run.init is None:
         return None
-    model = build_clip(run.model, tokens)
-    init_from(model, run.init)
-    return ray.put(model.state_dict())
+    init_from(model, run.init, tokenizer=tokenizer)
+    state: dict[str, Tensor] = model.state_dict()
+    return state
 
 
 def _fit(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:

@@ -113,7 +113,8 @@ def build_step(run: TrainRun, model: TwoTower, device: torch.device) -> TrainSte
     """`model` on its device, wrapped for data parallelism, with its objective and optimiser."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     attend_for(model.clip, device)
-    parallel = DistributedDataParallel(model.to(device), device_ids=[device.index] if device.type == "cuda" else None)
+    device_ids = [device.index] if device.type == "cuda" else None
+    parallel = DistributedDataParallel(model.to(device), device_ids=device_ids, broadcast_buffers=False)
     return TrainStep(
         parallel,
         ContrastiveObjective(rank=rank),
@@ -164,6 +165,8 @@ def run_steps(
         if log_due:
             metrics = meter.read(result, train_step.logit_scale)
             log(done, metrics)
+            if failure := _too_many_replaced(metrics, (done - first_step) * run.global_batch_size, run.data.max_bad_fraction):
+                return Outcome(done, metrics, failure)
         if save_due:
             with meter.saving():
                 save(done, metrics)
@@ -216,6 +219,18 @@ def _not_finite(batch: StepBatch, grad_norm: torch.Tensor) -> str | None:
     return (
         f"the gradient of step {batch.step} is not finite, training stopped before it reached a checkpoint; lower optimizer.lr, or look at"
         f" the samples of that batch: {listed}"
+    )
+
+
+def _too_many_replaced(metrics: dict[str, float], samples: int, bound: float) -> str | None:
+    """What to tell where more of the samples read since the start had to be replaced than `bound`, or None."""
+    replaced = metrics["replaced_samples"]
+    if replaced <= bound * samples:
+        return None
+    reasons = ", ".join(f"{name.removeprefix('replaced/')} {n:,.0f}" for name, n in metrics.items() if name.startswith("replaced/"))
+    return (
+        f"{replaced:,.0f} of {samples:,} samples could not be read, above data.max_bad_fraction {bound}: {reasons};"
+        " index the shards again, or look at their store"
     )
 
 

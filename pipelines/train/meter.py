@@ -11,6 +11,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from mm_core.data.problems import Reason
 from mm_core.training.step import StepResult
 
 
@@ -48,10 +49,11 @@ class Meter:
         elapsed_s = time.perf_counter() - self._started
         names = [f"loss/{name}" for name in result.terms]
         local = [*(term.float() for term in result.terms.values())]
-        local += [torch.tensor(v, device=self._device) for v in (self._waited_s, self._saving_s, float(self.replaced.total()))]
+        times_and_counts = (self._waited_s, self._saving_s, *(float(self.replaced[reason]) for reason in Reason))
+        local += [torch.tensor(value, device=self._device) for value in times_and_counts]
         summed = torch.stack([v.reshape(()).float() for v in local])
         dist.all_reduce(summed)
-        *terms, waited_s, saving_s, replaced = summed.tolist()
+        terms, (waited_s, saving_s, *replaced) = summed[: len(names)].tolist(), summed[len(names) :].tolist()
         world_size = dist.get_world_size()
         metrics = dict(zip(names, terms, strict=True)) | {
             "loss": sum(terms),
@@ -61,9 +63,10 @@ class Meter:
             "samples_per_s": self._steps * self._global_batch_size / elapsed_s,
             "data_wait_fraction": waited_s / world_size / elapsed_s,
             "checkpoint_fraction": saving_s / world_size / elapsed_s,
-            "replaced_samples": replaced,
+            "replaced_samples": sum(replaced),
             "memory/rss_gb": psutil.Process().memory_info().rss / 1e9,
         }
+        metrics |= {f"replaced/{reason}": count for reason, count in zip(Reason, replaced, strict=True) if count}
         if self._device.type == "cuda":
             metrics["memory/gpu_peak_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
         self._reset()

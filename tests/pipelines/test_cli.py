@@ -1,0 +1,124 @@
+"""What a person meets at the command line: configuration from four places, dry runs, and one clear line for wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import mm
+from mm_core.config import resolve
+from mm_core.errors import ConfigError, DataError, MMError
+from pipelines.cli import resolve_run
+from pipelines.index import build_index
+from pipelines.recipes import RECIPES, recipe
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(mm.app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*arguments: str) -> MMError:
+    with pytest.raises(MMError) as caught:
+        CliRunner().invoke(mm.app, list(arguments), catch_exceptions=False)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+@pytest.fixture(scope="module")
+def index(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return build_index([str(corpus / "train")], str(tmp_path_factory.mktemp("cli") / "index")).url
+
+
+def test_later_sources_win_and_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("recipe: clip-tiny\nsteps: 7\noptimizer: {lr: 0.1, weight_decay: 0.3}\nseed: 5\n")
+    monkeypatch.setenv("MM_SET__OPTIMIZER__LR", "2e-3")
+    monkeypatch.setenv("MM_SET__SEED", "6")
+    config, origins = resolve_run(str(file), ["seed=8"])
+    assert (config.steps, config.optimizer.lr, config.optimizer.weight_decay, config.seed) == (7, 2e-3, 0.3, 8)
+    assert origins["steps"] == str(file)
+    assert origins["optimizer.lr"] == "environment MM_SET__OPTIMIZER__LR"
+    assert origins["seed"] == "--set seed"
+    assert origins["global_batch_size"] == "recipe clip-tiny"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'.*did you mean 'optimizer.lr'"),
+        ("setps=1", "did you mean 'steps'"),
+        ("optimizer=1", "is a group; set one of optimizer.lr"),
+        ("steps=many", "steps: Input should be a valid integer.*got 'many'"),
+        ("steps=0", "steps: Input should be greater than 0"),
+        ("steps", "not of the form key=value"),
+    ],
+)
+def test_wrong_settings_are_explained(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(recipe("clip-tiny"), environment={}, overrides=[setting])
+
+
+def test_recipes_are_complete_and_listed() -> None:
+    assert all(make().recipe == name for name, make in RECIPES.items())
+    assert json.loads(run("config", "recipes", "--json").splitlines()[-1])["recipes"] == list(RECIPES)
+    assert "151.3 M" in run("config", "recipes")
+    assert json.loads(run("config", "schema"))["title"] == "TrainRun"
+    shown = json.loads(run("config", "show", "clip-vit-b32", "--json", "--set", "seed=3").splitlines()[-1])
+    assert (shown["seed"], shown["model"]["patch_size"]) == (3, 32)
+
+
+def test_dry_run_starts_nothing(index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = json.loads(run("train", "clip-tiny", "--data", index, "--workers", "3", "--dry-run", "--json").splitlines()[-1])
+    assert (report["steps"], report["samples_kept"], report["global_batch_size"]) == (400, 330, 128)
+    assert report["samples_per_rank_and_step"] == 48
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (("train", "clip-tinny", "--data", "INDEX"), "unknown recipe 'clip-tinny'; did you mean 'clip-tiny'?", 2),
+        (("train", "clip-tiny", "--data", "nowhere"), "no index at", 1),
+        (("train", "clip-tiny", "--data", "INDEX", "--ledger", "x"), "has no ledger 'x'; it has: none", 1),
+        (("train", "clip-tiny", "--data", "INDEX", "--init", "./nothing"), "nothing", 1),
+        (("train", "clip-tiny", "--data", "INDEX", "--name", "../up"), "run name '../up' may have", 2),
+        (("train", "clip-tiny", "--data", "INDEX", "--name", "n", "--resume"), "holds no run that can be continued", 1),
+        (("train", "no.yaml", "--data", "INDEX"), "cannot read config file no.yaml", 2),
+        (("train", "clip-tiny", "--data", "INDEX", "--set", "resources.gpus_per_worker=4"), "but the cluster has 0", 2),
+        (("data", "index", "nothing/*.tar", "--out", "o"), "no shard at nothing/*.tar", 1),
+        (("data", "index", "x.tar", "--out", "o", "--modality", "smell"), "--modality 'smell' is not one of image-text, image, text", 2),
+        (("eval", "./nothing"), "nothing to evaluate: give --zeroshot", 2),
+        (("eval", "./nothing", "--retrieval", "x"), "no bundle at", 1),
+        (("register", "nothing", "--name", "m"), "neither a bundle nor the folder of a finished run", 1),
+        (("serve", "./nothing"), "no bundle at", 1),
+    ],
+)
+def test_wrong_use_is_one_clear_line(
+    arguments: tuple[str, ...], message: str, code: int, index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = refused(*(index if argument == "INDEX" else argument for argument in arguments))
+    assert message in str(error)
+    assert error.exit_code == code
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("mlflow.db", "mlartifacts")], "left something behind"
+
+
+def test_shards_changed_since_they_were_indexed_stop_the_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shard = tmp_path / "s.tar"
+    shard.write_bytes((corpus / "train" / "00000.tar").read_bytes())
+    build_index([str(shard)], str(tmp_path / "index"))
+    with shard.open("ab") as file:
+        file.write(bytes(512))
+    error = refused("train", "clip-tiny", "--data", str(tmp_path / "index"))
+    assert isinstance(error, DataError)
+    assert "s.tar had" in str(error)
+    assert "index the shards again" in str(error)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mm_core.bundle import load_bundle, write_bundle
+from mm_core.data.image import decode_centre
+from mm_core.data.sample import Group, groups, read_group
+from mm_core.data.tar import walk
+from mm_core.errors import DataError
+from mm_core.models.clip import SpecialTokens, build_clip, clip_tiny
+from mm_core.models.tokenizer import special_tokens, train_bpe
+from pipelines.evaluate import chance, evaluate_retrieval, evaluate_zeroshot
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    tokenizer = train_bpe(["a red circle", "two blue squares"] * 5, vocab_size=320, context_length=32)
+    config = clip_tiny().model_copy(update={"vocab_size": len(tokenizer)})
+    tokens: SpecialTokens = special_tokens(tokenizer)
+    folder = tmp_path_factory.mktemp("model") / "bundle"
+    clip = build_clip(config, tokens)
+    write_bundle(folder, model=clip, tokenizer=tokenizer, config=config, recipe="clip-tiny", data_fingerprint="none", metrics={})
+    return str(folder)
+
+
+def samples(folder: Path) -> list[tuple[bytes, list[str], int | None]]:
+    found = []
+    for path in sorted(folder.glob("*.tar")):
+        with path.open("rb") as stream:
+            for group in groups(walk(stream, max_member_bytes=1 << 20)):
+                assert isinstance(group, Group)
+                sample = read_group(group, path.name)
+                found.append((sample.image or b"", sample.captions, sample.label))
+    return found
+
+
+def test_retrieval_is_what_brute_force_finds(model: str, corpus: Path) -> None:
+    bundle = load_bundle(model)
+    held = samples(corpus / "heldout")
+    images = bundle.image_features(np.stack([decode_centre(image, bundle.image_size) for image, _, _ in held]))
+    texts = [(caption, i) for i, (_, captions, _) in enumerate(held) for caption in captions]
+    scores = bundle.text_features([caption for caption, _ in texts]) @ images.T
+
+    found = evaluate_retrieval(bundle, model, [str(corpus / "heldout")]).metrics
+
+    assert (found["images"], found["texts"]) == (60, len(texts))
+    for k in (1, 5, 10):
+        t2i = np.mean([(scores[row] >= scores[row, i]).sum() - 1 < k for row, (_, i) in enumerate(texts)])
+        own = [[row for row, (_, owner) in enumerate(texts) if owner == i] for i in range(60)]
+        others = [np.delete(scores[:, i], own[i]) for i in range(60)]
+        i2t = np.mean([(others[i] >= scores[own[i], i].max()).sum() < k for i in range(60)])
+        assert found[f"t2i_r{k}"] == pytest.approx(t2i, abs=0.02)
+        assert found[f"i2t_r{k}"] == pytest.approx(i2t, abs=0.02)
+
+
+def test_zeroshot_reads_the_benchmarks_layout(model: str, corpus: Path) -> None:
+    bundle = load_bundle(model)
+    metrics = evaluate_zeroshot(bundle, model, str(corpus / "zeroshot"))
+    assert (metrics["samples"], metrics["classes"]) == (96, 48)
+    assert 0 <= metrics["top1"] <= metrics["top5"] <= 1
+
+
+def test_folders_that_are_no_benchmark_are_named(model: str, corpus: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(model)
+    with pytest.raises(DataError, match="no folder"):
+        evaluate_zeroshot(bundle, model, str(tmp_path / "nothing"))
+    with pytest.raises(DataError, match=r"classnames\.txt"):
+        evaluate_zeroshot(bundle, model, str(tmp_path))
+    (tmp_path / "classnames.txt").write_text("a\nb\n")
+    (tmp_path / "0.tar").write_bytes((corpus / "heldout" / "00000.tar").read_bytes())
+    with pytest.raises(DataError, match=r"have no class: each needs a \.cls member"):
+        evaluate_zeroshot(bundle, model, str(tmp_path))
+
+
+def test_real_photos(model: str, photos: Path) -> None:
+    bundle = load_bundle(model)
+    metrics = evaluate_zeroshot(bundle, model, str(photos / "clothing" / "test"))
+    assert (metrics["samples"], metrics["classes"]) == (372, 10)
+
+
+def test_chance_is_what_guessing_gives() -> None:
+    assert chance({"top1": 0, "classes": 48}) == {"top1": 1 / 48, "top5": 5 / 48, "mean_per_class": 1 / 48}
+    expected = chance({"images": 100, "texts": 500})
+    assert expected["t2i_r5"] == pytest.approx(0.05)
+    rng = np.random.default_rng(0)
+    drawn = [(rng.permutation(500)[:10] < 5).any() for _ in range(4000)]
+    assert expected["i2t_r10"] == pytest.approx(np.mean(drawn), abs=0.02)
