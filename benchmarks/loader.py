@@ -82,7 +82,9 @@ def ours(spec: ReadSpec, images: int) -> float:
     return total / (last - first)
 
 
-def _limit_process(spec: ReadSpec, rank: int, images: int, barrier: multiprocessing.synchronize.Barrier, out: multiprocessing.Queue) -> None:
+def _limit_process(
+    spec: ReadSpec, rank: int, images: int, barrier: multiprocessing.synchronize.Barrier, out: multiprocessing.Queue[tuple[float, float]]
+) -> None:
     torch.set_num_threads(1)
     reader, kept = IndexReader(Index.open(spec.index_url)), compile_kept(Index.open(spec.index_url)).ordinals
     share = Share(rank, RANKS, BATCH // CHUNK)

@@ -25,7 +25,9 @@ def main() -> None:
         started = time.process_time()
         write_shard(Path(folder) / "0.tar", "train", 0, arguments.samples, config)
         rate = arguments.samples / (time.process_time() - started)
-    print(json.dumps({"benchmark": "synth", "samples": arguments.samples, "image_size": config.image_size, "samples_per_core_s": round(rate)}))
+    print(
+        json.dumps({"benchmark": "synth", "samples": arguments.samples, "image_size": config.image_size, "samples_per_core_s": round(rate)})
+    )
 
 
 if __name__ == "__main__":

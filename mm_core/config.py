@@ -73,9 +73,7 @@ def validate(model: type[C], values: Mapping[str, Any]) -> C:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or model.__name__}: {e['msg']}, got {e['input']!r}" for e in error.errors()
-        )
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or model.__name__}: {e['msg']}, got {e['input']!r}" for e in error.errors())
         raise ConfigError(f"invalid configuration: {problems}") from None
 
 

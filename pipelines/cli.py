@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from pipelines.train.config import TrainRun
 
 Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration value, e.g. optimizer.lr=1e-3.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration value, e.g. optimizer.lr=1e-3.")
+]
 Ledgers = Annotated[list[str] | None, typer.Option("--ledger", help="Read only what this ledger keeps; give it again for several.")]
 
 data = typer.Typer(no_args_is_help=True, help="Make, index and divide image-text shards.")
@@ -57,7 +59,9 @@ def synth(
     with console.progress("draw scenes", total) as tracker:
         write_corpus(out, settings, workers=workers, on_progress=tracker.advance)
     console.say(f"{out}/train, {out}/heldout and {out}/zeroshot hold {total:,} samples; next: mm data index {out}/train --out INDEX")
-    console.result({"samples": settings.samples, "heldout": settings.heldout_samples, "zeroshot": settings.zeroshot_samples, "out": str(out)})
+    console.result(
+        {"samples": settings.samples, "heldout": settings.heldout_samples, "zeroshot": settings.zeroshot_samples, "out": str(out)}
+    )
 
 
 @data.command("index")
@@ -183,9 +187,14 @@ def evaluate(
     console = Console(as_json)
     with ray_session():
         report = evaluate_model(
-            resolve_model(model, settings), zeroshot=zeroshot, retrieval=retrieval or (), ledgers=ledger or (), tracking=_tracking(settings),
-            plots=plots, console=console,
-        )  # fmt: skip
+            resolve_model(model, settings),
+            zeroshot=zeroshot,
+            retrieval=retrieval or (),
+            ledgers=ledger or (),
+            tracking=_tracking(settings),
+            plots=plots,
+            console=console,
+        )
     for kind, metrics in report.items():
         console.table((kind, "", "chance"), [(key, f"{value:.4f}", f"{chance:.4f}") for key, (value, chance) in metrics.items()])
     console.result({kind: {key: value for key, (value, _) in metrics.items()} for kind, metrics in report.items()})

@@ -135,7 +135,7 @@ def evaluate_retrieval(
         features = encode_images(model, index, ledgers=ledgers, on_progress=on_progress)
         texts = [caption for captions in features.captions for caption in captions]
         owners = np.repeat(np.arange(len(features.captions)), [len(captions) for captions in features.captions])
-        text_features = np.concatenate([bundle.text_features(texts[i : i + _TEXTS] ) for i in range(0, len(texts), _TEXTS)])
+        text_features = np.concatenate([bundle.text_features(texts[i : i + _TEXTS]) for i in range(0, len(texts), _TEXTS)])
         metrics = retrieval_metrics(features.images, text_features, owners)
         chosen = np.linspace(0, len(texts) - 1, min(_MAX_GALLERY_QUERIES, len(texts)), dtype=int)
         best = np.argsort(-text_features[chosen] @ features.images.T, axis=1, kind="stable")[:, :_GALLERY_COLUMNS]

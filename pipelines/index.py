@@ -90,7 +90,9 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
         for one in braceexpand.braceexpand(pattern) if "{" in pattern else [pattern]:
             matches += _matches(_absolute(one))
         if not matches:
-            raise DataError(f"no shard at {pattern}: name .tar files, a folder that holds some, a glob, or a range like {{00000..00012}}.tar")
+            raise DataError(
+                f"no shard at {pattern}: name .tar files, a folder that holds some, a glob, or a range like {{00000..00012}}.tar"
+            )
         found |= dict.fromkeys(matches)
     return sorted(found)
 

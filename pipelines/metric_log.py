@@ -233,9 +233,7 @@ class MetricLog:
                 self._send(points)
             except Exception as error:  # Whatever a store or its driver raises must not end this thread.
                 if isinstance(error, MlflowException) and error.error_code == "INVALID_PARAMETER_VALUE":
-                    self._warn_once(
-                        "refused", f"MLflow refused {len(points)} points, they are dropped: {error.message}"
-                    )
+                    self._warn_once("refused", f"MLflow refused {len(points)} points, they are dropped: {error.message}")
                 else:
                     self._warn_once("outage", f"metrics are kept in a file until MLflow takes them: {_brief(error)}")
                     return False
@@ -251,9 +249,7 @@ class MetricLog:
 
         database = sqlite_file(self._uri)
         if database is not None and not database.exists():
-            raise ServiceError(
-                f"{database} is not on this machine; with several machines, set tracking.uri to a server"
-            )
+            raise ServiceError(f"{database} is not on this machine; with several machines, set tracking.uri to a server")
         if (reason := outage(self._uri)) is not None:
             raise ServiceError(f"{without_password(self._uri)} gives {reason}")
         if self._client is None:

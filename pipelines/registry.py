@@ -7,7 +7,6 @@ tags. What `resolve_model` returns was compared with that digest; nothing is eve
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import tempfile
@@ -16,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mm_core.cache import cache_folder
 from mm_core.bundle import MANIFEST, BundleManifest, read_manifest
+from mm_core.cache import cache_folder
 from mm_core.config import nearest
 from mm_core.errors import BundleError, ConfigError
 from pipelines.tracking import RunStatus, TrackingConfig, create_run, finish_run, open_client, store_errors
@@ -111,9 +110,7 @@ def resolve_model(reference: str, tracking: TrackingConfig) -> Path | str:
         source = client.get_model_version_download_uri(version.name, version.version)
     digest = version.tags.get(DIGEST_TAG)
     if digest is None or not _NAME.fullmatch(version.name):
-        raise BundleError(
-            f"{reference} was not registered with `mm register`, so it cannot be checked; pass a downloaded folder"
-        )
+        raise BundleError(f"{reference} was not registered with `mm register`, so it cannot be checked; pass a downloaded folder")
     folder = cache_folder() / "models" / version.name / f"{version.version}-{digest[:16]}"
     if not _holds(folder, digest):
         with store_errors(tracking, f"downloading {reference}"):

@@ -69,7 +69,6 @@ def connect(*, cpus: int | None = None) -> None:
 
 def _quieten() -> None:
     """Leave on the terminal what mm says itself; Ray's own log files keep everything."""
-    import ray.data  # its import sets up the handlers that are turned down here
 
     for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
         logger = logging.getLogger(name)

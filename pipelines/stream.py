@@ -79,9 +79,7 @@ class StepBatch:
         return {reason: reasons.count(reason) for reason in set(reasons)}
 
 
-def stream(
-    spec: ReadSpec, share: Share, *, first_step: int, last_step: int, config: StreamConfig, cpus: float
-) -> Iterator[StepBatch]:
+def stream(spec: ReadSpec, share: Share, *, first_step: int, last_step: int, config: StreamConfig, cpus: float) -> Iterator[StepBatch]:
     """Batches of this rank for the global steps [first_step, last_step).
 
     Raises:
@@ -259,9 +257,7 @@ class _Segment:
         return False
 
 
-def _opened_ahead(
-    segments: Iterator[list[_Block]], start: Callable[[list[_Block]], Iterator[pa.Table]]
-) -> Iterator[pa.Table]:
+def _opened_ahead(segments: Iterator[list[_Block]], start: Callable[[list[_Block]], Iterator[pa.Table]]) -> Iterator[pa.Table]:
     """The blocks of all segments in a row, each segment opened before the one ahead of it ends."""
     current = next(segments, None)
     reading = _Segment(current, start) if current else None

@@ -118,9 +118,7 @@ def _random_box(width: int, height: int, augment: AugmentConfig, draw: random.Ra
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def _decode(
-    data: bytes, size: int, choose: Callable[[int, int], Box], max_pixels: int
-) -> UInt8[np.ndarray, "size size 3"]:
+def _decode(data: bytes, size: int, choose: Callable[[int, int], Box], max_pixels: int) -> UInt8[np.ndarray, "size size 3"]:
     header = read_header(data, max_pixels=max_pixels)
     orientation = _orientation(data, header.format)
     turned = orientation >= 5
@@ -188,9 +186,7 @@ def _orient(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.nd
     return pixels
 
 
-def _resize(
-    pixels: UInt8[np.ndarray, "h w 3"], full: tuple[int, int], box: Box, size: int
-) -> UInt8[np.ndarray, "size size 3"]:
+def _resize(pixels: UInt8[np.ndarray, "h w 3"], full: tuple[int, int], box: Box, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Crop `box`, given in pixels of the `full` (width, height), out of the decoded image, which may be smaller."""
     height, width = pixels.shape[:2]
     left, top = min(width - 1, round(box[0] * width / full[0])), min(height - 1, round(box[1] * height / full[1]))

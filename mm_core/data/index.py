@@ -1,10 +1,10 @@
 """An index: an immutable snapshot of what a set of shards holds.
 
-    INDEX/index.json       format, fingerprint, counts
-    INDEX/shards.parquet   one row per shard: url, bytes, mtime or etag, rows
-    INDEX/samples/*.parquet   one row per sample, for people and filters (columns: `scan.SAMPLE_SCHEMA`)
-    INDEX/locators.npy     24 bytes per sample, for machines
-    INDEX/ledgers/NAME/    decisions (`ledger.py`)
+INDEX/index.json       format, fingerprint, counts
+INDEX/shards.parquet   one row per shard: url, bytes, mtime or etag, rows
+INDEX/samples/*.parquet   one row per sample, for people and filters (columns: `scan.SAMPLE_SCHEMA`)
+INDEX/locators.npy     24 bytes per sample, for machines
+INDEX/ledgers/NAME/    decisions (`ledger.py`)
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def write_ledger(index: Index, name: str, *, rule: str, keep: NDArray[np.bool_],
     flags = index.locators["flags"]
     good = usable(flags, index.summary.need)
     repeat = (keep & good).astype(np.float32)
-    reasons = pa.array(np.where(good & ~keep, reason, None).tolist(), pa.string()).dictionary_encode()
+    reasons = pa.array([reason if dropped else None for dropped in good & ~keep], pa.string()).dictionary_encode()
     digest = hashlib.blake2b(repeat.tobytes(), digest_size=16)
     digest.update(f"{index.summary.fingerprint} {rule}".encode())
     summary = LedgerSummary(

@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 
 from mm_core.cache import cache_folder
 
-LOCATOR = np.dtype(
-    [("start", "<u8"), ("span", "<u4"), ("shard", "<u4"), ("check", "<u4"), ("flags", "<u2"), ("occurrence", "<u2")]
-)
+LOCATOR = np.dtype([("start", "<u8"), ("span", "<u4"), ("shard", "<u4"), ("check", "<u4"), ("flags", "<u2"), ("occurrence", "<u2")])
 """start, span: the bytes of the sample in its shard, headers included. check: CRC-32 of member names and sizes.
 flags: see below. occurrence: how many samples of the same key the shard held before."""
 

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import fsspec
@@ -46,7 +47,7 @@ class RangedReader:
             first, last = spans[request[0]], spans[request[-1]]
             start, end = first.start, max(last.start + last.size, first.start + first.size)
             try:
-                data = retried(lambda url=first.url, a=start, b=end: self._fetch(url, a, b), lambda url=first.url: self.forget(url))
+                data = retried(partial(self._fetch, first.url, start, end), partial(self.forget, first.url))
             except OSError as error:
                 for i in request:
                     results[i] = SampleProblem(Reason.READ_FAILED, f"{first.url} bytes {start}-{end}: {error}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,7 @@ from mm_core.data.sample import Sample, read_span
 from mm_core.data.text import CaptionTokenizer, choose_caption
 from mm_core.errors import DataError
 
+Scalar = TypeVar("Scalar", bound=np.generic)
 _AUGMENT, _CAPTION = 3, 4
 """Keep the keys of the draws apart from each other and from the plan's."""
 
@@ -165,13 +167,13 @@ class PlanReader:
         )
 
 
-def fixed_width(values: NDArray[np.uint8] | NDArray[np.int32]) -> pa.Array:
+def fixed_width(values: NDArray[Any]) -> pa.Array:
     """Rows of an array as fixed-size binary over the same memory: no copy here, none at the other end (`rows_of`)."""
     width = values[0].nbytes
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), [None, pa.py_buffer(values)])
 
 
-def rows_of(column: pa.ChunkedArray, shape: tuple[int, ...], dtype: type) -> NDArray[np.uint8] | NDArray[np.int32]:
+def rows_of(column: pa.ChunkedArray, shape: tuple[int, ...], dtype: type[Scalar]) -> NDArray[Scalar]:
     """The array a fixed-size binary column holds, as a view: [rows, *shape]."""
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):

@@ -167,9 +167,9 @@ def _captions(group: Group, metadata: dict[str, Any]) -> list[str]:
             raise SampleProblem(Reason.BAD_TEXT, f"{group.key!r}: {error}") from None
         return [text] if text else []
     for key in _CAPTION_KEYS:
-        text = metadata.get(key)
-        if isinstance(text, str) and text.strip():
-            return [text.strip()]
+        value = metadata.get(key)
+        if isinstance(value, str) and value.strip():
+            return [value.strip()]
     return []
 
 

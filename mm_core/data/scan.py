@@ -83,9 +83,7 @@ def _hole_row(hole: Hole) -> tuple[dict[str, Any], tuple[int, int, int, int, int
     return {"start": hole.start, "span": 0, "reason": hole.reason.value}, (hole.start, 0, 0, BAD, 0)
 
 
-def _sample_row(
-    group: Group, url: str, need: tuple[str, ...], max_pixels: int
-) -> tuple[dict[str, Any], tuple[int, int, int, int, int]]:
+def _sample_row(group: Group, url: str, need: tuple[str, ...], max_pixels: int) -> tuple[dict[str, Any], tuple[int, int, int, int, int]]:
     span, occurrence = group.end - group.start, min(group.occurrence, 0xFFFF)
     row: dict[str, Any] = {
         "key": group.key.encode("utf-8", "replace").decode(),

@@ -93,9 +93,7 @@ def walk(stream: BinaryIO, *, max_member_bytes: int, whole: bool = True) -> Iter
         yield Hole(Reason.TRUNCATED, reader.offset, f"ends at byte {reader.offset} without tar's end mark")
 
 
-def _member(
-    reader: _Reader, name: str, start: int, size: int, kind: bytes, max_member_bytes: int
-) -> Iterator[Member | Hole]:
+def _member(reader: _Reader, name: str, start: int, size: int, kind: bytes, max_member_bytes: int) -> Iterator[Member | Hole]:
     if kind == b"5":
         return
     if kind not in (b"0", b"\0", b"7"):
@@ -172,7 +170,7 @@ def _extension(kind: bytes, data: bytes) -> dict[str, str]:
         return {}
     records: dict[str, str] = {}
     while data:
-        length_text, _, rest = data.partition(b" ")
+        length_text, _, _ = data.partition(b" ")
         if not length_text.isdigit() or not (0 < int(length_text) <= len(data)):
             break
         length = int(length_text)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 
 from mm_core.config import Config
@@ -44,7 +44,7 @@ class CheckpointState(Config):
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState, *, rank: int) -> None:
     """Write this rank's part into its own `folder`. A collective: every rank calls it with the same `state`."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    state_dict_saver.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
     if rank == 0:
         (folder / _STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
 
@@ -92,7 +92,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def _load(state: dict[str, Any], folder: Path) -> None:
     try:
-        dcp.load(state, checkpoint_id=folder)
+        state_dict_loader.load(state, checkpoint_id=folder)
     except Exception as error:  # torch wraps whatever each rank met into a CheckpointException, and others pass through
         raise CheckpointError(f"the checkpoint {folder} does not fit this model or is damaged: {_first_line(error)}") from error
 

@@ -22,7 +22,9 @@ class DataConfig(Config):
     """What is read, in which order and form."""
 
     chunk: int = Field(default=16, ge=1, le=64, description="Samples that are handed to a rank together.")
-    run_length: int = Field(default=1, ge=1, description="Neighbouring samples read in one go: 1 on a local disk, 16 to 64 on a remote store.")
+    run_length: int = Field(
+        default=1, ge=1, description="Neighbouring samples read in one go: 1 on a local disk, 16 to 64 on a remote store."
+    )
     augment: AugmentConfig = AugmentConfig()
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="Images above this are not decoded.")
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1, description="The run stops if a larger share of samples has to be replaced.")

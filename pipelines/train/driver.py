@@ -9,8 +9,7 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,14 +29,13 @@ from mm_core.data.index import Index, changed_shard
 from mm_core.data.ledger import Kept, compile_kept
 from mm_core.data.plan import Plan, chunks_per_step
 from mm_core.data.reader import ReadSpec
-from mm_core.data.text import CaptionTokenizer
 from mm_core.errors import CheckpointError, ConfigError, DataError, MMError, TrainingError
 from mm_core.models.clip import TwoTower, build_clip
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
 from mm_core.training.checkpoint import load_weights
 from pipelines.metric_log import MetricLog, spool_folder
 from pipelines.plots import loss_curve
-from pipelines.tracking import DatasetInput, RunStatus, continue_run, create_run, describe_run, finish_run, log_artifacts, metric_history
+from pipelines.tracking import DatasetInput, RunStatus, continue_run, create_run, finish_run, log_artifacts, metric_history
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import Outcome, WorkerTask, train_worker
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
@@ -162,7 +160,10 @@ def _claim(request: TrainRequest, run: TrainRun, kept: Kept) -> tuple[RunFolder,
         if request.name is None:
             found = newest_run(run.storage, _identity(run), kept.fingerprint)
             if found is None:
-                raise CheckpointError(f"no run of {run.recipe} with this configuration and data under {run.storage}: name one with --name, or leave out --resume")
+                raise CheckpointError(
+                    f"no run of {run.recipe} with this configuration and data under {run.storage}:"
+                    " name one with --name, or leave out --resume"
+                )
             return found, found.read()
         folder = RunFolder.of(run.storage, request.name)
         record = folder.read()
@@ -196,7 +197,12 @@ def _begin(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folde
             run.tracking,
             run_name=folder.name,
             params=run.model_dump(mode="json"),
-            tags={"mm.recipe": run.recipe, "mm.data_fingerprint": kept.fingerprint, "mm.code_revision": code_revision(), "mm.folder": folder.url},
+            tags={
+                "mm.recipe": run.recipe,
+                "mm.data_fingerprint": kept.fingerprint,
+                "mm.code_revision": code_revision(),
+                "mm.folder": folder.url,
+            },
             datasets=[DatasetInput(Path(index.url).name, index.summary.fingerprint, index.url, len(kept))],
         )
         record = RunRecord(
@@ -254,7 +260,7 @@ def _task(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folder
         code_revision=code_revision(),
         tracking_run_id=record.tracking_run_id,
         initial_weights=None if initial is None else ray.put(initial),
-        board=Board.remote(),
+        board=ray.remote(num_cpus=0)(Board).remote(),
     )
 
 
@@ -305,7 +311,6 @@ def _fit(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
     return outcome
 
 
-@ray.remote(num_cpus=0)
 class Board:
     """Where rank 0 writes how far it is and the driver reads it. Small messages, at log steps only."""
 
@@ -390,7 +395,9 @@ def _check_resources(run: TrainRun) -> None:
     wanted = (run.resources.gpus_per_worker or 0) * run.resources.workers
     there = ray.cluster_resources().get("GPU", 0)
     if wanted > there:
-        raise ConfigError(f"resources: {run.resources.workers} workers with {run.resources.gpus_per_worker} GPUs each, but the cluster has {there:g}")
+        raise ConfigError(
+            f"resources: {run.resources.workers} workers with {run.resources.gpus_per_worker} GPUs each, but the cluster has {there:g}"
+        )
 
 
 def _gpus_per_worker(run: TrainRun) -> float:

@@ -275,5 +275,3 @@ def _stream_cpus(run: TrainRun) -> float:
     """CPUs this rank's read tasks may use, rounded down to Ray's granularity so that all ranks' shares fit."""
     share = run.stream.cpus_per_rank or _node_cpus() / ray.train.get_context().get_local_world_size()
     return math.floor(share * 1e4) / 1e4
-
-

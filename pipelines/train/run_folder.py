@@ -1,9 +1,9 @@
 """A run's folder: what `mm train` keeps of a run beside its checkpoints.
 
-    STORAGE/NAME/run.json      what was asked for, the data it was asked for, the tracking run
-    STORAGE/NAME/tokenizer/    the tokenizer, in Hugging Face's layout
-    STORAGE/NAME/checkpoint_*  Ray Train's checkpoints
-    STORAGE/NAME/bundle/       the finished model
+STORAGE/NAME/run.json      what was asked for, the data it was asked for, the tracking run
+STORAGE/NAME/tokenizer/    the tokenizer, in Hugging Face's layout
+STORAGE/NAME/checkpoint_*  Ray Train's checkpoints
+STORAGE/NAME/bundle/       the finished model
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def check_same(record: RunRecord, identity: dict[str, Any], data_fingerprint: st
         CheckpointError: the run in `where` is another; the first differing key is named.
     """
     if record.data_fingerprint != data_fingerprint:
-        raise CheckpointError(f"the run {where} was started on other data: continue it with the index and ledgers it began with ({record.index})")
+        raise CheckpointError(
+            f"the run {where} was started on other data: continue it with the index and ledgers it began with ({record.index})"
+        )
     old, new = dict(flatten(record.identity)), dict(flatten(json.loads(json.dumps(identity))))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):

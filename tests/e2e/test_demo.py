@@ -82,7 +82,9 @@ def test_the_bundle_is_transformers_own(demo: tuple[dict[str, Any], Path, str], 
     np.testing.assert_allclose(bundle.text_features(["a red circle"]), texts.numpy(), atol=1e-5)
 
 
-def test_the_registered_model_answers_with_the_same_features(demo: tuple[dict[str, Any], Path, str], corpus: Path, ray_cluster: None) -> None:
+def test_the_registered_model_answers_with_the_same_features(
+    demo: tuple[dict[str, Any], Path, str], corpus: Path, ray_cluster: None
+) -> None:
     from pipelines.registry import resolve_model
     from pipelines.tracking import TrackingConfig
     from serve.config import ServeConfig

@@ -193,9 +193,7 @@ def test_shards_that_lose_their_pictures_stop_the_run(index: Index, corpus: Path
 def test_init_starts_from_a_bundle(undisturbed: tuple[TrainResult, Path], index: Index, tmp_path: Path) -> None:
     result, _ = undisturbed
     start = tiny_run(tmp_path, 1)
-    start = start.model_copy(
-        update={"init": result.bundle, "steps": 1, "optimizer": start.optimizer.model_copy(update={"lr": 1e-9})}
-    )
+    start = start.model_copy(update={"init": result.bundle, "steps": 1, "optimizer": start.optimizer.model_copy(update={"lr": 1e-9})})
     again = train(TrainRequest(start, index.url, name="warm"), Console(json=True))
     torch.testing.assert_close(weights(again.bundle), weights(result.bundle), atol=1e-6, rtol=0)
     other = start.model_copy(update={"model": start.model.model_copy(update={"embed_dim": 24})})

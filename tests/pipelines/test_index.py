@@ -59,7 +59,9 @@ def test_every_sample_is_found_by_its_ordinal(index: Index, corpus: Path) -> Non
 
 
 def test_the_table_says_what_the_samples_hold(index: Index) -> None:
-    rows = [row for batch in index.samples(["shard", "row", "uid", "width", "image_format", "captions", "reason"]) for row in batch.to_pylist()]
+    rows = [
+        row for batch in index.samples(["shard", "row", "uid", "width", "image_format", "captions", "reason"]) for row in batch.to_pylist()
+    ]
     assert [(r["shard"], r["row"]) for r in rows] == sorted((r["shard"], r["row"]) for r in rows)
     assert len({r["uid"] for r in rows}) == 330
     assert {(r["width"], r["image_format"], r["reason"]) for r in rows} == {(48, "jpeg", None)}

@@ -69,9 +69,7 @@ def artifacts(tracking: TrackingConfig, run_id: str) -> list[str]:
     return sorted(entry.path for entry in open_client(tracking).list_artifacts(run_id))
 
 
-def test_a_registered_bundle_is_found_by_alias_and_by_number(
-    tracking: TrackingConfig, bundle: Path, tmp_path: Path
-) -> None:
+def test_a_registered_bundle_is_found_by_alias_and_by_number(tracking: TrackingConfig, bundle: Path, tmp_path: Path) -> None:
     registered = register_bundle(tracking, name="clip-demo", bundle_folder=bundle, alias="champion")
     assert registered == RegisteredModel("clip-demo", 1, "champion")
     assert registered.reference == "models:/clip-demo@champion"
@@ -125,9 +123,7 @@ def test_a_bundle_belongs_to_the_run_it_was_trained_in(tracking: TrackingConfig,
     assert artifacts(tracking, run_id) == ["bundle", "config.json"]
 
 
-def test_another_bundle_of_the_run_and_a_cut_upload_do_not_get_in_the_way(
-    tracking: TrackingConfig, bundle: Path, tmp_path: Path
-) -> None:
+def test_another_bundle_of_the_run_and_a_cut_upload_do_not_get_in_the_way(tracking: TrackingConfig, bundle: Path, tmp_path: Path) -> None:
     run_id = create_run(tracking, run_name="train", params={})
     (tmp_path / "cut").mkdir()
     shutil.copy(bundle / "mm.json", tmp_path / "cut")
@@ -148,9 +144,7 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(tracking: TrackingConfig, 
 
 
 @pytest.mark.parametrize("damaged", ["mm.json", "model.safetensors"])
-def test_a_stored_bundle_that_was_changed_is_refused(
-    damaged: str, tracking: TrackingConfig, bundle: Path, tmp_path: Path
-) -> None:
+def test_a_stored_bundle_that_was_changed_is_refused(damaged: str, tracking: TrackingConfig, bundle: Path, tmp_path: Path) -> None:
     register_bundle(tracking, name="clip", bundle_folder=bundle)
     (stored,) = tmp_path.glob(f"mlartifacts/*/artifacts/bundle/{damaged}")
     stored.write_bytes(stored.read_bytes().replace(b"a", b"b"))
@@ -175,9 +169,7 @@ def test_a_damaged_bundle_is_not_registered(tracking: TrackingConfig, bundle: Pa
         ("models:/clip-demo/7", r"no version 7; its aliases: @champion \(version 2\); its versions: 1, 2"),
     ],
 )
-def test_what_is_not_there_is_answered_with_what_is(
-    reference: str, message: str, tracking: TrackingConfig, bundle: Path
-) -> None:
+def test_what_is_not_there_is_answered_with_what_is(reference: str, message: str, tracking: TrackingConfig, bundle: Path) -> None:
     for alias in (None, "champion"):
         register_bundle(tracking, name="clip-demo", bundle_folder=bundle, alias=alias)
     with pytest.raises(BundleError, match=message):
@@ -208,12 +200,8 @@ def test_a_version_of_another_tool_is_refused(tracking: TrackingConfig, bundle: 
         resolve_model("models:/foreign/1", tracking)
 
 
-@pytest.mark.parametrize(
-    ("name", "alias"), [("a/b", None), ("", None), ("..", None), ("clip", "latest"), ("clip", "v2")]
-)
-def test_a_name_no_reference_could_carry_is_wrong_use(
-    name: str, alias: str | None, tracking: TrackingConfig, bundle: Path
-) -> None:
+@pytest.mark.parametrize(("name", "alias"), [("a/b", None), ("", None), ("..", None), ("clip", "latest"), ("clip", "v2")])
+def test_a_name_no_reference_could_carry_is_wrong_use(name: str, alias: str | None, tracking: TrackingConfig, bundle: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot (name a model|be an alias)"):
         register_bundle(tracking, name=name, bundle_folder=bundle, alias=alias)
 

@@ -91,7 +91,7 @@ def test_a_sample_that_cannot_be_read_is_replaced_within_its_chunk_and_counted(c
     batches = ray.get(read.remote(spec, 0, 1))
 
     assert [len(b.images) for b in batches] == [CHUNK * CHUNKS] * STEPS
-    replaced = sum((b.replaced.get("changed", 0) for b in batches))
+    replaced = sum(b.replaced.get("changed", 0) for b in batches)
     before = [uid for b in whole for uid in b.rows["uid"].to_pylist()]
     after = [uid for b in batches for uid in b.rows["uid"].to_pylist()]
     lost = before[next(i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)]

@@ -201,9 +201,7 @@ def test_a_replayed_step_counts_with_its_last_value(tracking: TrackingConfig, ru
     assert metric_history(tracking, run_id, ["loss"]) == {"loss": [(7, 2.0)]}
 
 
-def test_a_store_on_another_machine_is_named_once_and_the_points_stay(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_store_on_another_machine_is_named_once_and_the_points_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     metrics = MetricLog(f"sqlite:///{tmp_path}/absent.db", "run", tmp_path / "spool", flush_interval_s=0.01)
     metrics.log(1, {"loss": 1.0})
     wait_until(lambda: "set tracking.uri to a server" in caplog.text)
@@ -311,9 +309,7 @@ class Server:
         store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", "artifacts"]
         command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1", *store]
         with (self.folder / "server.log").open("ab") as output:
-            self.process = subprocess.Popen(
-                command, cwd=self.folder, stdout=output, stderr=output, start_new_session=True
-            )
+            self.process = subprocess.Popen(command, cwd=self.folder, stdout=output, stderr=output, start_new_session=True)
         wait_until(self.answers, timeout_s=60)
 
     def answers(self) -> bool:
