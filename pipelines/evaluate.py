@@ -175,7 +175,7 @@ def encode_images(
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_gpus=1 if gpus else 0,
-            max_restarts=0,  # else Ray prints an error for each actor (ray#53727)
+            ray_remote_args_fn=lambda: {"max_restarts": 0},  # else Ray prints an error for each actor (ray#53727)
         )
     )
     tables = []

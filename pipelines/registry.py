@@ -124,7 +124,7 @@ def _existing_run(client: MlflowClient, run_id: str | None) -> str | None:
     if run_id is None:
         return None
     try:
-        return client.get_run(run_id).info.run_id  # type: ignore[no-any-return]
+        return client.get_run(run_id).info.run_id
     except MlflowException:
         return None
 
