@@ -88,7 +88,7 @@ def test_dry_run_starts_nothing(index: str, tmp_path: Path, monkeypatch: pytest.
         (("train", "clip-tinny", "--data", "INDEX"), "unknown recipe 'clip-tinny'; did you mean 'clip-tiny'?", 2),
         (("train", "clip-tiny", "--data", "nowhere"), "no index at", 1),
         (("train", "clip-tiny", "--data", "INDEX", "--ledger", "x"), "has no ledger 'x'; it has: none", 1),
-        (("train", "clip-tiny", "--data", "INDEX", "--init", "./nothing"), "nothing", 1),
+        (("train", "clip-tiny", "--data", "INDEX", "--init", "./nothing"), "no tokenizer", 2),
         (("train", "clip-tiny", "--data", "INDEX", "--name", "../up"), "run name '../up' may have", 2),
         (("train", "clip-tiny", "--data", "INDEX", "--name", "n", "--resume"), "holds no run that can be continued", 1),
         (("train", "no.yaml", "--data", "INDEX"), "cannot read config file no.yaml", 2),
