@@ -162,6 +162,7 @@ def encode_images(
     gpus = ray.cluster_resources().get("GPU", 0)
     actors = actors or max(1, int(gpus) if gpus else int(ray.cluster_resources().get("CPU", 1)) // 2)
     blocks = [kept[i : i + _ROWS_PER_BLOCK] for i in range(0, len(kept), _ROWS_PER_BLOCK)]
+    actors = min(actors, len(blocks))
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     size = load_bundle(model, verify=False).image_size
