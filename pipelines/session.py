@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -73,7 +74,7 @@ def _quieten() -> None:
     for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
         logger = logging.getLogger(name)
         for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            if getattr(handler, "stream", None) in (sys.stdout, sys.stderr):
                 handler.setLevel(logging.ERROR)
         if not logger.handlers:
             logger.setLevel(logging.ERROR)

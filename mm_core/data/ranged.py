@@ -109,6 +109,8 @@ def retried(read: Callable[[], T], reopen: Callable[[], None]) -> T:
     for wait_s in _BACKOFF_S:
         try:
             return read()
+        except (FileNotFoundError, PermissionError):
+            raise  # waiting mends neither
         except OSError as error:
             logger.warning("read failed, trying again in %.1f s: %s", wait_s, error)
             reopen()

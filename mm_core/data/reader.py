@@ -1,7 +1,8 @@
 """Positions of a plan to decoded, tokenised samples: what a read task of the stream runs.
 
 Guarantees: as many samples as positions, in their order; a sample that cannot be used is replaced by the next usable one of its
-chunk and the replacement is recorded, so every rank takes the same number of steps; the result depends on (plan, position) alone.
+chunk (of a chunk with none, by one of the chunks that follow in the plan) and the replacement is recorded, so every rank takes the
+same number of steps; the result depends on (plan, position) alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from mm_core.errors import DataError
 Scalar = TypeVar("Scalar", bound=np.generic)
 _AUGMENT, _CAPTION = 3, 4
 """Keep the keys of the draws apart from each other and from the plan's."""
+_STAND_IN_CHUNKS = 8
+"""How many chunks further on a replacement is looked for where a whole chunk cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +112,18 @@ class PlanReader:
             positions: whole chunks of the plan.
 
         Raises:
-            DataError: not one sample of a chunk can be used.
+            DataError: not one sample of a chunk and of those that follow it can be used.
         """
+        epochs, decoded = self._decoded(positions)
+        reasons = [d.reason.value if isinstance(d, SampleProblem) else None for d in decoded]
+        return self._table(positions, epochs, self._replace(decoded, positions), reasons)
+
+    def _decoded(self, positions: U64) -> tuple[U64, list[_Decoded | SampleProblem]]:
         epochs, kept = self.spec.plan.resolve(positions)
         ordinals = np.asarray(self._kept[kept.astype(np.int64)])
         seeds = mix(self.spec.plan.seed, _AUGMENT, epochs, ordinals)
-        decoded: list[_Decoded | SampleProblem] = [
-            self._decode(sample, int(seed)) for sample, seed in zip(self._reader.read(ordinals), seeds, strict=True)
-        ]
-        reasons = [d.reason.value if isinstance(d, SampleProblem) else None for d in decoded]
-        return self._table(positions, epochs, self._replace(decoded, positions), reasons)
+        samples = self._reader.read(ordinals)
+        return epochs, [self._decode(sample, int(seed)) for sample, seed in zip(samples, seeds, strict=True)]
 
     def _decode(self, sample: Sample | SampleProblem, seed: int) -> _Decoded | SampleProblem:
         if isinstance(sample, SampleProblem):
@@ -139,15 +144,22 @@ class PlanReader:
         result: list[_Decoded] = []
         for start in range(0, len(decoded), chunk):
             group = decoded[start : start + chunk]
+            if not any(isinstance(d, _Decoded) for d in group):
+                group = self._stand_ins(positions[start : start + chunk], group)
             for i in range(len(group)):
-                usable = next((d for d in group[i:] + group[:i] if isinstance(d, _Decoded)), None)
-                if usable is None:
-                    raise DataError(
-                        f"not one of the {chunk} samples at position {positions[start]} can be used, the first because of {group[0]};"
-                        f" has the data at {self.spec.index_url} moved or changed since it was indexed?"
-                    )
-                result.append(usable)
+                result.append(next(d for d in group[i:] + group[:i] if isinstance(d, _Decoded)))
         return result
+
+    def _stand_ins(self, positions: U64, group: list[_Decoded | SampleProblem]) -> list[_Decoded | SampleProblem]:
+        """The next chunk of the plan that holds a usable sample, for one that holds none."""
+        for further in range(1, _STAND_IN_CHUNKS + 1):
+            _, decoded = self._decoded(positions + np.uint64(further * self.spec.plan.chunk))
+            if any(isinstance(d, _Decoded) for d in decoded):
+                return decoded
+        raise DataError(
+            f"not one of the {len(group) * (_STAND_IN_CHUNKS + 1)} samples from position {positions[0]} on can be used, the first because"
+            f" of {group[0]}; has the data at {self.spec.index_url} moved or changed since it was indexed?"
+        )
 
     def _table(self, positions: U64, epochs: U64, samples: list[_Decoded], reasons: list[str | None]) -> pa.Table:
         size = self.spec.image_size

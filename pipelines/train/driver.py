@@ -36,6 +36,7 @@ from mm_core.training.checkpoint import load_weights
 from pipelines.metric_log import MetricLog, spool_folder
 from pipelines.plots import loss_curve
 from pipelines.tracking import DatasetInput, RunStatus, continue_run, create_run, finish_run, log_artifacts, metric_history
+from pipelines.train.board import start_board
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import Outcome, WorkerTask, train_worker
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
@@ -108,6 +109,10 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     except KeyboardInterrupt:
         status = RunStatus.KILLED
         console.note(f"stopped; continue with the same command and --resume --name {folder.name}")
+        raise
+    except MMError:
+        if (checkpoint := folder.latest_checkpoint()) is not None:
+            console.note(f"{checkpoint} is kept: once this is mended, continue with the same command and --resume --name {folder.name}")
         raise
     finally:
         MetricLog(run.tracking.uri, record.tracking_run_id, spool_folder()).close(5)  # what a killed rank 0 on this machine left
@@ -260,7 +265,7 @@ def _task(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folder
         code_revision=code_revision(),
         tracking_run_id=record.tracking_run_id,
         initial_weights=None if initial is None else ray.put(initial),
-        board=ray.remote(num_cpus=0)(Board).remote(),
+        board=start_board(),
     )
 
 
@@ -304,24 +309,13 @@ def _fit(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
         with console.progress("train", run.steps, "steps") as tracker, _shown(task.board, tracker):
             result = trainer.fit()
     except Exception as error:
-        raise _explained(error, folder) from error
+        raise _explained(error) from error
+    if (fatal := ray.get(task.board.error.remote())) is not None:
+        raise fatal
     outcome: Outcome = result.return_value
     if outcome.failure:
         raise TrainingError(outcome.failure)
     return outcome
-
-
-class Board:
-    """Where rank 0 writes how far it is and the driver reads it. Small messages, at log steps only."""
-
-    def __init__(self) -> None:
-        self._state: tuple[int, dict[str, float]] | None = None
-
-    def update(self, step: int, metrics: dict[str, float]) -> None:
-        self._state = (step, metrics)
-
-    def read(self) -> tuple[int, dict[str, float]] | None:
-        return self._state
 
 
 @contextmanager
@@ -332,7 +326,7 @@ def _shown(board: ray.actor.ActorHandle, tracker: Tracker) -> Iterator[None]:
     def show() -> None:
         while not stop.wait(0.5):
             try:
-                state = ray.get(board.read.remote(), timeout=5)
+                state = ray.get(board.progress.remote(), timeout=5)
             except Exception:  # the display must not end a run
                 continue
             if state is not None:
@@ -354,7 +348,7 @@ def _headline(metrics: dict[str, float]) -> str:
     return f"loss {metrics['loss']:.3f}  {metrics['samples_per_s']:,.0f} samples/s  data wait {metrics['data_wait_fraction']:.0%}"
 
 
-def _explained(error: Exception, folder: RunFolder) -> MMError:
+def _explained(error: Exception) -> MMError:
     """One line out of Ray's: our own error where there is one among the causes, else the first failure it names."""
     seen: BaseException | None = error
     while seen is not None:
@@ -364,7 +358,7 @@ def _explained(error: Exception, folder: RunFolder) -> MMError:
                 return cause
         seen = getattr(seen, "cause", None) or seen.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return TrainingError(f"training stopped: {lines[-1] if lines else error!r}; continue with --resume --name {folder.name}")
+    return TrainingError(f"training stopped: {lines[-1] if lines else error!r}")
 
 
 def _export(run: TrainRun, folder: RunFolder, record: RunRecord, outcome: Outcome) -> str:

@@ -32,6 +32,7 @@ from mm_core.training.step import TrainStep
 from pipelines.metric_log import MetricLog, spool_folder, system_metrics
 from pipelines.stream import Share, StepBatch, stream
 from pipelines.train.audit import Audit
+from pipelines.train.board import fatal_errors
 from pipelines.train.config import TrainRun
 from pipelines.train.meter import Meter
 
@@ -66,6 +67,14 @@ class Outcome:
 
 def train_worker(settings: dict[str, WorkerTask]) -> Outcome:
     task = settings["task"]
+    with fatal_errors(task.board):
+        # Ray Train starts workers again after any error; after one of ours they end at once, and the driver raises it.
+        if (error := ray.get(task.board.error.remote())) is not None:
+            return Outcome(0, {}, str(error))
+        return _train(task)
+
+
+def _train(task: WorkerTask) -> Outcome:
     run = task.run
     torch.set_num_threads(_threads())
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # batches are views of shared memory

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from mm_core.data.image import AugmentConfig
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
 from mm_core.data.plan import Plan
-from mm_core.data.reader import ReadSpec
+from mm_core.data.reader import PlanReader, ReadSpec
 from mm_core.errors import DataError, StreamOrderError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from pipelines.index import build_index
@@ -101,6 +102,28 @@ def test_a_sample_that_cannot_be_read_is_replaced_within_its_chunk_and_counted(c
         assert a == b or b in before[i // CHUNK * CHUNK : i // CHUNK * CHUNK + CHUNK]
 
 
+def test_a_chunk_without_a_usable_sample_is_filled_from_those_that_follow(corpus: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "s.tar"
+    data = bytearray((corpus / "train" / "00000.tar").read_bytes())
+    shard.write_bytes(data)
+    index = build_index([str(shard)], str(tmp_path / "index"))
+    for row in index.locators[: len(index.locators) // 2]:
+        data[row["start"] : row["start"] + 512] = bytes(512)
+    shard.write_bytes(data)
+    reader = PlanReader(replace(make_spec(index), plan=replace(make_spec(index).plan, chunk=2)))
+
+    positions = np.arange(200, dtype=np.uint64)
+    rows = reader.read(positions)
+
+    used, reasons = rows["uid"].to_pylist(), rows["replaced"].to_pylist()
+    empty = [i for i in range(0, 200, 2) if reasons[i] and reasons[i + 1]]
+    assert 75 < reasons.count("changed") < 125
+    assert len(empty) > 10
+    assert all(used)
+    alone = [uid for i in range(0, 200, 2) for uid in reader.read(positions[i : i + 2])["uid"].to_pylist()]
+    assert used == alone  # whatever block a chunk is read in
+
+
 def test_shards_that_are_gone_stop_the_stream_with_one_clear_error(corpus: Path, tmp_path: Path) -> None:
     shard = tmp_path / "s.tar"
     shard.write_bytes((corpus / "train" / "00000.tar").read_bytes())
@@ -113,8 +136,6 @@ def test_shards_that_are_gone_stop_the_stream_with_one_clear_error(corpus: Path,
 
 
 def test_a_block_out_of_order_is_an_error(spec: ReadSpec) -> None:
-    from mm_core.data.reader import PlanReader
-
     share = Share(0, 1, CHUNKS)
     block = PlanReader(spec).read(share.positions(1, CHUNK))
     assert next(_split(spec, share, block, 1)).step == 1
