@@ -13,13 +13,16 @@ from contextlib import contextmanager
 
 from mm_core.errors import ServiceError
 
-_QUIET = {
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+"""Set for the whole job, unless the user set them: processes of one environment are used again, by other tasks and other runs."""
 
 
 @contextmanager
@@ -45,11 +48,11 @@ def connect(*, cpus: int | None = None) -> None:
     """`ray.init`: `address="local"` unless `RAY_ADDRESS` says otherwise, as a stale cluster file makes a bare init join or fail."""
     import ray
 
-    for name, value in _QUIET.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    runtime_env = {"env_vars": {name: os.environ[name] for name in _QUIET}}
+    runtime_env = {"env_vars": {name: os.environ[name] for name in _ENVIRONMENT}}
     try:
         if address:
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)

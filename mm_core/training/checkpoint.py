@@ -10,6 +10,7 @@ The random state of a step is drawn from (seed, step, rank) by `seed_step`, so i
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def load_weights(folder: Path, model: nn.Module) -> None:
         CheckpointError: as `load_checkpoint`.
     """
     model_state = get_model_state_dict(model)
-    _load({"model": model_state}, folder)
+    _load({"model": model_state}, folder, alone=True)
     set_model_state_dict(model, model_state)
 
 
@@ -90,9 +91,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(mix(seed, step, rank)))
 
 
-def _load(state: dict[str, Any], folder: Path) -> None:
+def _load(state: dict[str, Any], folder: Path, *, alone: bool = False) -> None:
     try:
-        state_dict_loader.load(state, checkpoint_id=folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `alone` says
+            state_dict_loader.load(state, checkpoint_id=folder, no_dist=alone)
     except Exception as error:  # torch wraps whatever each rank met into a CheckpointException, and others pass through
         raise CheckpointError(f"the checkpoint {folder} does not fit this model or is damaged: {_first_line(error)}") from error
 

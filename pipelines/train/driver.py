@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,6 @@ from pipelines.train.config import TrainRun
 from pipelines.train.loop import Outcome, WorkerTask, train_worker
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
 
-_TRAIN_ENVIRONMENT = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30"}
 _WORKER_MEMORY_BYTES = 256 << 20
 _CURVES = ("loss", "loss/contrastive")
 
@@ -287,8 +287,7 @@ def _fit(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
     run = task.run
     gpus = _gpus_per_worker(run)
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"task": task},
+        partial(train_worker, task),  # bound, not as `train_loop_config`, for which Train's controller would load all of this too
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.resources.workers,
@@ -302,7 +301,6 @@ def _fit(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
             storage_path=folder.storage,
             failure_config=ray.train.FailureConfig(max_failures=run.resources.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.checkpoint.keep),
-            worker_runtime_env={"env_vars": _TRAIN_ENVIRONMENT},
         ),
     )
     try:

@@ -65,8 +65,7 @@ class Outcome:
     failure: str | None = None
 
 
-def train_worker(settings: dict[str, WorkerTask]) -> Outcome:
-    task = settings["task"]
+def train_worker(task: WorkerTask) -> Outcome:
     with fatal_errors(task.board):
         # Ray Train starts workers again after any error; after one of ours they end at once, and the driver raises it.
         if (error := ray.get(task.board.error.remote())) is not None:
