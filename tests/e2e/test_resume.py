@@ -22,7 +22,7 @@ from mm_core.bundle import load_bundle
 from mm_core.config import resolve
 from mm_core.console import Console
 from mm_core.data.index import Index
-from mm_core.errors import CheckpointError, ConfigError, TrainingError
+from mm_core.errors import BundleError, CheckpointError, ConfigError, TrainingError
 from pipelines.index import build_index
 from pipelines.recipes import recipe
 from pipelines.train.audit import read_audit
@@ -47,8 +47,8 @@ def tiny_run(storage: Path, workers: int) -> TrainRun:
     return resolve(recipe("clip-tiny"), overrides=[*settings(storage), f"resources.workers={workers}"])[0]
 
 
-def run(index: Index, storage: Path, workers: int, audit: Path, *, resume: bool = False) -> TrainResult:
-    return train(TrainRequest(tiny_run(storage, workers), index.url, name="tiny", resume=resume, audit=str(audit)), Console(json=True))
+def run(index: Index, storage: Path, workers: int, audit: Path, *, name: str | None = "tiny", resume: bool = False) -> TrainResult:
+    return train(TrainRequest(tiny_run(storage, workers), index.url, name=name, resume=resume, audit=str(audit)), Console(json=True))
 
 
 def batches(audit: Path) -> dict[int, list[tuple[int, str]]]:
@@ -139,18 +139,13 @@ def test_killed_and_resumed_is_as_undisturbed(
     shutil.copy(killed / "mlflow.db", tmp_path / "mlflow.db")
     reference, folder = undisturbed
 
-    result = run(index, tmp_path, workers, tmp_path / "audit", resume=True)
+    # Without a name the newest run of this configuration and data is continued.
+    result = run(index, tmp_path, workers, tmp_path / "audit", name="tiny" if workers > 1 else None, resume=True)
 
     assert batches(tmp_path / "audit") == batches(folder / "audit")
     assert result.run_id == json.loads((killed / "runs" / "tiny" / "run.json").read_text())["tracking_run_id"]
     torch.testing.assert_close(weights(result.bundle), weights(reference.bundle), atol=2e-3, rtol=1e-2)
     assert abs(result.final_loss - reference.final_loss) < 1e-2
-
-
-def test_resume_without_a_name_finds_the_run(undisturbed: tuple[TrainResult, Path], index: Index) -> None:
-    result, folder = undisturbed
-    again = train(TrainRequest(tiny_run(folder, 1), index.url, resume=True), Console(json=True))
-    assert (again.name, again.run_id, again.steps) == ("tiny", result.run_id, STEPS)
 
 
 def test_a_run_is_not_overwritten_nor_continued_as_another(undisturbed: tuple[TrainResult, Path], index: Index, corpus: Path) -> None:
@@ -188,6 +183,18 @@ def test_shards_that_lose_their_pictures_stop_the_run(index: Index, corpus: Path
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(TrainingError, match=r"could not be read, above data.max_bad_fraction 0.1: changed \d+"):
         train(TrainRequest(tiny_run(tmp_path, 2), damaged.url, name="damaged"), Console(json=True))
+
+
+def test_init_starts_from_a_bundle(undisturbed: tuple[TrainResult, Path], index: Index, tmp_path: Path) -> None:
+    result, _ = undisturbed
+    start = tiny_run(tmp_path, 1)
+    start = start.model_copy(update={"init": result.bundle, "steps": 1, "optimizer": start.optimizer.model_copy(update={"lr": 1e-9})})
+    again = train(TrainRequest(start, index.url, name="warm"), Console(json=True))
+    torch.testing.assert_close(weights(again.bundle), weights(result.bundle), atol=1e-6, rtol=0)
+    other = start.model_copy(update={"model": start.model.model_copy(update={"embed_dim": 24})})
+    with pytest.raises(BundleError, match="does not fit the recipe's model"):
+        train(TrainRequest(other, index.url, name="misfit"), Console(json=True))
+    assert not (tmp_path / "runs" / "misfit").exists()
 
 
 def test_a_batch_for_too_many_workers_is_refused_before_anything_starts(index: Index, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from mm_core.models.tokenizer import special_tokens, train_bpe
 from pipelines.registry import RegisteredModel, register_bundle, resolve_model
 from pipelines.tracking import TrackingConfig, create_run, log_artifacts, open_client
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")

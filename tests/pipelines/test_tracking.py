@@ -35,7 +35,6 @@ from pipelines.tracking import (
     without_password,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
