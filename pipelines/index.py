@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
+from mm_core.address import absolute
 from mm_core.data.image import MAX_PIXELS
 from mm_core.data.index import SHARD_SCHEMA, Index, IndexSummary, shard_version
 from mm_core.data.locators import LOCATOR, write_parts
@@ -62,7 +62,7 @@ def build_index(
         ConfigError: `out` holds something already.
         DataError: no shard, one that cannot be read, or more unusable samples than `max_bad_fraction`.
     """
-    out = _absolute(out.rstrip("/"))
+    out = absolute(out.rstrip("/"))
     urls = expand_shards(patterns)
     on_shards(len(urls))
     _claim(out)
@@ -88,7 +88,7 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         matches: list[str] = []
         for one in braceexpand.braceexpand(pattern) if "{" in pattern else [pattern]:
-            matches += _matches(_absolute(one))
+            matches += _matches(absolute(one))
         if not matches:
             raise DataError(
                 f"no shard at {pattern}: name .tar files, a folder that holds some, a glob, or a range like {{00000..00012}}.tar"
@@ -236,7 +236,3 @@ def _content_digest(url: str, rows: list[dict[str, Any]]) -> str:
 
 def _hash64(uid: str) -> int:
     return int.from_bytes(hashlib.blake2b(uid.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else os.path.abspath(path)

@@ -29,7 +29,8 @@ from ray.data.datasource import Datasource, ReadTask
 from mm_core.config import Config
 from mm_core.data.plan import rank_chunks
 from mm_core.data.reader import PlanReader, ReadSpec, rows_of
-from mm_core.errors import MMError, StreamOrderError
+from mm_core.errors import StreamOrderError
+from pipelines.causes import own_error
 
 logger = logging.getLogger(__name__)
 _REST_S = 0.02
@@ -255,7 +256,7 @@ class _Segment:
                     return
             self._put(StreamOrderError("a segment of the stream ended before all its blocks came"))
         except BaseException as error:
-            self._put(_user_error(error))
+            self._put(own_error(error) or error)
 
     def _put(self, item: pa.Table | BaseException) -> bool:
         while not self._stop.is_set():
@@ -285,16 +286,6 @@ def _opened_ahead(segments: Iterator[list[_Block]], start: Callable[[list[_Block
         for segment in (reading, following):
             if segment is not None:
                 segment.stop()
-
-
-def _user_error(error: BaseException) -> BaseException:
-    """mm's own error out of what Ray wrapped around it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MMError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return error
 
 
 def _split(spec: ReadSpec, share: Share, block: pa.Table, step: int) -> Iterator[StepBatch]:

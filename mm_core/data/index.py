@@ -21,6 +21,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from mm_core.address import absolute
 from mm_core.config import Config
 from mm_core.data.locators import Locators, open_mapped
 from mm_core.data.scan import shard_name
@@ -59,7 +60,7 @@ class Index:
         Raises:
             DataError: there is no index at `url`, or its format is another.
         """
-        url = url.rstrip("/")
+        url = absolute(url.rstrip("/"))
         try:
             with fsspec.open(f"{url}/index.json", "rt") as file:
                 values = json.load(file)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import fsspec
 
+from mm_core.address import is_local
 from mm_core.data.problems import Reason, SampleProblem
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class RangedReader:
         end = 0
         for i in order:
             span = spans[i]
-            if requests and not _is_local(span.url):
+            if requests and not is_local(span.url):
                 first = spans[requests[-1][0]]
                 size = span.start + span.size - first.start
                 if first.url == span.url and span.start - end <= self._gap_bytes and size <= _MAX_REQUEST_BYTES:
@@ -86,7 +87,7 @@ class RangedReader:
         return requests
 
     def _fetch(self, url: str, start: int, end: int) -> bytes:
-        if _is_local(url):
+        if is_local(url):
             data = os.pread(self._descriptor(url), end - start, start)
         else:
             fs, path = fsspec.core.url_to_fs(url)
@@ -116,7 +117,3 @@ def retried(read: Callable[[], T], reopen: Callable[[], None]) -> T:
             reopen()
             time.sleep(wait_s)
     return read()
-
-
-def _is_local(url: str) -> bool:
-    return "://" not in url or url.startswith("file://")

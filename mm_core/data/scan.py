@@ -14,6 +14,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 
+from mm_core.address import is_local
 from mm_core.data.image import MAX_PIXELS, read_header
 from mm_core.data.locators import BAD, HAS_IMAGE, HAS_LABEL, HAS_TEXT, LOCATOR, Locators
 from mm_core.data.problems import Reason, SampleProblem
@@ -135,7 +136,7 @@ def _refuse_compressed(url: str, stream: BinaryIO) -> None:
 
 def _buffering(url: str) -> dict[str, Any]:
     """Remote stores: read ahead in large blocks, as the shard is read once from front to back."""
-    return {"block_size": 8 << 20, "cache_type": "readahead"} if "://" in url and not url.startswith("file://") else {}
+    return {"block_size": 8 << 20, "cache_type": "readahead"} if not is_local(url) else {}
 
 
 def usable(flags: np.ndarray[Any, np.dtype[np.uint16]], need: tuple[str, ...]) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -24,6 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from mm_core.address import absolute
 from mm_core.bundle import BundleManifest, init_from, write_bundle
 from mm_core.console import Console, Tracker
 from mm_core.data.index import Index, changed_shard
@@ -34,6 +35,7 @@ from mm_core.errors import CheckpointError, ConfigError, DataError, MMError, Tra
 from mm_core.models.clip import TwoTower, build_clip
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
 from mm_core.training.checkpoint import load_weights
+from pipelines.causes import own_error
 from pipelines.metric_log import MetricLog, spool_folder
 from pipelines.plots import loss_curve
 from pipelines.tracking import DatasetInput, RunStatus, continue_run, create_run, finish_run, log_artifacts, metric_history
@@ -260,7 +262,7 @@ def _task(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folder
         spec=spec,
         tokens=special_tokens(tokenizer),
         folder=folder.url,
-        audit=request.audit if request.audit is None or "://" in request.audit else str(Path(request.audit).absolute()),
+        audit=request.audit and absolute(request.audit),
         data_fingerprint=kept.fingerprint,
         code_revision=code_revision(),
         tracking_run_id=record.tracking_run_id,
@@ -347,16 +349,9 @@ def _headline(metrics: dict[str, float]) -> str:
 
 
 def _explained(error: Exception) -> MMError:
-    """One line out of Ray's: our own error where there is one among the causes, else the first failure it names."""
-    seen: BaseException | None = error
-    while seen is not None:
-        for inner in (*getattr(seen, "worker_failures", {}).values(), seen):
-            cause = getattr(inner, "cause", inner)
-            if isinstance(cause, MMError):
-                return cause
-        seen = getattr(seen, "cause", None) or seen.__cause__
+    """One line out of Ray's: our own error where there is one among the causes, else the last line it gives."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return TrainingError(f"training stopped: {lines[-1] if lines else error!r}")
+    return own_error(error) or TrainingError(f"training stopped: {lines[-1] if lines else error!r}")
 
 
 def _export(run: TrainRun, folder: RunFolder, record: RunRecord, outcome: Outcome) -> str:

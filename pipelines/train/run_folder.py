@@ -9,7 +9,6 @@ STORAGE/NAME/bundle/       the finished model
 from __future__ import annotations
 
 import json
-import os
 import posixpath
 import re
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 
 import fsspec
 
+from mm_core.address import absolute, is_local
 from mm_core.config import Config, flatten
 from mm_core.errors import CheckpointError, ConfigError
 
@@ -49,7 +49,7 @@ class RunFolder:
     def of(cls, storage: str, name: str) -> RunFolder:
         if not _NAME.fullmatch(name):
             raise ConfigError(f"run name {name!r} may have letters, digits, '.', '_' and '-', up to 100, and starts with a letter or digit")
-        return cls(storage if "://" in storage else os.path.abspath(storage), name)
+        return cls(absolute(storage), name)
 
     @property
     def url(self) -> str:
@@ -91,7 +91,7 @@ class RunFolder:
         fs, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
         if not fs.exists(path):
             raise CheckpointError(f"{self.url}/{name} is not there")
-        if "://" not in self.url:
+        if is_local(self.url):
             return Path(path)
         local = Path(tempfile.mkdtemp(prefix="mm-run-"))
         try:
@@ -110,7 +110,7 @@ class RunFolder:
 
 def newest_run(storage: str, identity: dict[str, Any], data_fingerprint: str) -> RunFolder | None:
     """The run under `storage` that was started last with this configuration on this data."""
-    base = storage if "://" in storage else os.path.abspath(storage)
+    base = absolute(storage)
     fs, path = fsspec.core.url_to_fs(base)
     matches: list[tuple[float, RunFolder]] = []
     for file in fs.glob(f"{path}/*/run.json"):

@@ -17,7 +17,6 @@ from pipelines.registry import RegisteredModel, register_bundle, resolve_model
 from pipelines.tracking import TrackingConfig, create_run, log_artifacts, open_client
 
 
-
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_bpe(["a red circle", "two blue squares"], vocab_size=300, context_length=16)

@@ -36,7 +36,6 @@ from pipelines.tracking import (
 )
 
 
-
 @pytest.fixture(scope="module")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated sqlite store: each test copies it, which is faster than migrating anew."""

@@ -1,0 +1,14 @@
+"""Addresses of files: local paths and fsspec URLs."""
+
+from __future__ import annotations
+
+import os
+
+
+def absolute(address: str) -> str:
+    """A URL as it is, a local path from the root: what is sent to another process must not depend on its working folder."""
+    return address if "://" in address else os.path.abspath(address)
+
+
+def is_local(address: str) -> bool:
+    return "://" not in address or address.startswith("file://")
