@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from numpy.typing import NDArray
+from ray.util.annotations import RayDeprecationWarning
 
 from mm_core.bundle import Bundle, load_bundle
 from mm_core.console import Console
@@ -166,19 +168,21 @@ def encode_images(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     size = load_bundle(model, verify=False).image_size
-    encoded = (
-        ray.data.from_items([{"ordinals": np.asarray(block)} for block in blocks], override_num_blocks=len(blocks))
-        .map_batches(_decode_block, fn_kwargs={"url": index.url, "size": size}, batch_size=None, batch_format="pyarrow")
-        .map_batches(
+    decoded = ray.data.from_items([{"ordinals": np.asarray(block)} for block in blocks], override_num_blocks=len(blocks)).map_batches(
+        _decode_block, fn_kwargs={"url": index.url, "size": size}, batch_size=None, batch_format="pyarrow"
+    )
+    with warnings.catch_warnings():
+        # Deprecated in 2.60 and with no successor yet: without it Ray prints an error for each actor it ends (ray#53727).
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        encoded = decoded.map_batches(
             _Encoder,
             fn_constructor_kwargs={"model": model, "size": size, "cuda": gpus > 0},
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_gpus=1 if gpus else 0,
-            ray_remote_args_fn=lambda: {"max_restarts": 0},  # else Ray prints an error for each actor (ray#53727)
+            ray_remote_args_fn=lambda: {"max_restarts": 0},
         )
-    )
     tables = []
     for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
         tables.append(table)

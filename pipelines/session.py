@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mm_core.errors import ServiceError
 
@@ -81,3 +82,23 @@ def _quieten() -> None:
                 handler.setLevel(logging.ERROR)
         if not logger.handlers:
             logger.setLevel(logging.ERROR)
+    _filter_messages()
+
+
+_NOISE = ("ServeController.graceful_shutdown failed", "worker processes have been started")
+"""What Ray tells the terminal of every endpoint that stops, and of every small machine that trains."""
+
+
+def _filter_messages() -> None:
+    """Ray has no setting for what its nodes print into the driver's terminal: only the function that prints it."""
+    from ray._private import worker
+
+    show = worker.print_to_stdstream
+    if show.__module__ == __name__:
+        return
+
+    def show_unless_noise(data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        if not any(noise in line for line in data["lines"] for noise in _NOISE):
+            show(data, *args, **kwargs)
+
+    worker.print_to_stdstream = show_unless_noise
