@@ -107,14 +107,17 @@ def _run_demo(console: Console, shards: str | None, folder: Path, keep: bool) ->
     ]
     console.table(("held-out scenes" if shards is None else "held-out samples", "model", "chance"), rows)
     checked = {"zeroshot": ("top1",), "retrieval": ("t2i_r5", "i2t_r5")}
-    passed = all(report[kind][key][0] >= 3 * report[kind][key][1] for kind in report for key in checked[kind])
-    console.say("passed: at least 3 × chance" if passed else "FAILED: below 3 × chance")
+    above = all(report[kind][key][0] >= 3 * report[kind][key][1] for kind in report for key in checked[kind])
+    if shards is None:
+        console.say("passed: at least 3 × chance" if above else "FAILED: below 3 × chance")
+    elif not above:
+        console.say("Below 3 × chance: a few minutes are little for photographs; mm train clip-tiny-photo is made for them")
     console.say(f"\nSee the run:    .venv/bin/{describe_run(tracking, trained.run_id)}")
     console.say(f"See the plots:  {folder}/plots")
     console.say(f"Serve it again: .venv/bin/mm serve {model.reference}")
     console.say("Your own data:  make demo DATA='path/*.tar', or follow the README from `mm data index`")
     return {
-        "passed": passed,
+        "passed": above or shards is not None,
         "train": asdict(trained),
         "eval": {kind: {key: value for key, (value, _) in values.items()} for kind, values in report.items()},
         "register": asdict(model),

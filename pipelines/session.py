@@ -5,6 +5,7 @@ Ray is imported when a session is made, so that programs which only name one sta
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -74,6 +75,7 @@ def connect(*, cpus: int | None = None) -> None:
 
 def _quieten() -> None:
     """Leave on the terminal what mm says itself; Ray's own log files keep everything."""
+    importlib.import_module("ray.data")  # sets its handlers up now, not over what follows
 
     for name in ("ray.data", "ray.train", "ray.tune", "ray.serve"):
         logger = logging.getLogger(name)
