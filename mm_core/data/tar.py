@@ -152,8 +152,8 @@ def _entry(reader: _Reader, header: _Header, extended: _Extended, max_member_byt
         data = data if present == size else data[:size]
     else:
         present = reader.skip(_padded(size))
-    if present < size:
-        return Hole(Reason.TRUNCATED, start, f"{name!r} has {present} of its {size} bytes")
+    if present < _padded(size):  # cut in the padding, too: the span of a sample is what ranged reads ask for
+        return Hole(Reason.TRUNCATED, start, f"{name!r} has {present} of its {_padded(size)} bytes")
     return Member(name, start, offset, size, data)
 
 
@@ -200,7 +200,9 @@ def _checksums(block: bytes) -> tuple[int, int]:
 
     The low half of Adler-32 is 1 + the sum modulo 65,521, which 256 bytes cannot reach: ten times as fast as `sum`.
     """
-    unsigned = (zlib.adler32(block[:148]) & 0xFFFF) + (zlib.adler32(block[156:330]) & 0xFFFF) + (zlib.adler32(block[330:]) & 0xFFFF) - 3 + 256
+    unsigned = (
+        (zlib.adler32(block[:148]) & 0xFFFF) + (zlib.adler32(block[156:330]) & 0xFFFF) + (zlib.adler32(block[330:]) & 0xFFFF) - 3 + 256
+    )
     if block.isascii():
         return unsigned, unsigned
     return unsigned, unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:])

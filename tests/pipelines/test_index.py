@@ -92,11 +92,13 @@ def test_bad_samples_are_rows_with_a_reason(picture: bytes, tmp_path: Path) -> N
     assert sum(reason is not None for reason in table["reason"].to_pylist()) == 5
 
 
-def test_too_many_bad_samples_stop_the_job_and_leave_nothing(picture: bytes, tmp_path: Path) -> None:
+def test_too_many_bad_samples_stop_the_job(picture: bytes, tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "s.tar", {"a.txt": b"text only", "b.jpg": picture, "b.txt": b"t"})
     with pytest.raises(DataError, match=r"1 of 2 samples \(50%\) cannot be used.*no_image 1"):
         build_index([str(shard)], str(tmp_path / "index"))
-    assert not (tmp_path / "index").exists()
+    with pytest.raises(DataError, match="no index at"):
+        Index.open(str(tmp_path / "index"))
+    assert build_index([str(shard)], str(tmp_path / "index"), max_bad_fraction=0.5).summary.samples == 1
 
 
 def test_a_truncated_shard_keeps_what_is_whole(corpus: Path, tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_what_is_no_shard_is_named(content: bytes, message: str, tmp_path: Path)
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(DataError, match=message):
         build_index([str(tmp_path / "x.tar")], str(tmp_path / "index"))
-    assert not (tmp_path / "index").exists()
+    assert not (tmp_path / "index" / "index.json").exists()
 
 
 def test_missing_shards_and_taken_folders_are_refused(index: Index, corpus: Path, tmp_path: Path) -> None:
@@ -146,9 +148,10 @@ def test_any_fsspec_store(corpus: Path, tmp_path: Path) -> None:
     memory.pipe_file("/shards/0.tar", (corpus / "train" / "00000.tar").read_bytes())
     from mm_core.data.scan import scan_shard
 
-    read = scan_shard("memory://shards/0.tar", 0, ("image", "text"))
-    local = scan_shard(str(corpus / "train" / "00000.tar"), 0, ("image", "text"))
+    (read,) = scan_shard("memory://shards/0.tar", 0, ("image", "text"))
+    (local,) = scan_shard(str(corpus / "train" / "00000.tar"), 0, ("image", "text"))
     np.testing.assert_array_equal(read.locators, local.locators)
+    assert read.table == local.table
     assert expand_shards(["memory://shards/*.tar"]) == ["memory:///shards/0.tar"]
 
 
