@@ -210,13 +210,13 @@ def _checksums(block: bytes) -> tuple[int, int]:
 
 def _number(text: bytes) -> int | None:
     """Octal digits, or base 256 where GNU tar needs more than 8 GiB; None for anything else, a negative number included."""
+    digits = text.partition(b"\0")[0].strip()
+    if digits.isdigit():
+        return None if b"8" in digits or b"9" in digits else int(digits, 8)
     if text[0] & 0x80:
         value = int.from_bytes(text[1:], "big")
         return value if text[0] == 0x80 and value < 1 << 63 else None
-    digits = text.partition(b"\0")[0].strip()
-    if not digits:
-        return 0
-    return int(digits, 8) if digits.isdigit() and b"8" not in digits and b"9" not in digits else None
+    return None if digits else 0
 
 
 def _extend(extended: _Extended, header: _Header, reader: _Reader) -> None:
