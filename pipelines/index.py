@@ -34,7 +34,7 @@ from mm_core.data.scan import SAMPLE_SCHEMA, Batch, scan_shard, shard_name
 from mm_core.errors import ConfigError, DataError
 
 _PARTS = "_parts"
-_MAX_SHARDS_PER_PART, _FEW_PARTS = 32, 128
+_MAX_SHARDS_PER_PART = 32
 _COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _UID_RANGES, _UIDS_AT_ONCE = 64, 1 << 23
 Progress = Callable[[int, str], None]
@@ -103,14 +103,13 @@ def build_index(
     urls = expand_shards(patterns)
     on_shards(len(urls))
     known = _known_shards(base, need, max_pixels) if base else {}
-    per_part = max(1, min(_MAX_SHARDS_PER_PART, math.ceil(len(urls) / _FEW_PARTS)))  # never of the machine: a resume may run elsewhere
+    per_part = _claim(out, len(urls))
     parts = [
         _Part(
             number, first, some := urls[first : first + per_part], out, [*need], max_pixels, _absolute(base or ""), [*map(known.get, some)]
         )
         for number, first in enumerate(range(0, len(urls), per_part))
     ]
-    _claim(out)
     summary = _assemble(out, need, max_pixels, _run(parts, on_progress))
     _check_bad(summary, max_bad_fraction)
     fs, folder = fsspec.core.url_to_fs(out)
@@ -172,8 +171,9 @@ def _known_shards(base: str, need: tuple[str, ...], max_pixels: int) -> dict[str
     return {r.pop("url"): _Known(first_row=first, **r) for r, first in zip(rows, firsts, strict=False)}
 
 
-def _claim(out: str) -> None:
-    """Take the folder: new, empty, or left by a run that did not end."""
+def _claim(out: str, shards: int) -> int:
+    """Take the folder: new, empty, or left by a run that did not end. Returns how many shards make a part: eight parts for each
+    CPU, but as many shards as the run before on a machine that may have been another, so that its parts are those of this one."""
     fs, folder = fsspec.core.url_to_fs(out)
     if fs.exists(f"{folder}/index.json"):
         raise ConfigError(f"{out} is an index already; an index is never changed: give another --out, or remove it first")
@@ -183,6 +183,14 @@ def _claim(out: str) -> None:
             raise ConfigError(f"{out} exists and holds other things ({', '.join(sorted(entries)[:3])}); give another --out")
     fs.makedirs(f"{folder}/samples", exist_ok=True)
     fs.makedirs(f"{folder}/{_PARTS}", exist_ok=True)
+    layout = f"{folder}/{_PARTS}/shards-per-part"
+    try:
+        return max(1, int(fs.cat_file(layout)))
+    except (OSError, ValueError):
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        per_part = max(1, min(_MAX_SHARDS_PER_PART, math.ceil(shards / (8 * cpus))))
+        fs.pipe_file(layout, str(per_part).encode())
+        return per_part
 
 
 def _run(parts: list[_Part], on_progress: Progress) -> list[dict[str, Any]]:

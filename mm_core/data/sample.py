@@ -47,10 +47,6 @@ class Group:
             self.held_bytes += member.size
         self.members[suffix] = member
 
-    def release(self) -> None:
-        """Let go of the members' data; names, offsets and sizes stay."""
-        self.members = {suffix: member._replace(data=None) for suffix, member in self.members.items()}
-
     @property
     def start(self) -> int:
         return next(iter(self.members.values())).start

@@ -75,6 +75,10 @@ class _Extended:
     """Why they cannot be used; the member's name is then unknown."""
 
 
+_NOTHING = _Extended(0)
+"""Of a member without extended headers."""
+
+
 def walk(stream: BinaryIO | Stream, *, max_member_bytes: int, whole: bool = True) -> Iterator[Member | Hole]:
     """Yield the members of `stream` in order, holes where something is wrong, directories left out.
 
@@ -109,7 +113,7 @@ def walk(stream: BinaryIO | Stream, *, max_member_bytes: int, whole: bool = True
             extended = extended or _Extended(here)
             _extend(extended, header, reader)
             continue
-        entry = _entry(reader, header, extended or _Extended(here), max_member_bytes)
+        entry = _entry(reader, header, extended or _NOTHING, here if extended is None else extended.start, max_member_bytes)
         extended = None
         if entry is not None:
             yield entry
@@ -127,9 +131,9 @@ def _is_seam(here: int, zeros: int) -> bool:
     return 2 <= zeros <= _MAX_PADDING_BLOCKS and here % _RECORD == 0
 
 
-def _entry(reader: _Reader, header: _Header, extended: _Extended, max_member_bytes: int) -> Member | Hole | None:
+def _entry(reader: _Reader, header: _Header, extended: _Extended, start: int, max_member_bytes: int) -> Member | Hole | None:
     """What one header and its data are; None for a folder at the top, which says nothing."""
-    start, records, kind = extended.start, extended.records, header.kind
+    records, kind = extended.records, header.kind
     name, size = records.get("path", header.name), int(records.get("size", header.size))
     if extended.fault or "sparse" in records or (kind not in (b"0", b"\0", b"7") and kind not in _WITHOUT_DATA):
         more = header.extended_sparse
@@ -186,7 +190,7 @@ class _Reader:
 def _parse(block: bytes) -> _Header | None:
     """A header block; None where its checksum does not hold or its size is no number."""
     checksum, size = _number(block[148:156]), _number(block[124:136])
-    if checksum is None or size is None or checksum not in _checksums(block):
+    if checksum is None or size is None or (checksum != (total := _checksum(block)) and checksum != _signed_checksum(block, total)):
         return None
     name = block[:100].partition(b"\0")[0]
     if block[345] and block[257:262] == b"ustar" and block[257:265] != b"ustar  \0":
@@ -195,28 +199,33 @@ def _parse(block: bytes) -> _Header | None:
     return _Header(name.decode("utf-8", "surrogateescape"), size, kind, kind == b"S" and block[482] != 0)
 
 
-def _checksums(block: bytes) -> tuple[int, int]:
-    """The sum of a header's bytes, its checksum field taken as spaces; and the sum old tars make of them as signed bytes.
+def _checksum(block: bytes) -> int:
+    """The sum of a header's bytes, its checksum field taken as spaces.
 
     The low half of Adler-32 is 1 + the sum modulo 65,521, which 256 bytes cannot reach: ten times as fast as `sum`.
     """
-    unsigned = (
-        (zlib.adler32(block[:148]) & 0xFFFF) + (zlib.adler32(block[156:330]) & 0xFFFF) + (zlib.adler32(block[330:]) & 0xFFFF) - 3 + 256
-    )
-    if block.isascii():
-        return unsigned, unsigned
-    return unsigned, unsigned - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
+    return (zlib.adler32(block[:148]) & 0xFFFF) + (zlib.adler32(block[156:330]) & 0xFFFF) + (zlib.adler32(block[330:]) & 0xFFFF) - 3 + 256
+
+
+def _signed_checksum(block: bytes, total: int) -> int:
+    """The sum as some old tars make it, of signed bytes."""
+    return total - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
 
 
 def _number(text: bytes) -> int | None:
     """Octal digits, or base 256 where GNU tar needs more than 8 GiB; None for anything else, a negative number included."""
-    digits = text.partition(b"\0")[0].strip()
-    if digits.isdigit():
-        return None if b"8" in digits or b"9" in digits else int(digits, 8)
-    if text[0] & 0x80:
-        value = int.from_bytes(text[1:], "big")
-        return value if text[0] == 0x80 and value < 1 << 63 else None
-    return None if digits else 0
+    digits = text.rstrip(b" \0")
+    if not digits.isdigit():
+        if text[0] & 0x80:
+            value = int.from_bytes(text[1:], "big")
+            return value if text[0] == 0x80 and value < 1 << 63 else None
+        digits = text.partition(b"\0")[0].strip()
+        if not digits.isdigit():
+            return None if digits else 0
+    try:
+        return int(digits, 8)
+    except ValueError:
+        return None
 
 
 def _extend(extended: _Extended, header: _Header, reader: _Reader) -> None:
