@@ -68,13 +68,14 @@ def synth(
 def index(
     shards: Annotated[list[str], typer.Argument(help="Shards: files, folders, globs, ranges like {00000..00012}.tar, URLs.")],
     out: Annotated[str, typer.Option(help="Folder or URL of the index to write.")],
+    base: Annotated[str | None, typer.Option(help="An earlier index: shards it holds unchanged are not read again.")] = None,
     modality: Annotated[str, typer.Option(help="What a usable sample has: image-text, image or text.")] = "image-text",
     max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share cannot be used.")] = 0.1,
     as_json: Json = False,
 ) -> None:
-    """Read every shard once and write an index of its samples.
+    """Read every shard once and write an index of its samples. After a kill, the same command goes on where it was.
 
-    Example: mm data index "shards/{00000..00099}.tar" --out index
+    Example: mm data index "shards/{00000..00099}.tar" --out index, then, with more shards, mm data index shards --out index2 --base index
     """
     import time
 
@@ -89,7 +90,7 @@ def index(
             tracker.total = shard_count
 
         summary = build_index(
-            shards, out, need=need, max_bad_fraction=max_bad_fraction, on_progress=tracker.advance, on_shards=total
+            shards, out, base=base, need=need, max_bad_fraction=max_bad_fraction, on_progress=tracker.advance, on_shards=total
         ).summary
     if summary.bad:
         console.table(("cannot be used because", "samples"), list(summary.bad.items()))

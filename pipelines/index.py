@@ -1,16 +1,19 @@
 """`mm data index`: read every shard once, as a Ray Data job, and write an index.
 
-Tasks write their part of the tables themselves and send back a summary, so nothing a sample needs passes through the driver.
-`index.json` is written last: a folder without it is no index, and what a failed run wrote is removed.
+A task reads some shards and writes their part of the tables itself, under names nobody else uses, and a note of it last; so a part
+is there whole or not at all, and the same command given again after a kill takes what is there. A shard that an earlier index
+(`base`) holds unchanged is copied from it instead of read. `index.json` is written last: a folder without it is no index.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import posixpath
+import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,38 +21,67 @@ import braceexpand
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
+from numpy.typing import NDArray
 
 from mm_core.address import absolute
 from mm_core.data.image import MAX_PIXELS
 from mm_core.data.index import SHARD_SCHEMA, Index, IndexSummary, shard_version
 from mm_core.data.locators import LOCATOR, write_parts
-from mm_core.data.scan import scan_shard, shard_name, to_table
+from mm_core.data.scan import SAMPLE_SCHEMA, Batch, scan_shard, shard_name
 from mm_core.errors import ConfigError, DataError
 
-_MAX_SHARDS_PER_PART = 32
 _PARTS = "_parts"
+_MAX_SHARDS_PER_PART = 32
+_COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_UID_RANGES, _UIDS_AT_ONCE = 64, 1 << 23
 Progress = Callable[[int, str], None]
 """Called with the number of shards done since the last call, and a note."""
 
 
 @dataclass(frozen=True)
+class _Known:
+    """A shard as an earlier index holds it."""
+
+    shard: int
+    file: str
+    first_row: int
+    rows: int
+    bytes: int
+    version: str
+
+
+@dataclass(frozen=True)
 class _Part:
-    """One task: the shards it reads and where it writes. `first` is the ordinal of its first shard."""
+    """One task: the shards it reads and where it writes. `first` is the number of its first shard."""
 
     number: int
     first: int
     urls: list[str]
     out: str
-    need: tuple[str, ...]
+    need: list[str]
     max_pixels: int
+    base: str
+    known: list[_Known | None]
+
+    @property
+    def note(self) -> str:
+        """What the part says of itself when it is done."""
+        return f"{self.out}/{_PARTS}/{self.number:05d}.json"
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """What must be the same for a finished part to be taken."""
+        return {"first": self.first, "urls": self.urls, "need": self.need, "max_pixels": self.max_pixels, "schema": str(SAMPLE_SCHEMA)}
 
 
 def build_index(
     patterns: Sequence[str],
     out: str,
     *,
+    base: str | None = None,
     need: tuple[str, ...] = ("image", "text"),
     max_bad_fraction: float = 0.1,
     max_pixels: int = MAX_PIXELS,
@@ -58,23 +90,39 @@ def build_index(
 ) -> Index:
     """Index the shards that `patterns` name (files, folders, globs, `{00..12}` ranges; any fsspec URL).
 
+    Args:
+        base: an earlier index. The result is the same as without it, but shards whose size and etag (or time of the last write)
+            are those it recorded are not read. It stays as it is.
+
     Raises:
-        ConfigError: `out` holds something already.
-        DataError: no shard, one that cannot be read, or more unusable samples than `max_bad_fraction`.
+        ConfigError: `out` holds something already, or `base` was made with other settings.
+        DataError: no shard, one that cannot be read, or more unusable samples than `max_bad_fraction`. What was read stays, and
+            the same call goes on from there.
     """
     out = absolute(out.rstrip("/"))
     urls = expand_shards(patterns)
     on_shards(len(urls))
-    _claim(out)
-    try:
-        summary = _run(urls, out, need, max_pixels, on_progress)
-        _check_bad(summary, max_bad_fraction)
-        with fsspec.open(f"{out}/index.json", "wt") as file:
-            file.write(summary.model_dump_json(indent=1))
-    except BaseException:
-        fs, folder = fsspec.core.url_to_fs(out)
-        fs.rm(folder, recursive=True)
-        raise
+    known = _known_shards(base, need, max_pixels) if base else {}
+    per_part = _claim(out, len(urls))
+    parts = [
+        _Part(
+            number,
+            first,
+            some := urls[first : first + per_part],
+            out,
+            [*need],
+            max_pixels,
+            absolute(base) if base else "",
+            [*map(known.get, some)],
+        )
+        for number, first in enumerate(range(0, len(urls), per_part))
+    ]
+    summary = _assemble(out, need, max_pixels, _run(parts, on_progress))
+    _check_bad(summary, max_bad_fraction)
+    fs, folder = fsspec.core.url_to_fs(out)
+    fs.pipe_file(f"{folder}/{_PARTS}/index.json", summary.model_dump_json(indent=1).encode())
+    fs.mv(f"{folder}/{_PARTS}/index.json", f"{folder}/index.json")
+    fs.rm(f"{folder}/{_PARTS}", recursive=True)
     return Index.open(out)
 
 
@@ -101,7 +149,14 @@ def _matches(pattern: str) -> list[str]:
     try:
         fs, path = fsspec.core.url_to_fs(pattern)
         if fs.isdir(path):
-            paths = [p for p in fs.find(path) if p.endswith(".tar")]
+            inside = fs.find(path)
+            paths = [p for p in inside if p.endswith(".tar")]
+            compressed = [p for p in inside if p.endswith(_COMPRESSED_SUFFIXES)]
+            if compressed and not paths:
+                raise DataError(
+                    f"the shards in {pattern} are compressed ({posixpath.basename(compressed[0])}); samples in them cannot be addressed:"
+                    " unpack them to plain .tar files"
+                )
         elif any(c in path for c in "*?["):
             paths = [p for p in fs.glob(path) if not fs.isdir(p)]
         else:
@@ -111,8 +166,21 @@ def _matches(pattern: str) -> list[str]:
     return [str(p) if "://" not in pattern else str(fs.unstrip_protocol(p)) for p in paths]
 
 
-def _claim(out: str) -> None:
-    """Take the folder: new, empty, or left by a run that was killed."""
+def _known_shards(base: str, need: tuple[str, ...], max_pixels: int) -> dict[str, _Known]:
+    index = Index.open(base)
+    if (index.summary.need, index.summary.max_pixels) != (need, max_pixels):
+        raise ConfigError(
+            f"the index at {base} was made for {'-'.join(index.summary.need)} up to {index.summary.max_pixels:,} pixels, this one is for"
+            f" {'-'.join(need)} up to {max_pixels:,}: give the same settings, or leave --base out"
+        )
+    rows = index.shards.select(["shard", "url", "file", "bytes", "version", "rows"]).to_pylist()
+    firsts = np.cumsum([0, *(row["rows"] for row in rows)]).tolist()
+    return {r.pop("url"): _Known(first_row=first, **r) for r, first in zip(rows, firsts, strict=False)}
+
+
+def _claim(out: str, shards: int) -> int:
+    """Take the folder: new, empty, or left by a run that did not end. Returns how many shards make a part: eight parts for each
+    CPU, but as many shards as the run before on a machine that may have been another, so that its parts are those of this one."""
     fs, folder = fsspec.core.url_to_fs(out)
     if fs.exists(f"{folder}/index.json"):
         raise ConfigError(f"{out} is an index already; an index is never changed: give another --out, or remove it first")
@@ -120,88 +188,157 @@ def _claim(out: str) -> None:
         entries = {posixpath.basename(path.rstrip("/")) for path in fs.ls(folder, detail=False)}
         if entries - {_PARTS, "samples", "shards.parquet", "locators.npy"}:
             raise ConfigError(f"{out} exists and holds other things ({', '.join(sorted(entries)[:3])}); give another --out")
-        fs.rm(folder, recursive=True)
-    fs.makedirs(f"{folder}/samples")
-    fs.makedirs(f"{folder}/{_PARTS}")
+    fs.makedirs(f"{folder}/samples", exist_ok=True)
+    fs.makedirs(f"{folder}/{_PARTS}", exist_ok=True)
+    layout = f"{folder}/{_PARTS}/shards-per-part"
+    try:
+        return max(1, int(fs.cat_file(layout)))
+    except (OSError, ValueError):
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        per_part = max(1, min(_MAX_SHARDS_PER_PART, math.ceil(shards / (8 * cpus))))
+        fs.pipe_file(layout, str(per_part).encode())
+        return per_part
 
 
-def _run(urls: list[str], out: str, need: tuple[str, ...], max_pixels: int, on_progress: Progress) -> IndexSummary:
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    per_part = max(1, min(_MAX_SHARDS_PER_PART, math.ceil(len(urls) / (4 * cpus))))
-    parts = [
-        _Part(number, first, urls[first : first + per_part], out, need, max_pixels)
-        for number, first in enumerate(range(0, len(urls), per_part))
-    ]
-    tasks = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts)).map(_read_part)
+def _run(parts: list[_Part], on_progress: Progress) -> list[dict[str, Any]]:
+    """What every part found, in order. Tasks and results travel as JSON: their columns differ from row to row."""
+    rows = [{"part": json.dumps(asdict(part))} for part in parts]
     done: list[dict[str, Any]] = []
     samples, bad = 0, Counter[str]()
-    for result in tasks.iter_rows():
+    for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(_read_part).iter_rows():
+        result = json.loads(row["result"])
         if result["error"]:
             raise DataError(result["error"])
         done.append(result)
-        samples += result["usable"]
-        bad.update({reason: n for reason, n in result["bad"].items() if n})
+        samples += sum(shard["samples"] for shard in result["shards"])
+        bad.update(result["bad"])
         on_progress(len(result["shards"]), f"{samples:,} samples" + (f", {bad.total():,} unusable" if bad else ""))
-    done.sort(key=lambda result: result["number"])
-    return _assemble(out, need, done, samples, dict(bad.most_common()))
+    return sorted(done, key=lambda result: result["shards"][0]["shard"])
 
 
-def _read_part(task: dict[str, Any]) -> dict[str, Any]:
+def _read_part(task: dict[str, str]) -> dict[str, str]:
     """Read some shards and write their rows. An error goes back as a value: Ray's wrapping would bury it."""
-    part = _Part(**task)
+    values = json.loads(task["part"])
+    part = _Part(**values | {"known": [_Known(**known) if known else None for known in values["known"]]})
     try:
-        return _write_part(part) | {"error": ""}
+        result = _finished(part) or _write_part(part)
     except DataError as error:
-        return {"number": part.number, "error": str(error), "usable": 0, "bad": {}, "shards": [], "uids": b"", "digests": []}
+        return {"result": json.dumps({"error": str(error)})}
+    return {"result": json.dumps(result | {"error": ""})}
+
+
+def _finished(part: _Part) -> dict[str, Any] | None:
+    """What an earlier run wrote of this part, if it did, of the same shards as they are now."""
+    try:
+        with fsspec.open(part.note, "rt") as file:
+            result: dict[str, Any] = json.load(file)
+    except (OSError, ValueError):
+        return None
+    same = result["task"] == part.task and all(_version(s["url"]) == (s["bytes"], s["version"]) for s in result["shards"])
+    return result if same else None
 
 
 def _write_part(part: _Part) -> dict[str, Any]:
+    token = f"{part.number:05d}-{uuid.uuid4().hex[:8]}"
     bad: Counter[str] = Counter()
-    uids: list[int] = []
-    shards, digests, usable = [], [], 0
+    uids: list[NDArray[np.uint64]] = [np.zeros(0, dtype=np.uint64)]
+    shards, digests = [], []
     with (
-        fsspec.open(f"{part.out}/samples/part-{part.number:05d}.parquet", "wb") as samples,
-        fsspec.open(f"{part.out}/{_PARTS}/{part.number:05d}.locators", "wb") as locators,
+        fsspec.open(f"{part.out}/samples/part-{token}.parquet", "wb") as file,
+        fsspec.open(f"{part.out}/{_PARTS}/{token}.locators", "wb") as locators,
+        pq.ParquetWriter(file, SAMPLE_SCHEMA, compression="zstd", sorting_columns=[pq.SortingColumn(0), pq.SortingColumn(1)]) as writer,
     ):
-        writer: pq.ParquetWriter | None = None
-        for shard, url in enumerate(part.urls, part.first):
-            size, version = _version(url)
-            read = scan_shard(url, shard, tuple(part.need), max_pixels=part.max_pixels)
-            table = to_table(read.rows)
-            writer = writer or pq.ParquetWriter(samples, table.schema, compression="zstd")
-            writer.write_table(table)
-            locators.write(read.locators.tobytes())
-            reasons = Counter(row["reason"] for row in read.rows if row.get("reason"))
-            bad.update(reasons)
-            usable += len(read.rows) - reasons.total()
-            uids += [_hash64(row["uid"]) for row in read.rows if row.get("uid") and not row.get("reason")]
-            digests.append(_content_digest(url, read.rows))
-            shards.append({"shard": shard, "url": url, "bytes": size, "version": version, "rows": len(read.rows)})
-        if writer is not None:
-            writer.close()
-    packed = np.asarray(uids, dtype=np.uint64).tobytes()
-    return {"number": part.number, "usable": usable, "bad": dict(bad), "shards": shards, "uids": packed, "digests": digests}
+        for shard, (url, known) in enumerate(zip(part.urls, part.known, strict=True), part.first):
+            version, digest, rows, samples = _version(url), hashlib.blake2b(shard_name(url).encode(), digest_size=16), 0, 0
+            unchanged = known is not None and version[1] != "" and version == (known.bytes, known.version)
+            scan = scan_shard(url, shard, tuple(part.need), max_pixels=part.max_pixels)
+            for batch in _copied(part.base, known, shard) if known is not None and unchanged else scan:
+                writer.write_table(batch.table, row_group_size=len(batch.table))
+                locators.write(batch.locators.tobytes())
+                good = batch.table.filter(pc.is_null(batch.table["reason"]))
+                rows, samples = rows + len(batch.table), samples + len(good)
+                bad.update(batch.table["reason"].drop_null().to_pylist())
+                uids.append(np.fromiter(map(_hash64, good["uid"].to_pylist()), dtype=np.uint64, count=len(good)))
+                digest.update(_listing(batch.table))
+            if _version(url) != version:
+                raise DataError(f"shard {url} was written while it was read: wait until it is whole, and give the command again")
+            digests.append(digest.hexdigest())
+            shards.append(
+                {"shard": shard, "url": url, "bytes": version[0], "version": version[1], "rows": rows, "samples": samples}
+                | {"file": f"part-{token}.parquet"}
+            )
+    bounds = _write_uids(f"{part.out}/{_PARTS}/{token}.uids", np.concatenate(uids))
+    result = {"task": part.task, "token": token, "bad": dict(bad), "shards": shards, "digests": digests, "uid_bounds": bounds}
+    with fsspec.open(part.note, "wt") as note:
+        note.write(json.dumps(result))
+    return result
 
 
-def _assemble(out: str, need: tuple[str, ...], done: list[dict[str, Any]], samples: int, bad: dict[str, int]) -> IndexSummary:
+def _copied(base: str, known: _Known, shard: int) -> Iterator[Batch]:
+    """A shard's rows out of an earlier index, under its new number."""
+    index, first = Index.open(base), known.first_row
+    with fsspec.open(f"{base}/samples/{known.file}", "rb") as file:
+        table = pq.ParquetFile(file)
+        for group in range(table.num_row_groups):
+            statistics = table.metadata.row_group(group).column(0).statistics
+            if not statistics.min <= known.shard <= statistics.max:
+                continue
+            rows = table.read_row_group(group)
+            rows = rows.filter(pc.equal(rows["shard"], known.shard))
+            locators = np.array(index.locators[first : first + len(rows)])
+            locators["shard"] = shard
+            yield Batch(rows.set_column(0, SAMPLE_SCHEMA.field(0), pa.array(np.full(len(rows), shard, dtype=np.uint32))), locators)
+            first += len(rows)
+    if first != known.first_row + known.rows:
+        raise DataError(f"the index at {base} is damaged: {known.file} holds {first - known.first_row} of {known.rows} rows of a shard")
+
+
+def _write_uids(url: str, uids: NDArray[np.uint64]) -> list[int]:
+    """Hashes of a part's uids, sorted, and where each of 64 ranges of hashes begins: doubles are looked for range by range."""
+    uids.sort()
+    with fsspec.open(url, "wb") as file:
+        file.write(uids.tobytes())
+    edges = np.arange(_UID_RANGES, dtype=np.uint64) << np.uint64(58)
+    return [*np.searchsorted(uids, edges).tolist(), len(uids)]
+
+
+def _duplicate_uids(out: str, done: list[dict[str, Any]]) -> int:
+    """How many uids another sample had before. At any one time a sixty-fourth of the hashes is held, or 64 MB."""
+    total = sum(result["uid_bounds"][-1] for result in done)
+    step = _UID_RANGES if total <= _UIDS_AT_ONCE else 1
+    repeated = 0
+    for k in range(0, _UID_RANGES, step):
+        slices = []
+        for result in done:
+            first, last = result["uid_bounds"][k], result["uid_bounds"][k + step]
+            if last > first:
+                fs, path = fsspec.core.url_to_fs(f"{out}/{_PARTS}/{result['token']}.uids")
+                slices.append(fs.cat_file(path, start=8 * first, end=8 * last))
+        uids = np.frombuffer(b"".join(slices), dtype=np.uint64)
+        repeated += len(uids) - len(np.unique(uids))
+    return repeated
+
+
+def _assemble(out: str, need: tuple[str, ...], max_pixels: int, done: list[dict[str, Any]]) -> IndexSummary:
     fs, folder = fsspec.core.url_to_fs(out)
     shards = [shard for result in done for shard in result["shards"]]
+    for stray in {posixpath.basename(path) for path in fs.find(f"{folder}/samples")} - {shard["file"] for shard in shards}:
+        fs.rm(f"{folder}/samples/{stray}")
     pq.write_table(pa.Table.from_pylist(shards, schema=SHARD_SCHEMA), f"{folder}/shards.parquet", filesystem=fs)
-    parts = [f"{out}/{_PARTS}/{result['number']:05d}.locators" for result in done]
-    rows = write_parts(f"{out}/locators.npy", parts, LOCATOR)
-    fs.rm(f"{folder}/{_PARTS}", recursive=True)
-    uids = np.frombuffer(b"".join(result["uids"] for result in done), dtype=np.uint64)
+    rows = write_parts(f"{out}/locators.npy", [f"{out}/{_PARTS}/{result['token']}.locators" for result in done], LOCATOR)
     fingerprint = hashlib.blake2b(" ".join(d for result in done for d in result["digests"]).encode(), digest_size=16)
     fingerprint.update(f"need={','.join(need)}".encode())
+    bad = sum((Counter(result["bad"]) for result in done), Counter[str]())
     return IndexSummary(
         fingerprint=fingerprint.hexdigest(),
         shards=len(shards),
-        samples=samples,
+        samples=sum(shard["samples"] for shard in shards),
         rows=rows,
         bytes=sum(shard["bytes"] for shard in shards),
         need=need,
-        bad=bad,
-        duplicate_uids=len(uids) - len(np.unique(uids)),
+        max_pixels=max_pixels,
+        bad=dict(bad.most_common()),
+        duplicate_uids=_duplicate_uids(out, done),
     )
 
 
@@ -213,7 +350,7 @@ def _check_bad(summary: IndexSummary, max_bad_fraction: float) -> None:
     if bad > max_bad_fraction * summary.rows:
         raise DataError(
             f"{bad:,} of {summary.rows:,} samples ({bad / summary.rows:.0%}) cannot be used, above --max-bad-fraction {max_bad_fraction}:"
-            f" {reasons}; mend the shards, or raise the bound to go on without these samples"
+            f" {reasons}; mend the shards, or raise the bound to go on without these samples (what was read is not read again)"
         )
 
 
@@ -227,12 +364,11 @@ def _version(url: str) -> tuple[int, str]:
     return size, version
 
 
-def _content_digest(url: str, rows: list[dict[str, Any]]) -> str:
-    digest = hashlib.blake2b(shard_name(url).encode(), digest_size=16)
-    for row in rows:
-        digest.update(f"{row['start']} {row.get('digest', '')}\n".encode())
-    return digest.hexdigest()
+def _listing(table: pa.Table) -> bytes:
+    """What a fingerprint covers of each row: its place and its content."""
+    places = zip(table["start"].to_pylist(), table["digest"].to_pylist(), strict=True)
+    return "".join(f"{start} {digest or ''}\n" for start, digest in places).encode()
 
 
 def _hash64(uid: str) -> int:
-    return int.from_bytes(hashlib.blake2b(uid.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(uid.encode(), digest_size=8).digest(), "little")

@@ -1,7 +1,7 @@
 """An index: an immutable snapshot of what a set of shards holds.
 
 INDEX/index.json       format, fingerprint, counts
-INDEX/shards.parquet   one row per shard: url, bytes, mtime or etag, rows
+INDEX/shards.parquet   one row per shard: url, bytes, mtime or etag, rows, file
 INDEX/samples/*.parquet   one row per sample, for people and filters (columns: `scan.SAMPLE_SCHEMA`)
 INDEX/locators.npy     24 bytes per sample, for machines
 INDEX/ledgers/NAME/    decisions (`ledger.py`)
@@ -27,10 +27,19 @@ from mm_core.data.locators import Locators, open_mapped
 from mm_core.data.scan import shard_name
 from mm_core.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 SHARD_SCHEMA = pa.schema(
-    [("shard", pa.uint32()), ("url", pa.string()), ("bytes", pa.uint64()), ("version", pa.string()), ("rows", pa.uint64())]
+    [
+        ("shard", pa.uint32()),
+        ("url", pa.string()),
+        ("bytes", pa.uint64()),
+        ("version", pa.string()),
+        ("rows", pa.uint64()),
+        ("samples", pa.uint64()),
+        ("file", pa.string()),
+    ]
 )
+"""`version`: etag, or time of the last write. `samples`: usable rows. `file`: of `samples/`, which holds the shard's rows."""
 
 
 class IndexSummary(Config):
@@ -43,6 +52,7 @@ class IndexSummary(Config):
     rows: int = Field(description="All rows, those with a reason against them included.")
     bytes: int
     need: tuple[str, ...] = Field(description="The modalities a usable sample has.")
+    max_pixels: int = Field(description="Larger pictures are counted as `too_many_pixels`.")
     bad: dict[str, int] = Field(description="Rows that are not usable, by reason.")
     duplicate_uids: int = 0
 
@@ -90,7 +100,7 @@ class Index:
     def samples(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The sample table, in order, a batch at a time."""
         fs, path = fsspec.core.url_to_fs(f"{self.url}/samples")
-        files = sorted(fs.find(path))
+        files = [f"{path}/{name}" for name in dict.fromkeys(self.shards["file"].to_pylist())]
         yield from pads.dataset(files, filesystem=fs, format="parquet").to_batches(columns=columns, fragment_readahead=1)
 
 

@@ -20,24 +20,40 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _COMPRESSED_SUFFIXES = ("gz", "bz2", "xz", "zst", "zip", "tar")
 _CAPTION_KEYS = ("captions", "caption", "text")
 MAX_MEMBER_BYTES = 256 << 20
+"""Of a member, and of what is held of one sample."""
+_MAX_TEXT_BYTES = 4 << 20
+"""JSON takes up to 25 times its size when it is read, so it has a bound of its own."""
+_MAX_MEMBERS = 1024
+_MAX_LABEL = 2**31 - 1
 
 
 @dataclass
 class Group:
-    """Consecutive members with one key, as webdataset groups them; a suffix that comes again starts the next group."""
+    """Consecutive members with one key, as webdataset groups them; a suffix that comes again starts the next group.
+
+    Never more than 1,024 members and 256 MB: members above that are kept without their data.
+    """
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
     occurrence: int = 0
     """How many groups of this key the shard held before."""
+    held_bytes: int = 0
+
+    def add(self, suffix: str, member: Member) -> None:
+        if self.held_bytes + member.size > MAX_MEMBER_BYTES:
+            member = member._replace(data=None)
+        elif member.data is not None:
+            self.held_bytes += member.size
+        self.members[suffix] = member
 
     @property
     def start(self) -> int:
-        return min(member.start for member in self.members.values())
+        return next(iter(self.members.values())).start
 
     @property
     def end(self) -> int:
-        return max(member.end for member in self.members.values())
+        return next(reversed(self.members.values())).end
 
     @property
     def check(self) -> int:
@@ -68,12 +84,12 @@ def groups(entries: Iterator[Member | Hole]) -> Iterator[Group | Hole]:
         if not suffix or suffix in _COMPRESSED_SUFFIXES or key.rpartition("/")[2].startswith("._"):
             yield Hole(Reason.UNSUPPORTED_MEMBER, entry.start, f"{entry.name!r} has no suffix that is read")
             continue
-        if current is None or current.key != key or suffix in current.members:
+        if current is None or current.key != key or suffix in current.members or len(current.members) == _MAX_MEMBERS:
             if current is not None:
                 yield current
             current = Group(key, occurrence=seen.get(key, 0))
             seen[key] = current.occurrence + 1
-        current.members[suffix] = entry
+        current.add(suffix, entry)
     if current is not None:
         yield current
 
@@ -97,13 +113,12 @@ def read_group(group: Group, shard_name: str) -> Sample:
     """
     metadata = _json(group)
     uid = metadata.get("uid")
-    return Sample(
-        key=group.key,
-        uid=uid if isinstance(uid, str) and uid else derived_uid(shard_name, group.key, group.occurrence),
-        image=_image(group),
-        captions=_captions(group, metadata),
-        label=_label(group),
-    )
+    if not isinstance(uid, str) or not uid:
+        uid = derived_uid(shard_name, group.key, group.occurrence)
+    captions = _captions(group, metadata)
+    for text in (uid, *captions):
+        _refuse_surrogates(group, text)
+    return Sample(key=group.key, uid=uid, image=_image(group), captions=captions, label=_label(group))
 
 
 def read_span(span: bytes, shard_name: str, *, check: int, occurrence: int) -> Sample:
@@ -117,6 +132,15 @@ def read_span(span: bytes, shard_name: str, *, check: int, occurrence: int) -> S
         raise SampleProblem(Reason.CHANGED, f"in {shard_name}: the bytes are not the sample that was indexed")
     found[0].occurrence = occurrence
     return read_group(found[0], shard_name)
+
+
+def content_digest(group: Group) -> str:
+    """The first 128 bits of SHA-256 over suffixes, sizes and bytes: what processors have instructions for (twice blake2b's rate)."""
+    digest = hashlib.sha256()
+    for suffix, member in group.members.items():
+        digest.update(f"{suffix} {member.size}\0".encode("utf-8", "surrogateescape"))
+        digest.update(member.data or b"")
+    return digest.hexdigest()[:32]
 
 
 def derived_uid(shard_name: str, key: str, occurrence: int) -> str:
@@ -134,6 +158,21 @@ def _data(group: Group, suffix: str) -> bytes | None:
     return member.data
 
 
+def _text_data(group: Group, suffix: str) -> bytes | None:
+    data = _data(group, suffix)
+    if data is not None and len(data) > _MAX_TEXT_BYTES:
+        raise SampleProblem(Reason.MEMBER_TOO_LARGE, f"{group.key!r}: {len(data)} bytes of .{suffix}, above {_MAX_TEXT_BYTES}")
+    return data
+
+
+def _refuse_surrogates(group: Group, text: str) -> None:
+    """JSON can spell half of a surrogate pair, which no encoding, and so no table and no tokenizer, takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampleProblem(Reason.BAD_TEXT, f"{group.key!r}: {error}") from None
+
+
 def _image(group: Group) -> bytes | None:
     for suffix in group.members:
         if suffix in IMAGE_SUFFIXES:
@@ -142,7 +181,7 @@ def _image(group: Group) -> bytes | None:
 
 
 def _json(group: Group) -> dict[str, Any]:
-    data = _data(group, "json")
+    data = _text_data(group, "json")
     if data is None:
         return {}
     try:
@@ -159,7 +198,7 @@ def _captions(group: Group, metadata: dict[str, Any]) -> list[str]:
         texts = [text for text in listed if isinstance(text, str) and text.strip()]
         if texts:
             return texts
-    data = _data(group, "txt")
+    data = _text_data(group, "txt")
     if data is not None:
         try:
             text = data.decode("utf-8").strip()
@@ -175,10 +214,13 @@ def _captions(group: Group, metadata: dict[str, Any]) -> list[str]:
 
 def _label(group: Group) -> int | None:
     """The class of a `.cls` member, as CLIP_benchmark writes it."""
-    data = _data(group, "cls")
+    data = _text_data(group, "cls")
     if data is None:
         return None
     try:
-        return int(data.decode("ascii").strip())
+        label = int(data.decode("ascii").strip())
     except ValueError:
         raise SampleProblem(Reason.BAD_TEXT, f"{group.key!r}: class {data[:20]!r} is no number") from None
+    if not 0 <= label <= _MAX_LABEL:
+        raise SampleProblem(Reason.BAD_TEXT, f"{group.key!r}: class {label} is not in 0 to {_MAX_LABEL}")
+    return label

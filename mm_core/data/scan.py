@@ -1,14 +1,17 @@
 """One sequential read of one shard: a row for every sample and for every place that holds none.
 
 Nothing is decoded that a header answers. What is wrong becomes a row with a reason; only a shard that cannot be opened raises.
+Rows come in batches, so memory holds one sample and one batch (and the keys, to number those that come again), however large
+the shard is. After an error of the store the shard is opened again at the byte that was reached.
 """
 
 from __future__ import annotations
 
-import hashlib
 import posixpath
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 import numpy as np
@@ -18,10 +21,12 @@ from mm_core.address import is_local
 from mm_core.data.image import MAX_PIXELS, read_header
 from mm_core.data.locators import BAD, HAS_IMAGE, HAS_LABEL, HAS_TEXT, LOCATOR, Locators
 from mm_core.data.problems import Reason, SampleProblem
-from mm_core.data.sample import MAX_MEMBER_BYTES, Group, groups, read_group
+from mm_core.data.ranged import retried
+from mm_core.data.sample import MAX_MEMBER_BYTES, Group, content_digest, groups, read_group
 from mm_core.data.tar import Hole, walk
 from mm_core.errors import DataError
 
+_MEMBER = pa.struct([("suffix", pa.string()), ("offset", pa.uint64()), ("size", pa.uint64())])
 SAMPLE_SCHEMA = pa.schema(
     [
         ("shard", pa.uint32()),
@@ -30,7 +35,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("key", pa.string()),
         ("start", pa.uint64()),
         ("span", pa.uint64()),
-        ("members", pa.list_(pa.struct([("suffix", pa.string()), ("offset", pa.uint64()), ("size", pa.uint64())]))),
+        ("members", pa.list_(_MEMBER)),
         ("image_format", pa.string()),
         ("width", pa.uint32()),
         ("height", pa.uint32()),
@@ -41,15 +46,47 @@ SAMPLE_SCHEMA = pa.schema(
         ("reason", pa.string()),
     ]
 )
-"""One row per sample, sorted by (shard, row). `digest`: blake2b-128 of the members' bytes. `reason`: null where usable."""
+"""One row per sample, sorted by (shard, row). `digest`: of the members' bytes. `reason`: null where usable."""
+
+BATCH_ROWS = 8192
+"""A batch is a row group of the table: what a filter can skip by its statistics."""
+_BATCH_CHARACTERS = 16 << 20
+_READ_BYTES = 1 << 20
+_MAX_SPAN = 0xFFFFFFFF
+_COMPRESSED = {
+    "gzip": b"\x1f\x8b",
+    "bzip2": b"BZh",
+    "xz": b"\xfd7zXZ\0",
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "lz4": b"\x04\x22\x4d\x18",
+    "zip": b"PK\x03\x04",
+}
 
 
 @dataclass(frozen=True)
-class ShardRead:
-    """What one read of a shard found. Rows and locators are in the same order."""
+class Batch:
+    """Some rows of a shard. Table and locators are in the same order."""
 
-    rows: list[dict[str, Any]]
+    table: pa.Table
     locators: Locators
+
+
+class _Row(NamedTuple):
+    start: int
+    reason: str | None
+    flags: int
+    span: int = 0
+    key: str | None = None
+    members: Sequence[tuple[str, int, int]] | None = None
+    check: int = 0
+    occurrence: int = 0
+    uid: str | None = None
+    image_format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    captions: Sequence[str] | None = None
+    label: int | None = None
+    digest: str | None = None
 
 
 def shard_name(url: str) -> str:
@@ -57,94 +94,156 @@ def shard_name(url: str) -> str:
     return posixpath.basename(url)
 
 
-def scan_shard(url: str, shard: int, need: tuple[str, ...], *, max_pixels: int = MAX_PIXELS) -> ShardRead:
+def scan_shard(
+    url: str, shard: int, need: tuple[str, ...], *, max_pixels: int = MAX_PIXELS, batch_rows: int = BATCH_ROWS
+) -> Iterator[Batch]:
     """Read the shard at `url` once, front to back.
 
     Args:
+        shard: the number its rows bear.
         need: the modalities (`image`, `text`) a sample must have; one it lacks is its reason.
 
     Raises:
-        DataError: the shard cannot be opened, or is compressed.
+        DataError: the shard cannot be read, after every retry, or is compressed.
     """
-    rows: list[dict[str, Any]] = []
-    locators: list[tuple[int, int, int, int, int, int]] = []
+    rows: list[_Row] = []
+    done, characters, name = 0, 0, shard_name(url)
     try:
-        with fsspec.open(url, "rb", **_buffering(url)) as stream:
-            _refuse_compressed(url, stream)
+        with _ShardStream(url) as stream:
             for entry in groups(walk(stream, max_member_bytes=MAX_MEMBER_BYTES)):
-                row, locator = _hole_row(entry) if isinstance(entry, Hole) else _sample_row(entry, url, need, max_pixels)
-                rows.append(row | {"shard": shard, "row": len(rows)})
-                locators.append((locator[0], locator[1], shard, *locator[2:]))
+                row = _Row(entry.start, entry.reason.value, BAD) if isinstance(entry, Hole) else _sample_row(entry, name, need, max_pixels)
+                rows.append(row)
+                characters += sum(map(len, row.captions)) if row.captions else 0
+                if len(rows) == batch_rows or characters > _BATCH_CHARACTERS:
+                    yield _batch(rows, shard, done)
+                    done, characters, rows = done + len(rows), 0, []
     except OSError as error:
         raise DataError(f"cannot read shard {url}: {error}") from None
-    return ShardRead(rows, np.asarray(locators, dtype=LOCATOR))
+    if rows:
+        yield _batch(rows, shard, done)
 
 
-def _hole_row(hole: Hole) -> tuple[dict[str, Any], tuple[int, int, int, int, int]]:
-    return {"start": hole.start, "span": 0, "reason": hole.reason.value}, (hole.start, 0, 0, BAD, 0)
-
-
-def _sample_row(group: Group, url: str, need: tuple[str, ...], max_pixels: int) -> tuple[dict[str, Any], tuple[int, int, int, int, int]]:
-    span, occurrence = group.end - group.start, min(group.occurrence, 0xFFFF)
-    row: dict[str, Any] = {
-        "key": group.key.encode("utf-8", "replace").decode(),
-        "start": group.start,
-        "span": span,
-        "members": [{"suffix": s, "offset": m.offset, "size": m.size} for s, m in group.members.items()],
-        "digest": _digest(group),
-    }
-    flags = 0
+def _sample_row(group: Group, name: str, need: tuple[str, ...], max_pixels: int) -> _Row:
+    start, span, digest = group.start, group.end - group.start, content_digest(group)
+    found: dict[str, Any] = {}
+    flags, reason = 0, None
     try:
-        if span > np.iinfo(np.uint32).max:
+        if span > _MAX_SPAN:
             raise SampleProblem(Reason.MEMBER_TOO_LARGE, f"{span} bytes")
-        sample = read_group(group, shard_name(url))
+        sample = read_group(group, name)
         flags = HAS_IMAGE * (sample.image is not None) | HAS_TEXT * bool(sample.captions) | HAS_LABEL * (sample.label is not None)
-        row |= {
-            "uid": sample.uid,
-            "captions": sample.captions,
-            "caption_characters": len(sample.captions[0]) if sample.captions else 0,
-            "label": sample.label,
-        }
+        found = {"uid": sample.uid, "captions": sample.captions, "label": sample.label}
         if sample.image is not None:
             header = read_header(sample.image, max_pixels=max_pixels)
-            row |= {"image_format": header.format, "width": header.width, "height": header.height}
+            found |= {"image_format": header.format, "width": header.width, "height": header.height}
         if "image" in need and sample.image is None:
             raise SampleProblem(Reason.NO_IMAGE)
         if "text" in need and not sample.captions:
             raise SampleProblem(Reason.NO_TEXT)
     except SampleProblem as problem:
         flags |= BAD
-        row["reason"] = problem.reason.value
-    return row, (group.start, min(span, 0xFFFFFFFF), group.check, flags, occurrence)
+        reason = problem.reason.value
+    members = [(suffix, member.offset, member.size) for suffix, member in group.members.items()]
+    return _Row(start, reason, flags, span, group.key, members, group.check, group.occurrence, digest=digest, **found)
 
 
-def _digest(group: Group) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for suffix, member in group.members.items():
-        digest.update(f"{suffix} {member.size}\0".encode())
-        digest.update(member.data or b"")
-    return digest.hexdigest()
+def _batch(rows: list[_Row], shard: int, first: int) -> Batch:
+    """Column by column: a fifth of the time that `Table.from_pylist` takes."""
+    count = len(rows)
+    members = [row.members or () for row in rows]
+    flat = [member for some in members for member in some]
+    structs = pa.StructArray.from_arrays(
+        [
+            pa.array([_printable(suffix) for suffix, _, _ in flat], pa.string()),
+            pa.array([offset for _, offset, _ in flat], pa.uint64()),
+            pa.array([size for _, _, size in flat], pa.uint64()),
+        ],
+        fields=list(_MEMBER),
+    )
+    ends = np.cumsum([0, *map(len, members)])
+    absent = [row.members is None for row in rows]
+    offsets = pa.array(ends.astype(np.int32), pa.int32(), mask=np.asarray([*absent, False]))
+    columns: dict[str, Any] = {
+        "shard": np.full(count, shard, dtype=np.uint32),
+        "row": np.arange(first, first + count, dtype=np.uint32),
+        "key": [None if row.key is None else _printable(row.key) for row in rows],
+        "members": pa.ListArray.from_arrays(offsets, structs),
+        "caption_characters": [None if row.captions is None else len(row.captions[0]) if row.captions else 0 for row in rows],
+    }
+    simple = ("uid", "start", "span", "image_format", "width", "height", "captions", "label", "digest", "reason")
+    columns |= {name: [getattr(row, name) for row in rows] for name in simple}
+    arrays = [columns[f.name] if f.name == "members" else pa.array(columns[f.name], f.type) for f in SAMPLE_SCHEMA]
+    locators = np.zeros(count, dtype=LOCATOR)
+    locators["shard"] = shard
+    for name, values in (
+        ("start", [row.start for row in rows]),
+        ("span", [min(row.span, _MAX_SPAN) for row in rows]),
+        ("check", [row.check for row in rows]),
+        ("flags", [row.flags for row in rows]),
+        ("occurrence", [min(row.occurrence, 0xFFFF) for row in rows]),
+    ):
+        locators[name] = values
+    return Batch(pa.Table.from_arrays(arrays, schema=SAMPLE_SCHEMA), locators)
 
 
-def _refuse_compressed(url: str, stream: BinaryIO) -> None:
-    magic = stream.read(6)
-    stream.seek(0)
-    for name, signature in (("gzip", b"\x1f\x8b"), ("bzip2", b"BZh"), ("xz", b"\xfd7zXZ\0"), ("zstd", b"\x28\xb5\x2f\xfd")):
-        if magic.startswith(signature):
-            raise DataError(f"shard {url} is compressed with {name}; samples in it cannot be addressed: unpack it to a plain .tar")
+def _printable(name: str) -> str:
+    """Names in tars are bytes; tables hold Unicode."""
+    return name if name.isascii() else name.encode("utf-8", "replace").decode()
 
 
-def _buffering(url: str) -> dict[str, Any]:
-    """Remote stores: read ahead in large blocks, as the shard is read once from front to back."""
-    return {"block_size": 8 << 20, "cache_type": "readahead"} if not is_local(url) else {}
+class _ShardStream:
+    """The bytes of a shard, front to back."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._offset = 0
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> _ShardStream:
+        magic = self.read(6)
+        for name, signature in _COMPRESSED.items():
+            if magic.startswith(signature):
+                self._close()
+                raise DataError(
+                    f"shard {self._url} is compressed with {name}; samples in it cannot be addressed: unpack it to a plain .tar"
+                )
+        self._reopen(0)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close()
+
+    def read(self, size: int, /) -> bytes:
+        try:
+            data = (self._file or self._open()).read(size)
+        except OSError:
+            self._reopen(self._offset)
+            data = retried(lambda: (self._file or self._open()).read(size), partial(self._reopen, self._offset))
+        self._offset += len(data)
+        return data
+
+    def _open(self) -> BinaryIO:
+        file: BinaryIO
+        if is_local(self._url):
+            file = open(self._url.removeprefix("file://"), "rb", buffering=_READ_BYTES)  # noqa: SIM115 - closed by __exit__
+        else:
+            fs, path = fsspec.core.url_to_fs(self._url)
+            file = fs.open(path, "rb", block_size=8 << 20, cache_type="readahead")
+        file.seek(self._offset)
+        self._file = file
+        return file
+
+    def _reopen(self, offset: int) -> None:
+        self._close()
+        self._offset = offset
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def usable(flags: np.ndarray[Any, np.dtype[np.uint16]], need: tuple[str, ...]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which samples have every modality of `need` and no reason against them."""
     wanted = (HAS_IMAGE if "image" in need else 0) | (HAS_TEXT if "text" in need else 0)
     return ((flags & BAD) == 0) & ((flags & wanted) == wanted)
-
-
-def to_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows as an Arrow table of the published schema."""
-    return pa.Table.from_pylist(rows, schema=SAMPLE_SCHEMA)

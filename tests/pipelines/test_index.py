@@ -2,19 +2,27 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept, split
 from mm_core.data.problems import SampleProblem
 from mm_core.data.reader import IndexReader
 from mm_core.data.sample import Sample
+from mm_core.data.scan import SAMPLE_SCHEMA, scan_shard
 from mm_core.data.synth.corpus import SynthConfig, write_corpus
 from mm_core.errors import ConfigError, DataError
 from pipelines.index import build_index, expand_shards
@@ -92,11 +100,13 @@ def test_bad_samples_are_rows_with_a_reason(picture: bytes, tmp_path: Path) -> N
     assert sum(reason is not None for reason in table["reason"].to_pylist()) == 5
 
 
-def test_too_many_bad_samples_stop_the_job_and_leave_nothing(picture: bytes, tmp_path: Path) -> None:
+def test_too_many_bad_samples_stop_the_job(picture: bytes, tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "s.tar", {"a.txt": b"text only", "b.jpg": picture, "b.txt": b"t"})
     with pytest.raises(DataError, match=r"1 of 2 samples \(50%\) cannot be used.*no_image 1"):
         build_index([str(shard)], str(tmp_path / "index"))
-    assert not (tmp_path / "index").exists()
+    with pytest.raises(DataError, match="no index at"):
+        Index.open(str(tmp_path / "index"))
+    assert build_index([str(shard)], str(tmp_path / "index"), max_bad_fraction=0.5).summary.samples == 1
 
 
 def test_a_truncated_shard_keeps_what_is_whole(corpus: Path, tmp_path: Path) -> None:
@@ -116,7 +126,7 @@ def test_what_is_no_shard_is_named(content: bytes, message: str, tmp_path: Path)
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(DataError, match=message):
         build_index([str(tmp_path / "x.tar")], str(tmp_path / "index"))
-    assert not (tmp_path / "index").exists()
+    assert not (tmp_path / "index" / "index.json").exists()
 
 
 def test_missing_shards_and_taken_folders_are_refused(index: Index, corpus: Path, tmp_path: Path) -> None:
@@ -144,11 +154,10 @@ def test_any_fsspec_store(corpus: Path, tmp_path: Path) -> None:
     """The memory store stands for a remote one: other code paths, no local files."""
     memory = fsspec.filesystem("memory")
     memory.pipe_file("/shards/0.tar", (corpus / "train" / "00000.tar").read_bytes())
-    from mm_core.data.scan import scan_shard
-
-    read = scan_shard("memory://shards/0.tar", 0, ("image", "text"))
-    local = scan_shard(str(corpus / "train" / "00000.tar"), 0, ("image", "text"))
+    (read,) = scan_shard("memory://shards/0.tar", 0, ("image", "text"))
+    (local,) = scan_shard(str(corpus / "train" / "00000.tar"), 0, ("image", "text"))
     np.testing.assert_array_equal(read.locators, local.locators)
+    assert read.table == local.table
     assert expand_shards(["memory://shards/*.tar"]) == ["memory:///shards/0.tar"]
 
 
@@ -173,3 +182,156 @@ def test_a_split_divides_without_overlap_and_is_repeatable(index: Index) -> None
     assert len(compile_kept(index, ["train", "heldout"])) == 0
     with pytest.raises(DataError, match="has no ledger 'trian'; it has: heldout, train"):
         compile_kept(index, ["trian"])
+
+
+def swap_bytes_unnoticed(shard: Path) -> None:
+    """Other bytes under the same size and time: whoever reads the shard now finds no sample."""
+    state = shard.stat()
+    shard.write_bytes(b"\x01" * state.st_size)
+    os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+@pytest.fixture
+def shards(corpus: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "shards"
+    shutil.copytree(corpus / "train", folder)
+    return folder
+
+
+def rows_of(index: Index) -> list[dict[str, object]]:
+    return [row for batch in index.samples(SAMPLE_SCHEMA.names) for row in batch.to_pylist()]
+
+
+def test_from_a_base_only_new_and_changed_shards_are_read(shards: Path, corpus: Path, tmp_path: Path) -> None:
+    old = build_index([str(shards)], str(tmp_path / "old"))
+    before = {path: path.read_bytes() for path in Path(old.url).rglob("*") if path.is_file()}
+    shutil.copy(corpus / "heldout" / "00000.tar", shards / "00000a.tar")  # new, and in the middle: the numbers of the others move
+    write_tar(shards / "00002.tar", {"x.jpg": (corpus / "train" / "00000.tar").read_bytes()[512:1024], "x.txt": b"t"})  # changed
+    (shards / "00003.tar").unlink()
+    expected = build_index([str(shards)], str(tmp_path / "expected"), max_bad_fraction=0.5)
+    for unchanged in ("00000.tar", "00001.tar"):
+        swap_bytes_unnoticed(shards / unchanged)
+    new = build_index([str(shards)], str(tmp_path / "new"), base=old.url, max_bad_fraction=0.5)
+    assert new.summary == expected.summary
+    assert rows_of(new) == rows_of(expected)
+    np.testing.assert_array_equal(new.locators, expected.locators)
+    assert {path: path.read_bytes() for path in Path(old.url).rglob("*") if path.is_file()} == before
+    third = build_index([str(shards)], str(tmp_path / "third"), base=new.url, max_bad_fraction=0.5)
+    assert rows_of(third) == rows_of(expected)
+
+
+def test_a_base_of_other_settings_is_refused(index: Index, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"was made for image-text up to 25,000,000 pixels, this one is for image up to"):
+        build_index([str(corpus / "train")], str(tmp_path / "index"), base=index.url, need=("image",))
+    assert not (tmp_path / "index").exists()
+
+
+def test_after_a_stop_the_same_call_goes_on(index: Index, shards: Path, tmp_path: Path) -> None:
+    out, bad = tmp_path / "index", shards / "00003.tar"
+    good = bad.read_bytes()
+    bad.write_bytes(b"\x1f\x8b" + bytes(600))
+    with pytest.raises(DataError, match="compressed with gzip"):
+        build_index([str(shards)], str(out))
+    with pytest.raises(DataError, match="no index at"):
+        Index.open(str(out))
+    bad.write_bytes(good)
+    done = [json.loads(note.read_text())["shards"][0]["url"] for note in (out / "_parts").glob("*.json")]
+    assert done
+    for url in done:
+        swap_bytes_unnoticed(Path(url))
+    resumed = build_index([str(shards)], str(out))
+    assert resumed.summary == index.summary
+    np.testing.assert_array_equal(resumed.locators, index.locators)
+    assert {path.name for path in out.iterdir()} == {"index.json", "shards.parquet", "samples", "locators.npy"}
+
+
+def test_a_stale_or_half_written_part_is_read_again(index: Index, shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    with pytest.raises(DataError, match="cannot be used"):
+        build_index([str(shards)], str(out), need=("image", "text"), max_bad_fraction=-1)
+    notes = sorted((out / "_parts").glob("*.json"))
+    assert len(notes) == 4
+    notes[0].write_text(notes[0].read_text()[:100])
+    os.utime(shards / "00001.tar", (1, 1))
+    swap_bytes_unnoticed(shards / "00002.tar")
+    resumed = build_index([str(shards)], str(out))
+    assert resumed.summary == index.summary
+    assert len(list((out / "samples").iterdir())) == 4
+
+
+@pytest.mark.slow
+def test_a_killed_command_is_continued(shards: Path, tmp_path: Path) -> None:
+    """SIGKILL to the command and all it started, at the moment a part is done; then the same command again."""
+    many, out = tmp_path / "many", tmp_path / "index"
+    many.mkdir()
+    for i in range(60):
+        os.link(shards / f"{i % 4:05d}.tar", many / f"{i:05d}.tar")
+    command = [sys.executable, "-m", "mm", "data", "index", str(many), "--out", str(out), "--json"]
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("_parts/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = list(out.glob("_parts/*.json"))
+    assert done
+    with pytest.raises(DataError, match="no index at"):
+        Index.open(str(out))
+    finished = {note.name: note.stat().st_mtime_ns for note in done}
+    seen: dict[str, int] = {}
+
+    def watch(shards_done: int, note: str) -> None:
+        seen.update({note.name: note.stat().st_mtime_ns for note in out.glob("_parts/*.json")})
+
+    resumed = build_index([str(many)], str(out), on_progress=watch)
+    assert {name: seen[name] for name in finished} == finished
+    assert resumed.summary.shards == 60
+    assert resumed.summary.fingerprint == build_index([str(many)], str(tmp_path / "whole")).summary.fingerprint
+
+
+def test_filters_can_skip_by_statistics(index: Index) -> None:
+    metadata = pq.ParquetFile(f"{index.url}/samples/{index.shards['file'][0]}").metadata
+    columns = {metadata.schema.column(i).path: i for i in range(metadata.num_columns)}
+    for group in range(metadata.num_row_groups):
+        for name in ("shard", "row", "width", "height", "caption_characters", "image_format"):
+            statistics = metadata.row_group(group).column(columns[name]).statistics
+            assert statistics.has_min_max, name
+        assert metadata.row_group(group).column(columns["width"]).statistics.min == 48
+    assert metadata.row_group(0).sorting_columns
+
+
+class FlakyStore(MemoryFileSystem):  # type: ignore[misc]
+    """A store whose connection breaks at every 37th read."""
+
+    protocol = "flaky"
+    reads = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("flaky://").lstrip("/")
+
+    def _open(self, path: str, mode: str = "rb", **options: object) -> io.BytesIO:
+        file: io.BytesIO = super()._open(path, mode, **options)
+        if "w" in mode:
+            return file
+        return _FlakyFile(file.getvalue())
+
+
+class _FlakyFile(io.BytesIO):
+    def read(self, size: int | None = -1, /) -> bytes:
+        FlakyStore.reads += 1
+        if FlakyStore.reads % 37 == 0:
+            super().read(100)  # as a broken connection does: the position has moved when the error comes
+            raise OSError("connection reset")
+        return super().read(size)
+
+
+def test_a_shard_is_reopened_where_the_store_failed(corpus: Path) -> None:
+    fsspec.register_implementation("flaky", FlakyStore, clobber=True)
+    store = fsspec.filesystem("flaky")
+    path = corpus / "train" / "00000.tar"
+    store.pipe_file("/0.tar", path.read_bytes())
+    (read,) = scan_shard("flaky://0.tar", 0, ("image", "text"))
+    (local,) = scan_shard(str(path), 0, ("image", "text"))
+    assert FlakyStore.reads > 300
+    assert read.table == local.table
