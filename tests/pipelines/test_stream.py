@@ -16,6 +16,7 @@ from mm_core.data.reader import PlanReader, ReadSpec, Source
 from mm_core.errors import DataError, StreamOrderError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from pipelines.index import build_index
+from pipelines.recipes import recipe
 from pipelines.stream import Share, StepBatch, StreamConfig, _split, stream
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -194,3 +195,11 @@ def test_a_step_is_of_one_source_where_the_mix_says_so(mixed: tuple[ReadSpec, In
     sources = [set(batch.rows["source"].to_pylist()) for batch in batches]
     assert all(len(s) == 1 for s in sources)
     assert sum(s == {1} for s in sources) == STEPS // 2
+
+
+def test_a_run_of_one_index_keeps_the_identity_it_had_before_there_were_mixes() -> None:
+    run = recipe("clip-tiny")
+    assert "mix" not in run.identity()["data"]
+    mixed = run.model_copy(update={"data": run.data.model_copy(update={"mix": MixConfig(weights=(3, 1))})})
+    assert mixed.identity()["data"]["mix"]["weights"] == [3, 1]
+    assert mixed.fingerprint != run.fingerprint
