@@ -152,10 +152,16 @@ def mixed_plan(plans: Sequence[Plan], config: MixConfig, chunks_per_step: int) -
         if config != MixConfig():
             raise ConfigError("data.mix is set, but there is one index: give the others with --data, or leave data.mix out")
         return plans[0]
-    weights = config.weights or tuple(plan.samples for plan in plans)
+    weights = config.weights or _by_size(plans)
     phases = [Phase(0, _whole(weights))]
     phases += [Phase(change.step * chunks_per_step, _whole(change.weights)) for change in config.changes]
     return MixedPlan(tuple(plans), tuple(phases), chunks_per_step if config.choice is Choice.STEP else 1)
+
+
+def _by_size(plans: Sequence[Plan]) -> tuple[int, ...]:
+    """As many as samples are kept; of billions the leading 30 bits, so that the period stays countable."""
+    shift = max(0, sum(plan.samples for plan in plans).bit_length() - 30)
+    return tuple(max(1, plan.samples >> shift) for plan in plans)
 
 
 def _whole(weights: Sequence[float]) -> tuple[int, ...]:

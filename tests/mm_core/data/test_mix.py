@@ -126,3 +126,10 @@ def test_one_source_is_its_plan_and_the_fingerprint_covers_the_mix() -> None:
 def test_a_mix_that_cannot_be_is_refused(config: MixConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         mixed_plan(_plans(5, 6), config, 4)
+
+
+def test_without_weights_billions_are_mixed_by_their_sizes() -> None:
+    plan = mixed_plan(_plans(9 * 10**9, 10**9), MixConfig(), 4)
+    assert isinstance(plan, MixedPlan)
+    sources, _ = _chunks(plan, 10_000)
+    assert abs((sources == 1).sum() - 1000) <= 1
