@@ -93,7 +93,7 @@ def _limit_process(
     barrier.wait()
     started = time.time()
     for step in range(steps):
-        _, places = spec.plan.resolve(share.positions(step, CHUNK))
+        places = spec.plan.locate(share.positions(step, CHUNK)).kept
         for sample in reader.read(np.asarray(kept[places.astype(np.int64)])):
             assert isinstance(sample, Sample)
             decode_crop(sample.image or b"", spec.image_size, spec.augment, step)

@@ -123,7 +123,7 @@ def split(
 
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe's name, or a YAML file with `recipe:` and changes.")],
-    data: Annotated[str, typer.Option(help="The index to train on.")],
+    data: Annotated[list[str], typer.Option(help="The index to train on; again for several, mixed as `data.mix` says.")],
     ledger: Ledgers = None,
     init: Annotated[str | None, typer.Option(help="Start from the weights of a bundle or hub id.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Ranks.")] = None,
@@ -136,7 +136,8 @@ def train(
 ) -> None:
     """Train a model; every restart continues the same run.
 
-    Example: mm train clip-tiny --data index --workers 2 --set steps=500
+    Example: mm train clip-tiny --data index --workers 2 --set steps=500;
+    two indexes, three chunks of A to one of B: mm train clip-tiny --data A --data B --set "data.mix.weights=[3, 1]"
     """
     from pipelines.session import ray_session
     from pipelines.tracking import describe_run
@@ -146,11 +147,13 @@ def train(
     overrides += [f"resources.workers={workers}"] if workers else []
     overrides += [f"init={init}"] if init else []
     run, origins = resolve_run(recipe, overrides)
+    if dry_run and len(data) > 1:
+        raise ConfigError("--dry-run describes one index: leave out all but one --data")
     if dry_run:
         from pipelines.train.dry_run import describe
 
         console.table(("key", "value", "from"), [(k, v, origins.get(k, "default")) for k, v in _flat(run)])
-        report = describe(run, data, ledger or ())
+        report = describe(run, data[0], ledger or ())
         console.table(("", ""), list(report.items()))
         console.result(report)
         return
@@ -158,7 +161,7 @@ def train(
         from pipelines.train.driver import TrainRequest
         from pipelines.train.driver import train as run_training
 
-        request = TrainRequest(run, data, tuple(ledger or ()), name=name, resume=resume, audit=audit)
+        request = TrainRequest(run, data[0], tuple(ledger or ()), name=name, resume=resume, audit=audit, more_indexes=tuple(data[1:]))
         result = run_training(request, console)
     rows = {key: value for key, value in asdict(result).items() if key not in ("run_id", "name")}
     console.table(("", result.name), list(rows.items()))

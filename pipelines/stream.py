@@ -72,7 +72,7 @@ class StepBatch:
     """[b, context_length]"""
     positions: NDArray[np.uint64]
     rows: pa.Table
-    """`epoch`, `uid` and `replaced` of the samples."""
+    """`source`, `epoch`, `uid` and `replaced` of the samples."""
 
     @property
     def replaced(self) -> dict[str, int]:
@@ -304,7 +304,7 @@ def _split(spec: ReadSpec, share: Share, block: pa.Table, step: int) -> Iterator
             images=rows_of(rows["image"], (size, size, 3), np.uint8),
             input_ids=rows_of(rows["input_ids"], (context_length,), np.int32),
             positions=positions,
-            rows=rows.select(["epoch", "uid", "replaced"]),
+            rows=rows.select(["source", "epoch", "uid", "replaced"]),
         )
         block = block.slice(len(expected))
         step += 1

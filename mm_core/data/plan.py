@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,16 @@ from mm_core.errors import ConfigError
 
 _RUN_ORDER, _CHUNK_ORDER = 1, 2
 """Keeps the keys of the two shuffles apart."""
+
+
+class Places(NamedTuple):
+    """Where positions lead: one entry per position."""
+
+    sources: U64
+    epochs: U64
+    """Of the source."""
+    kept: U64
+    """Place on the source's kept axis."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,16 @@ class Plan:
         """Names the order: two plans with the same fingerprint read the same samples in the same order."""
         text = f"plan-1 {self.kept_fingerprint} {self.samples} {self.seed} {self.chunk} {self.run_length}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans by source: this one."""
+        return (self,)
+
+    def locate(self, positions: U64, ahead: int = 0) -> Places:
+        """What `MixedPlan.locate` gives, of one source."""
+        epochs, kept = self.resolve(positions + np.uint64(ahead * self.chunk))
+        return Places(np.zeros_like(epochs), epochs, kept)
 
     def resolve(self, positions: U64) -> tuple[U64, U64]:
         """Epoch and place on the kept axis of each global position (0, 1, 2, … without end)."""

@@ -1,7 +1,7 @@
 """Positions of a plan to decoded, tokenised samples: what a read task of the stream runs.
 
 Guarantees: as many samples as positions, in their order; a sample that cannot be used is replaced by the next usable one of its
-chunk (of a chunk with none, by one of the chunks that follow in the plan) and the replacement is recorded, so every rank takes the
+chunk (of a chunk with none, by one of the chunks of its source that follow) and the replacement is recorded, so every rank takes the
 same number of steps; the result depends on (plan, position) alone.
 """
 
@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from mm_core.data.image import MAX_PIXELS, AugmentConfig, decode_crop
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
+from mm_core.data.mix import MixedPlan
 from mm_core.data.permutation import U64, mix
-from mm_core.data.plan import Plan
+from mm_core.data.plan import Places, Plan
 from mm_core.data.problems import Reason, SampleProblem
 from mm_core.data.ranged import RangedReader, Span
 from mm_core.data.sample import Sample, read_span
@@ -35,16 +36,30 @@ _STAND_IN_CHUNKS = 8
 
 
 @dataclass(frozen=True)
+class Source:
+    """An index, and what of it is kept."""
+
+    index_url: str
+    ledgers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ReadSpec:
     """Everything a read task needs, small enough to send to every node once."""
 
     index_url: str
     ledgers: tuple[str, ...]
-    plan: Plan
+    plan: Plan | MixedPlan
     image_size: int
     augment: AugmentConfig
     tokenizer: CaptionTokenizer
     max_pixels: int = MAX_PIXELS
+    more: tuple[Source, ...] = ()
+    """The second and further sources of a mix."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (Source(self.index_url, self.ledgers), *self.more)
 
 
 @dataclass
@@ -91,22 +106,26 @@ class _Decoded:
 
 
 class PlanReader:
-    """Reads positions of one plan. One per process: it keeps the index mapped and shards open."""
+    """Reads positions of one plan. One per process: it keeps the indexes mapped and shards open."""
 
     def __init__(self, spec: ReadSpec) -> None:
         torch.set_num_threads(1)
         self.spec = spec
-        self._reader = IndexReader(Index.open(spec.index_url))
+        self._readers = [IndexReader(Index.open(source.index_url)) for source in spec.sources]
 
     @cached_property
-    def _kept(self) -> NDArray[np.uint64]:
-        kept = compile_kept(self._reader.index, self.spec.ledgers)
-        if kept.fingerprint != self.spec.plan.kept_fingerprint:
-            raise DataError(f"the index at {self.spec.index_url} is not the one this run started with")
-        return kept.ordinals
+    def _kept(self) -> list[NDArray[np.uint64]]:
+        """By source."""
+        ordinals = []
+        for source, reader, plan in zip(self.spec.sources, self._readers, self.spec.plan.plans, strict=True):
+            kept = compile_kept(reader.index, source.ledgers)
+            if kept.fingerprint != plan.kept_fingerprint:
+                raise DataError(f"the index at {source.index_url} is not the one this run started with")
+            ordinals.append(kept.ordinals)
+        return ordinals
 
     def read(self, positions: U64) -> pa.Table:
-        """One row per position: `position, epoch, uid, image` (size x size x 3 bytes), `input_ids`, `replaced` (a reason or null).
+        """One row per position: `position, source, epoch, uid, image` (size x size x 3 bytes), `input_ids`, `replaced` (a reason or null).
 
         Args:
             positions: whole chunks of the plan.
@@ -114,16 +133,21 @@ class PlanReader:
         Raises:
             DataError: not one sample of a chunk and of those that follow it can be used.
         """
-        epochs, decoded = self._decoded(positions)
+        places, decoded = self._decoded(positions)
         reasons = [d.reason.value if isinstance(d, SampleProblem) else None for d in decoded]
-        return self._table(positions, epochs, self._replace(decoded, positions), reasons)
+        return self._table(positions, places, self._replace(decoded, positions), reasons)
 
-    def _decoded(self, positions: U64) -> tuple[U64, list[_Decoded | SampleProblem]]:
-        epochs, kept = self.spec.plan.resolve(positions)
-        ordinals = np.asarray(self._kept[kept.astype(np.int64)])
-        seeds = mix(self.spec.plan.seed, _AUGMENT, epochs, ordinals)
-        samples = self._reader.read(ordinals)
-        return epochs, [self._decode(sample, int(seed)) for sample, seed in zip(samples, seeds, strict=True)]
+    def _decoded(self, positions: U64, ahead: int = 0) -> tuple[Places, list[_Decoded | SampleProblem]]:
+        """The samples at `positions`, or `ahead` chunks of the same source later."""
+        places = self.spec.plan.locate(positions, ahead)
+        decoded: dict[int, _Decoded | SampleProblem] = {}
+        for source in map(int, np.unique(places.sources)):
+            rows = np.flatnonzero(places.sources == source)
+            ordinals = np.asarray(self._kept[source][places.kept[rows].astype(np.int64)])
+            seeds = mix(self.spec.plan.plans[source].seed, _AUGMENT, places.epochs[rows], ordinals)
+            samples = self._readers[source].read(ordinals)
+            decoded |= {int(row): self._decode(s, int(seed)) for row, s, seed in zip(rows, samples, seeds, strict=True)}
+        return places, [decoded[row] for row in range(len(positions))]
 
     def _decode(self, sample: Sample | SampleProblem, seed: int) -> _Decoded | SampleProblem:
         if isinstance(sample, SampleProblem):
@@ -151,17 +175,20 @@ class PlanReader:
         return result
 
     def _stand_ins(self, positions: U64, group: list[_Decoded | SampleProblem]) -> list[_Decoded | SampleProblem]:
-        """The next chunk of the plan that holds a usable sample, for one that holds none."""
+        """The next chunk of the same source that holds a usable sample, for one that holds none."""
         for further in range(1, _STAND_IN_CHUNKS + 1):
-            _, decoded = self._decoded(positions + np.uint64(further * self.spec.plan.chunk))
+            _, decoded = self._decoded(positions, further)
             if any(isinstance(d, _Decoded) for d in decoded):
                 return decoded
         raise DataError(
             f"not one of the {len(group) * (_STAND_IN_CHUNKS + 1)} samples from position {positions[0]} on can be used, the first because"
-            f" of {group[0]}; has the data at {self.spec.index_url} moved or changed since it was indexed?"
+            f" of {group[0]}; has the data at {self._url(positions)} moved or changed since it was indexed?"
         )
 
-    def _table(self, positions: U64, epochs: U64, samples: list[_Decoded], reasons: list[str | None]) -> pa.Table:
+    def _url(self, positions: U64) -> str:
+        return self.spec.sources[int(self.spec.plan.locate(positions[:1]).sources[0])].index_url
+
+    def _table(self, positions: U64, places: Places, samples: list[_Decoded], reasons: list[str | None]) -> pa.Table:
         size = self.spec.image_size
         images = np.empty((len(samples), size, size, 3), dtype=np.uint8)
         for row, sample in zip(images, samples, strict=True):
@@ -170,7 +197,8 @@ class PlanReader:
         return pa.table(
             {
                 "position": positions,
-                "epoch": epochs,
+                "source": places.sources,
+                "epoch": places.epochs,
                 "uid": pa.array([s.uid for s in samples], pa.string()),
                 "image": fixed_width(images),
                 "input_ids": fixed_width(input_ids),

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from mm_core.config import Config
 from mm_core.data.image import MAX_PIXELS, AugmentConfig
+from mm_core.data.mix import MixConfig
 from mm_core.models.clip import ClipConfig
 from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig
@@ -25,6 +26,7 @@ class DataConfig(Config):
     run_length: int = Field(
         default=1, ge=1, description="Neighbouring samples read in one go: 1 on a local disk, 16 to 64 on a remote store."
     )
+    mix: MixConfig = Field(default=MixConfig(), description="Proportions of several indexes.")
     augment: AugmentConfig = AugmentConfig()
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="Images above this are not decoded.")
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1, description="The run stops if a larger share of samples has to be replaced.")
@@ -74,7 +76,10 @@ class TrainRun(Config):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides what is learned: two runs equal in it, on equal data, are the same run."""
-        return self.model_dump(mode="json", exclude={"log_every_steps", "checkpoint", "stream", "resources", "tracking", "storage"})
+        identity = self.model_dump(mode="json", exclude={"log_every_steps", "checkpoint", "stream", "resources", "tracking", "storage"})
+        if self.data.mix == MixConfig():
+            identity["data"].pop("mix")  # a run of one index is the run it was before there were mixes
+        return identity
 
     @property
     def fingerprint(self) -> str:

@@ -6,6 +6,7 @@ first step leaves no folder behind.
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import tempfile
 import threading
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,9 @@ from mm_core.bundle import BundleManifest, init_from, write_bundle
 from mm_core.console import Console, Tracker
 from mm_core.data.index import Index, changed_shard
 from mm_core.data.ledger import Kept, compile_kept
+from mm_core.data.mix import MixedPlan, mixed_plan, source_seed
 from mm_core.data.plan import Plan, chunks_per_step
-from mm_core.data.reader import ReadSpec
+from mm_core.data.reader import ReadSpec, Source
 from mm_core.errors import CheckpointError, ConfigError, DataError, MMError, TrainingError
 from mm_core.models.clip import TwoTower, build_clip
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
@@ -58,6 +61,27 @@ class TrainRequest:
     name: str | None = None
     resume: bool = False
     audit: str | None = None
+    more_indexes: tuple[str, ...] = ()
+    """Mixed with `index` as `data.mix` says; every ledger is read of each."""
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The indexes of a run, and what of each is kept."""
+
+    indexes: tuple[Index, ...]
+    kept: tuple[Kept, ...]
+
+    @staticmethod
+    def open(request: TrainRequest) -> _Data:
+        indexes = tuple(Index.open(url) for url in (request.index, *request.more_indexes))
+        return _Data(indexes, tuple(compile_kept(index, request.ledgers) for index in indexes))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of one index that of its kept set."""
+        names = [kept.fingerprint for kept in self.kept]
+        return names[0] if len(names) == 1 else hashlib.blake2b(" ".join(names).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -83,18 +107,18 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
         TrainingError: the run stopped; its message says how to continue.
     """
     # 1. The data, as it was indexed.
-    index = Index.open(request.index)
-    kept = compile_kept(index, request.ledgers)
-    _check_shards(index)
+    data = _Data.open(request)
+    for index in data.indexes:
+        _check_shards(index)
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
-    chunks_per_step(run.global_batch_size, run.data.chunk, run.resources.workers)
+    _plan(run, data)
     _check_resources(run)
 
     # 2. The run: a new folder and tracking run, or the ones it began with.
-    folder, record = _claim(request, run, kept)
+    folder, record = _claim(request, run, data)
     resumed = record is not None
     if record is None:
-        record = _begin(request, run, index, kept, folder)
+        record = _begin(request, run, data, folder)
     elif folder.latest_checkpoint() is None:
         console.note(f"{folder.url} has no checkpoint yet: starting from step 0")
     if resumed:
@@ -104,7 +128,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     # 3. Train and export.
     status = RunStatus.FAILED
     try:
-        outcome = _fit(_task(request, run, index, kept, folder, record), folder, console)
+        outcome = _fit(_task(request, run, data, folder, record), folder, console)
         bundle = _export(run, folder, record, outcome)
         _log_results(run, folder, record.tracking_run_id)
         status = RunStatus.FINISHED
@@ -161,11 +185,11 @@ def export_bundle(folder: RunFolder, name: str = "bundle") -> BundleManifest:
     return manifest
 
 
-def _claim(request: TrainRequest, run: TrainRun, kept: Kept) -> tuple[RunFolder, RunRecord | None]:
+def _claim(request: TrainRequest, run: TrainRun, data: _Data) -> tuple[RunFolder, RunRecord | None]:
     """The folder of the run, and its record where it is to be continued."""
     if request.resume:
         if request.name is None:
-            found = newest_run(run.storage, _identity(run), kept.fingerprint)
+            found = newest_run(run.storage, _identity(run), data.fingerprint)
             if found is None:
                 raise CheckpointError(
                     f"no run of {run.recipe} with this configuration and data under {run.storage}:"
@@ -174,7 +198,7 @@ def _claim(request: TrainRequest, run: TrainRun, kept: Kept) -> tuple[RunFolder,
             return found, found.read()
         folder = RunFolder.of(run.storage, request.name)
         record = folder.read()
-        check_same(record, _identity(run), kept.fingerprint, folder.url)
+        check_same(record, _identity(run), data.fingerprint, folder.url)
         return folder, record
     name = request.name or f"{run.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = RunFolder.of(run.storage, name)
@@ -190,10 +214,10 @@ def _identity(run: TrainRun) -> dict[str, Any]:
     return identity
 
 
-def _begin(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folder: RunFolder) -> RunRecord:
+def _begin(request: TrainRequest, run: TrainRun, data: _Data, folder: RunFolder) -> RunRecord:
     """Make the tokenizer, the run's folder and the tracking run."""
     source = run.tokenizer.source or run.init  # the weights of another model belong to its token ids
-    tokenizer = load_tokenizer(source) if source else _train_tokenizer(run, index)
+    tokenizer = load_tokenizer(source) if source else _train_tokenizer(run, data)
     run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
     _initial_state(run, tokenizer)
     try:
@@ -206,18 +230,21 @@ def _begin(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folde
             params=run.model_dump(mode="json"),
             tags={
                 "mm.recipe": run.recipe,
-                "mm.data_fingerprint": kept.fingerprint,
+                "mm.data_fingerprint": data.fingerprint,
                 "mm.code_revision": code_revision(),
                 "mm.folder": folder.url,
             },
-            datasets=[DatasetInput(Path(index.url).name, index.summary.fingerprint, index.url, len(kept))],
+            datasets=[
+                DatasetInput(Path(index.url).name, index.summary.fingerprint, index.url, len(kept))
+                for index, kept in zip(data.indexes, data.kept, strict=True)
+            ],
         )
         record = RunRecord(
             identity=_identity(run),
             config=run.model_dump(mode="json"),
-            index=index.url,
+            index=data.indexes[0].url,
             ledgers=request.ledgers,
-            data_fingerprint=kept.fingerprint,
+            data_fingerprint=data.fingerprint,
             tracking_run_id=run_id,
         )
         folder.write(record)
@@ -227,10 +254,10 @@ def _begin(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folde
     return record
 
 
-def _train_tokenizer(run: TrainRun, index: Index) -> PreTrainedTokenizerFast:
-    return train_bpe(
-        _captions(index, run.tokenizer.max_captions), vocab_size=run.tokenizer.vocab_size, context_length=run.model.context_length
-    )
+def _train_tokenizer(run: TrainRun, data: _Data) -> PreTrainedTokenizerFast:
+    share = -(-run.tokenizer.max_captions // len(data.indexes))
+    captions = chain.from_iterable(_captions(index, share) for index in data.indexes)
+    return train_bpe(captions, vocab_size=run.tokenizer.vocab_size, context_length=run.model.context_length)
 
 
 def _captions(index: Index, limit: int) -> Iterator[str]:
@@ -244,18 +271,33 @@ def _captions(index: Index, limit: int) -> Iterator[str]:
                     return
 
 
-def _task(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folder: RunFolder, record: RunRecord) -> WorkerTask:
+def _plan(run: TrainRun, data: _Data) -> Plan | MixedPlan:
+    """What is read when.
+
+    Raises:
+        ConfigError: nothing kept; a batch, chunk or mix that does not fit.
+    """
+    chunks = chunks_per_step(run.global_batch_size, run.data.chunk, run.resources.workers)
+    plans = [
+        Plan(len(kept), source_seed(run.seed, source), run.data.chunk, run.data.run_length, kept.fingerprint)
+        for source, kept in enumerate(data.kept)
+    ]
+    return mixed_plan(plans, run.data.mix, chunks)
+
+
+def _task(request: TrainRequest, run: TrainRun, data: _Data, folder: RunFolder, record: RunRecord) -> WorkerTask:
     tokenizer = load_tokenizer(str(folder.get("tokenizer")))
     run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
     initial = _initial_state(run, tokenizer)
     spec = ReadSpec(
-        index_url=index.url,
+        index_url=data.indexes[0].url,
         ledgers=request.ledgers,
-        plan=Plan(len(kept), run.seed, run.data.chunk, run.data.run_length, kept.fingerprint),
+        plan=_plan(run, data),
         image_size=run.model.image_size,
         augment=run.data.augment,
         tokenizer=caption_tokenizer(tokenizer, run.model.context_length),
         max_pixels=run.data.max_pixels,
+        more=tuple(Source(index.url, request.ledgers) for index in data.indexes[1:]),
     )
     return WorkerTask(
         run=run,
@@ -263,7 +305,7 @@ def _task(request: TrainRequest, run: TrainRun, index: Index, kept: Kept, folder
         tokens=special_tokens(tokenizer),
         folder=folder.url,
         audit=request.audit and absolute(request.audit),
-        data_fingerprint=kept.fingerprint,
+        data_fingerprint=data.fingerprint,
         code_revision=code_revision(),
         tracking_run_id=record.tracking_run_id,
         initial_weights=None if initial is None else ray.put(initial),

@@ -10,11 +10,13 @@ import ray
 from mm_core.data.image import AugmentConfig
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
+from mm_core.data.mix import Choice, MixConfig, mixed_plan, source_seed
 from mm_core.data.plan import Plan
-from mm_core.data.reader import PlanReader, ReadSpec
+from mm_core.data.reader import PlanReader, ReadSpec, Source
 from mm_core.errors import DataError, StreamOrderError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from pipelines.index import build_index
+from pipelines.recipes import recipe
 from pipelines.stream import Share, StepBatch, StreamConfig, _split, stream
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -141,3 +143,63 @@ def test_a_block_out_of_order_is_an_error(spec: ReadSpec) -> None:
     assert next(_split(spec, share, block, 1)).step == 1
     with pytest.raises(StreamOrderError, match="step 0 expected positions"):
         next(_split(spec, share, block, 0))
+
+
+@pytest.fixture(scope="module")
+def mixed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ReadSpec, Index, Index]:
+    """Two indexes of different shards, three chunks of the first to one of the second."""
+    folder, shards = tmp_path_factory.mktemp("mixed"), sorted((corpus / "train").glob("*.tar"))
+    first = build_index([str(s) for s in shards[:1]], str(folder / "a"))
+    second = build_index([str(s) for s in shards[1:]], str(folder / "b"))
+    return make_mix(first, second, MixConfig(weights=(3, 1))), first, second
+
+
+def make_mix(first: Index, second: Index, config: MixConfig) -> ReadSpec:
+    kept = [compile_kept(index) for index in (first, second)]
+    plans = [Plan(len(k), source_seed(0, i), CHUNK, 1, k.fingerprint) for i, k in enumerate(kept)]
+    return replace(make_spec(first), plan=mixed_plan(plans, config, CHUNKS), more=(Source(second.url),))
+
+
+def index_uids(index: Index) -> set[str]:
+    return {uid for batch in index.samples(["uid"]) for uid in batch["uid"].to_pylist()}
+
+
+def test_two_indexes_are_read_in_exact_proportions_by_any_number_of_ranks(mixed: tuple[ReadSpec, Index, Index]) -> None:
+    spec, first, second = mixed
+    steps = [uids for _, _, uids in global_batches(spec, 1)]
+    ours, theirs = index_uids(first), index_uids(second)
+    assert ours.isdisjoint(theirs)
+    chunks = [uid in theirs for uid in np.concatenate(steps)[::CHUNK]][: CHUNKS * STEPS // 4 * 4]
+    assert sum(chunks) == len(chunks) // 4
+    uids = np.concatenate(steps).tolist()
+    assert all(len({uid in theirs for uid in uids[i : i + CHUNK]}) == 1 for i in range(0, len(uids), CHUNK))
+    for world_size, first_step in ((2, 0), (3, 0), (2, 9)):
+        others = global_batches(spec, world_size, first_step)
+        assert [uids for _, _, uids in others] == steps[first_step:]
+
+
+def test_the_first_source_of_a_mix_keeps_its_order_and_its_crops(mixed: tuple[ReadSpec, Index, Index]) -> None:
+    spec, first, _ = mixed
+    positions = np.arange(16 * CHUNK, dtype=np.uint64)
+    rows = PlanReader(spec).read(positions)
+    of_first = rows.filter(np.equal(rows["source"].to_numpy(), 0))
+    alone = PlanReader(make_spec(first)).read(positions[: 12 * CHUNK])
+    assert of_first.num_rows == alone.num_rows
+    for column in ("uid", "epoch", "image", "input_ids"):
+        assert of_first[column].to_pylist() == alone[column].to_pylist()
+
+
+def test_a_step_is_of_one_source_where_the_mix_says_so(mixed: tuple[ReadSpec, Index, Index]) -> None:
+    _, first, second = mixed
+    batches = ray.get(read.remote(make_mix(first, second, MixConfig(weights=(1, 1), choice=Choice.STEP)), 0, 1))
+    sources = [set(batch.rows["source"].to_pylist()) for batch in batches]
+    assert all(len(s) == 1 for s in sources)
+    assert sum(s == {1} for s in sources) == STEPS // 2
+
+
+def test_a_run_of_one_index_keeps_the_identity_it_had_before_there_were_mixes() -> None:
+    run = recipe("clip-tiny")
+    assert "mix" not in run.identity()["data"]
+    mixed = run.model_copy(update={"data": run.data.model_copy(update={"mix": MixConfig(weights=(3, 1))})})
+    assert mixed.identity()["data"]["mix"]["weights"] == [3, 1]
+    assert mixed.fingerprint != run.fingerprint

@@ -85,3 +85,50 @@ def test_wrong_batches_are_refused() -> None:
         _plan(0)
     with pytest.raises(ConfigError, match="no whole number of runs"):
         _plan(10, chunk=8, run_length=3)
+
+
+@given(
+    samples=st.integers(1, 300),
+    chunk=st.sampled_from([1, 3, 8, 15]),
+    chunks=st.integers(1, 12),
+    world_size=st.integers(1, 12),
+    seed=st.integers(0, 999),
+)
+@settings(deadline=None, max_examples=60)
+def test_the_ranks_together_read_every_kept_sample_once_per_epoch(
+    samples: int, chunk: int, chunks: int, world_size: int, seed: int
+) -> None:
+    plan = _plan(samples, seed=seed, chunk=chunk)
+    steps = -(-2 * samples // (chunk * chunks)) + 1
+    taken = [step * chunks + c for rank in range(world_size) for step in range(steps) for c in rank_chunks(chunks, rank, world_size)]
+    positions = np.concatenate([np.arange(c * chunk, (c + 1) * chunk, dtype=np.uint64) for c in taken])
+    epochs, kept = plan.resolve(positions)
+    for epoch in range(2):
+        assert sorted(kept[epochs == epoch]) == list(range(samples))
+
+
+@pytest.mark.parametrize("run_length", [1, 8])
+def test_over_seeds_a_sample_is_as_likely_in_any_part_of_the_epoch(run_length: int) -> None:
+    samples, seeds, parts = 1024, 200, 8
+    counts = np.zeros((samples, parts))
+    for seed in range(seeds):
+        _, kept = _plan(samples, seed=seed, chunk=32, run_length=run_length).resolve(np.arange(samples, dtype=np.uint64))
+        counts[kept.astype(int), np.arange(samples) * parts // samples] += 1
+    expected = seeds / parts
+    statistics = ((counts - expected) ** 2 / expected).sum(axis=1)
+    # χ² with 7 degrees of freedom: mean 7, standard deviation √14; runs of 8 move together, so there are samples / 8 draws at least.
+    assert abs(statistics.mean() - (parts - 1)) < 5 * np.sqrt(2 * (parts - 1) / (samples / run_length))
+
+
+@pytest.mark.parametrize("run_length", [1, 8])
+def test_neighbours_of_a_shard_end_up_far_apart_unless_they_share_a_run(run_length: int) -> None:
+    samples = 8192
+    _, kept = _plan(samples, chunk=64, run_length=run_length).resolve(np.arange(samples, dtype=np.uint64))
+    place = np.empty(samples, dtype=int)
+    place[kept.astype(int)] = np.arange(samples)
+    distance = np.abs(np.diff(place))
+    between_runs = distance[run_length - 1 :: run_length]
+    assert abs(between_runs.mean() / samples - 1 / 3) < 0.03
+    assert np.percentile(between_runs, 5) > samples / 100
+    if run_length > 1:
+        assert np.delete(distance, np.arange(run_length - 1, samples - 1, run_length)).max() < 64
