@@ -27,7 +27,6 @@ from mm_core.data.problems import Reason, SampleProblem
 
 MAX_PIXELS = 25_000_000
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
-_EXIF_SEARCH_BYTES = 4096
 _ORIENTATION = 0x0112
 
 Box = tuple[int, int, int, int]
@@ -169,10 +168,9 @@ def _scratch(size: int) -> UInt8[np.ndarray, size] | None:
 
 def _decode_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
     with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as picture:
-        if picture.mode in ("I", "I;16", "I;16B", "F"):
-            grey = np.asarray(picture, dtype=np.float64)
-            scale = 255 / 65535 if grey.max() > 255 else 1.0
-            return np.repeat((grey * scale).clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+        if picture.mode.startswith("I"):  # 16 bits
+            grey = np.asarray(picture, dtype=np.float64) * (255 / 65535)
+            return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
         if picture.has_transparency_data:
             layer = picture.convert("RGBA")
             white = Image.new("RGBA", layer.size, "white")
@@ -182,7 +180,7 @@ def _decode_pillow(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
 
 def _orientation(data: bytes, image_format: str) -> int:
     """EXIF orientation 1 to 8; looked for only where an EXIF block is, since parsing costs as much as a small decode."""
-    if image_format == "jpeg" and data.find(b"Exif", 0, _EXIF_SEARCH_BYTES) < 0:
+    if image_format == "jpeg" and not _has_exif(data):
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as picture:
@@ -190,6 +188,16 @@ def _orientation(data: bytes, image_format: str) -> int:
     except (ValueError, OSError, SyntaxError, KeyError, TypeError):
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _has_exif(jpeg: bytes) -> bool:
+    """Whether one of the segments before the picture's data is an EXIF block; nothing is parsed."""
+    at = 2
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:
+        if jpeg[at + 1] == 0xE1 and jpeg[at + 4 : at + 8] == b"Exif":
+            return True
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return False
 
 
 def _orient(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "h2 w2 3"]:

@@ -128,3 +128,18 @@ def test_a_bomb_is_refused_by_its_header() -> None:
     with pytest.raises(SampleProblem) as caught:
         decode_centre(data, 16)
     assert caught.value.reason is Reason.TOO_MANY_PIXELS
+
+
+def test_exif_is_found_behind_other_segments() -> None:
+    upright = Image.fromarray(gradient(40, 60))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    data = encoded(upright.rotate(180), "JPEG", quality=95, exif=exif)
+    behind = data[:2] + b"\xff\xed" + (8194).to_bytes(2, "big") + bytes(8192) + data[2:]
+    assert (decode_centre(behind, 40) == decode_centre(data, 40)).all()
+    assert close(decode_centre(behind, 40), reference(upright, 40))
+
+
+def test_dark_16_bit_grey_stays_dark() -> None:
+    dark = Image.fromarray(np.full((20, 20), 200, dtype=np.uint16))
+    assert (decode_centre(encoded(dark, "PNG"), 16) <= 1).all()
