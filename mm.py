@@ -75,6 +75,7 @@ def _run_demo(console: Console, shards: str | None, folder: Path, keep: bool) ->
     """Every stage calls what the command of that name calls."""
     from dataclasses import asdict
 
+    from mm_core.data.ledger import Source
     from pipelines.evaluate import evaluate_model
     from pipelines.registry import register_bundle
     from pipelines.tracking import describe_run
@@ -84,7 +85,7 @@ def _run_demo(console: Console, shards: str | None, folder: Path, keep: bool) ->
 
     console.stage("3/7 train clip-tiny with two workers: Ray Data → Ray Train → MLflow")
     run, _ = pipelines.cli.resolve_run("clip-tiny", [f"storage={folder}/runs", "resources.workers=2"])
-    trained = train(TrainRequest(run, index, ledger, name="clip-demo"), console)
+    trained = train(TrainRequest(run, (Source(index=index, ledgers=ledger),), name="clip-demo"), console)
     tracking, bundle = run.tracking.resolved(), Path(trained.bundle)
 
     console.stage("4/7 evaluate what was held out")

@@ -33,9 +33,9 @@ import webdataset
 from PIL import Image
 from ray.train.torch import TorchTrainer
 
-from mm_core.data.image import AugmentConfig, decode_crop
+from mm_core.data.augment import AugmentConfig, random_views
 from mm_core.data.index import Index
-from mm_core.data.ledger import compile_kept
+from mm_core.data.ledger import Source, compile_kept
 from mm_core.data.plan import Plan
 from mm_core.data.reader import IndexReader, ReadSpec
 from mm_core.data.sample import Sample
@@ -52,7 +52,7 @@ def make_spec(index: Index, size: int) -> ReadSpec:
     kept = compile_kept(index)
     captions = [c for batch in index.samples(["captions"]) for cs in batch["captions"].to_pylist() for c in cs or ()]
     tokenizer = caption_tokenizer(train_bpe(captions, vocab_size=1024, context_length=CONTEXT), CONTEXT)
-    return ReadSpec(index.url, (), Plan(len(kept), 0, CHUNK, 1, kept.fingerprint), size, AugmentConfig(), tokenizer)
+    return ReadSpec((Source(index=index.url),), Plan(len(kept), 0, CHUNK, 1, kept.fingerprint), size, AugmentConfig(), tokenizer)
 
 
 def ours(spec: ReadSpec, images: int) -> float:
@@ -66,7 +66,7 @@ def ours(spec: ReadSpec, images: int) -> float:
             if batch.step < images // BATCH // WARM_UP:
                 started = time.time()
                 continue
-            seen += len(batch.images)
+            seen += len(batch.positions)
         counts: list[tuple[int, float, float]] = [(0, 0.0, 0.0)] * RANKS
         torch.distributed.all_gather_object(counts, (seen, started, time.time()))
         total = sum(c[0] for c in counts)
@@ -87,7 +87,8 @@ def _limit_process(
     spec: ReadSpec, rank: int, images: int, barrier: multiprocessing.synchronize.Barrier, out: multiprocessing.Queue[tuple[float, float]]
 ) -> None:
     torch.set_num_threads(1)
-    reader, kept = IndexReader(Index.open(spec.index_url)), compile_kept(Index.open(spec.index_url)).ordinals
+    index = Index.open(spec.sources[0].index)
+    reader, kept = IndexReader(index), compile_kept(index).ordinals
     share = Share(rank, RANKS, BATCH // CHUNK)
     steps = images // BATCH
     barrier.wait()
@@ -96,7 +97,7 @@ def _limit_process(
         places = spec.plan.locate(share.positions(step, CHUNK)).kept
         for sample in reader.read(np.asarray(kept[places.astype(np.int64)])):
             assert isinstance(sample, Sample)
-            decode_crop(sample.image or b"", spec.image_size, spec.augment, step)
+            random_views(sample.image or b"", spec.image_size, spec.augment, step)
     out.put((started, time.time()))
 
 

@@ -43,7 +43,7 @@ def make_batches(run: TrainRun) -> list[StepBatch]:
         ids = draw.integers(5, run.model.vocab_size, (count, length), dtype=np.int32)
         ids[:, length // 2] = _TOKENS.eos
         rows = pa.table({"epoch": [0] * count, "uid": [str(i) for i in range(count)], "replaced": pa.array([None] * count, pa.string())})
-        images = draw.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+        images = draw.integers(0, 256, (count, 1, size, size, 3), dtype=np.uint8)
         batches.append(StepBatch(0, images, ids, np.arange(count, dtype=np.uint64), rows))
     return batches
 

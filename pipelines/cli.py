@@ -123,7 +123,7 @@ def split(
 
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe's name, or a YAML file with `recipe:` and changes.")],
-    data: Annotated[list[str], typer.Option(help="The index to train on; again for several, mixed as `data.mix` says.")],
+    data: Annotated[list[str], typer.Option(help="The index to train on, or INDEX#LEDGER; again for several, mixed as `data.mix` says.")],
     ledger: Ledgers = None,
     init: Annotated[str | None, typer.Option(help="Start from the weights of a bundle or hub id.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Ranks.")] = None,
@@ -139,6 +139,7 @@ def train(
     Example: mm train clip-tiny --data index --workers 2 --set steps=500;
     two indexes, three chunks of A to one of B: mm train clip-tiny --data A --data B --set "data.mix.weights=[3, 1]"
     """
+    from mm_core.data.ledger import Source
     from pipelines.session import ray_session
     from pipelines.tracking import describe_run
 
@@ -147,13 +148,12 @@ def train(
     overrides += [f"resources.workers={workers}"] if workers else []
     overrides += [f"init={init}"] if init else []
     run, origins = resolve_run(recipe, overrides)
-    if dry_run and len(data) > 1:
-        raise ConfigError("--dry-run describes one index: leave out all but one --data")
+    sources = tuple(Source.parse(text, ledger or ()) for text in data)
     if dry_run:
         from pipelines.train.dry_run import describe
 
         console.table(("key", "value", "from"), [(k, v, origins.get(k, "default")) for k, v in _flat(run)])
-        report = describe(run, data[0], ledger or ())
+        report = describe(run, sources)
         console.table(("", ""), list(report.items()))
         console.result(report)
         return
@@ -161,7 +161,7 @@ def train(
         from pipelines.train.driver import TrainRequest
         from pipelines.train.driver import train as run_training
 
-        request = TrainRequest(run, data[0], tuple(ledger or ()), name=name, resume=resume, audit=audit, more_indexes=tuple(data[1:]))
+        request = TrainRequest(run, sources, name=name, resume=resume, audit=audit)
         result = run_training(request, console)
     rows = {key: value for key, value in asdict(result).items() if key not in ("run_id", "name")}
     console.table(("", result.name), list(rows.items()))

@@ -26,12 +26,13 @@ from ray.util.annotations import RayDeprecationWarning
 
 from mm_core.bundle import Bundle, load_bundle
 from mm_core.console import Console
+from mm_core.data.columns import column_of, rows_of
 from mm_core.data.image import decode_centre
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
 from mm_core.data.permutation import U64
 from mm_core.data.problems import SampleProblem
-from mm_core.data.reader import IndexReader, fixed_width, rows_of
+from mm_core.data.reader import IndexReader
 from mm_core.errors import DataError
 from mm_core.evaluation.retrieval import RECALL_AT, retrieval_metrics
 from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_templates, zeroshot_metrics
@@ -195,10 +196,9 @@ def _features(rows: pa.Table, index: Index) -> Features:
     rows = rows.filter(pa.compute.is_null(rows["reason"])).combine_chunks()
     if not rows.num_rows:
         raise DataError(f"not one image of {index.url} can be decoded: {', '.join(sorted(set(reasons)))}")
-    width = rows["features"].type.byte_width // 4
     return Features(
         ordinals=rows["ordinal"].to_numpy(),
-        images=np.array(rows_of(rows["features"], (width,), np.float32)),
+        images=np.array(rows_of(rows["features"], (-1,), np.float32)),
         captions=rows["captions"].to_pylist(),
         labels=rows["label"].to_numpy(),
         skipped={reason: reasons.count(reason) for reason in sorted(set(reasons))},
@@ -227,7 +227,7 @@ def _decode_block(blocks: pa.Table, url: str, size: int) -> pa.Table:
     return pa.table(
         {
             "ordinal": ordinals,
-            "image": fixed_width(images),
+            "image": column_of(images),
             "captions": pa.array(rows["captions"], pa.list_(pa.string())),
             "label": pa.array(rows["label"], pa.int64()),
             "reason": pa.array(rows["reason"], pa.string()),
@@ -243,8 +243,10 @@ class _Encoder:
         self._size = size
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        features = self._bundle.image_features(rows_of(rows["image"], (self._size, self._size, 3), np.uint8))
-        return rows.drop_columns(["image"]).append_column("features", fixed_width(features))
+        images = rows_of(rows["image"], (self._size, self._size, 3), np.uint8)
+        assert images is not None
+        features = self._bundle.image_features(images)
+        return rows.drop_columns(["image"]).append_column("features", column_of(features))
 
 
 @lru_cache(maxsize=4)

@@ -27,8 +27,9 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from mm_core.config import Config
+from mm_core.data.columns import rows_of
 from mm_core.data.plan import rank_chunks
-from mm_core.data.reader import PlanReader, ReadSpec, rows_of
+from mm_core.data.reader import PlanReader, ReadSpec
 from mm_core.errors import StreamOrderError
 from pipelines.causes import own_error
 
@@ -66,10 +67,10 @@ class StepBatch:
     """This rank's samples of one global step."""
 
     step: int
-    images: NDArray[np.uint8]
-    """[b, size, size, 3]"""
-    input_ids: NDArray[np.int32]
-    """[b, context_length]"""
+    images: NDArray[np.uint8] | None
+    """[b, views, size, size, 3]; None in a step of a source without images."""
+    input_ids: NDArray[np.int32] | None
+    """[b, context_length]; None in a step of a source without texts."""
     positions: NDArray[np.uint64]
     rows: pa.Table
     """`source`, `epoch`, `uid` and `replaced` of the samples."""
@@ -110,7 +111,7 @@ class _Block:
 
 def _segments(spec: ReadSpec, share: Share, first: int, last: int, config: StreamConfig) -> Iterator[list[_Block]]:
     """The blocks of the run, a segment at a time. Early blocks are one step each, so the first batch comes soon."""
-    step_bytes = len(share.positions(first, spec.plan.chunk)) * spec.image_size**2 * 3
+    step_bytes = len(share.positions(first, spec.plan.chunk)) * _row_bytes(spec)
     steps_per_block = max(1, config.block_bytes // max(1, step_bytes))
     blocks: list[_Block] = []
     length = 1
@@ -124,6 +125,10 @@ def _segments(spec: ReadSpec, share: Share, first: int, last: int, config: Strea
         yield blocks
 
 
+def _row_bytes(spec: ReadSpec) -> int:
+    return spec.augment.views * spec.image_size**2 * 3 + spec.tokenizer.context_length * 4 + 64
+
+
 class _SegmentSource(Datasource):
     """The blocks of one segment as Ray Data read tasks."""
 
@@ -135,20 +140,16 @@ class _SegmentSource(Datasource):
         return "Plan"
 
     def estimate_inmemory_data_size(self) -> int | None:
-        return sum(self._rows(block) for block in self._blocks) * self._row_bytes
+        return sum(self._rows(block) for block in self._blocks) * _row_bytes(self._spec)
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         """One task per block, whatever parallelism is asked for: the blocks are the order."""
         tasks = []
         for block in self._blocks:
             rows = self._rows(block)
-            metadata = BlockMetadata(num_rows=rows, size_bytes=rows * self._row_bytes, input_files=None, exec_stats=None)
+            metadata = BlockMetadata(num_rows=rows, size_bytes=rows * _row_bytes(self._spec), input_files=None, exec_stats=None)
             tasks.append(ReadTask(_read_block(self._spec_ref, self._spec.plan.fingerprint, self._share, block), metadata))
         return tasks
-
-    @property
-    def _row_bytes(self) -> int:
-        return self._spec.image_size**2 * 3 + self._spec.tokenizer.context_length * 4 + 64
 
     def _rows(self, block: _Block) -> int:
         return len(self._share.positions(block.first, self._spec.plan.chunk)) * (block.last - block.first)
@@ -301,7 +302,7 @@ def _split(spec: ReadSpec, share: Share, block: pa.Table, step: int) -> Iterator
             )
         yield StepBatch(
             step=step,
-            images=rows_of(rows["image"], (size, size, 3), np.uint8),
+            images=rows_of(rows["image"], (spec.augment.views, size, size, 3), np.uint8),
             input_ids=rows_of(rows["input_ids"], (context_length,), np.int32),
             positions=positions,
             rows=rows.select(["source", "epoch", "uid", "replaced"]),

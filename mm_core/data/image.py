@@ -8,11 +8,9 @@ Resizing is bicubic with antialiasing (torch's uint8 kernel, within one grey lev
 from __future__ import annotations
 
 import io
-import math
-import random
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +18,7 @@ import simplejpeg
 import torch
 from jaxtyping import UInt8
 from PIL import Image
-from pydantic import Field
 
-from mm_core.config import Config
 from mm_core.data.problems import Reason, SampleProblem
 
 MAX_PIXELS = 25_000_000
@@ -41,14 +37,6 @@ class ImageHeader:
     height: int
     """As stored, before EXIF orientation."""
     colour: str
-
-
-class AugmentConfig(Config):
-    """Random resized crop and flip of the training images, drawn per (seed, epoch, sample)."""
-
-    crop_area: tuple[float, float] = Field(default=(0.9, 1.0), description="Share of the image's area that a crop takes.")
-    crop_ratio: tuple[float, float] = Field(default=(3 / 4, 4 / 3), description="Width over height of a crop.")
-    horizontal_flip: float = Field(default=0.0, ge=0, le=1, description="Probability; leave 0 where left and right or writing matter.")
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
@@ -84,54 +72,38 @@ def decode_centre(data: bytes, size: int, *, max_pixels: int = MAX_PIXELS) -> UI
         SampleProblem: as `read_header`, or UNDECODABLE.
     """
 
-    def centre(width: int, height: int) -> Box:
+    def centre(width: int, height: int) -> list[Box]:
         side = min(width, height)
-        return (width - side) // 2, (height - side) // 2, side, side
+        return [((width - side) // 2, (height - side) // 2, side, side)]
 
-    return _decode(data, size, centre, max_pixels)
+    return decode_boxes(data, size, centre, max_pixels=max_pixels)[0]
 
 
-def decode_crop(
-    data: bytes, size: int, augment: AugmentConfig, seed: int, *, max_pixels: int = MAX_PIXELS
-) -> UInt8[np.ndarray, "size size 3"]:
-    """Training: a random resized crop (Szegedy et al. 2015), drawn from `seed` alone.
+def decode_boxes(
+    data: bytes, size: int, choose: Callable[[int, int], Sequence[Box]], *, max_pixels: int = MAX_PIXELS
+) -> list[UInt8[np.ndarray, "size size 3"]]:
+    """Parts of an image, each resized to `size`, out of one decoding.
+
+    Args:
+        choose: from the oriented image's width and height, the boxes.
 
     Raises:
         SampleProblem: as `read_header`, or UNDECODABLE.
     """
-    draw = random.Random(seed)
-    pixels = _decode(data, size, lambda width, height: _random_box(width, height, augment, draw), max_pixels)
-    return pixels[:, ::-1] if draw.random() < augment.horizontal_flip else pixels
-
-
-def _random_box(width: int, height: int, augment: AugmentConfig, draw: random.Random) -> Box:
-    """Ten tries, then the largest box of an allowed ratio, as torchvision does."""
-    low, high = (math.log(ratio) for ratio in augment.crop_ratio)
-    for _ in range(10):
-        area = width * height * draw.uniform(*augment.crop_area)
-        ratio = math.exp(draw.uniform(low, high))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return draw.randint(0, width - w), draw.randint(0, height - h), w, h
-    ratio = min(max(width / height, augment.crop_ratio[0]), augment.crop_ratio[1])
-    w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-def _decode(data: bytes, size: int, choose: Callable[[int, int], Box], max_pixels: int) -> UInt8[np.ndarray, "size size 3"]:
     header = read_header(data, max_pixels=max_pixels)
     orientation = _orientation(data, header.format)
     turned = orientation >= 5
     width, height = (header.height, header.width) if turned else (header.width, header.height)
-    box = choose(width, height)
+    boxes = choose(width, height)
     try:
         if header.format == "jpeg" and header.colour not in ("CMYK", "YCCK"):
-            pixels = _decode_jpeg(data, header, min(box[2:]) // size)
+            pixels = _decode_jpeg(data, header, min(min(box[2:]) for box in boxes) // size)
         else:
             pixels = _decode_pillow(data)
     except (ValueError, OSError, SyntaxError, KeyError, MemoryError) as error:
         raise SampleProblem(Reason.UNDECODABLE, f"{header.format} {width}x{height}: {error}") from None
-    return _resize(_orient(pixels, orientation), (width, height), box, size)
+    oriented = _orient(pixels, orientation)
+    return [_resize(oriented, (width, height), box, size) for box in boxes]
 
 
 def _decode_jpeg(data: bytes, header: ImageHeader, spare: int) -> UInt8[np.ndarray, "h w 3"]:

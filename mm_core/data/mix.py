@@ -115,6 +115,11 @@ class MixedPlan:
         earlier = np.take_along_axis(before, sources[None], axis=0)[0]
         return sources.astype(np.uint64), earlier * size + numbers % size
 
+    def consumed(self, chunks: int) -> list[int]:
+        """Samples of each source in the first `chunks` chunks, a whole number of units."""
+        counts = self._counts(np.array([chunks // self.unit], dtype=np.uint64))
+        return [int(n) * self.unit * self.chunk for n in counts[:, 0]]
+
     def _counts(self, units: U64) -> U64:
         """How many of the first `units` units are of each source: [sources, len(units)]."""
         total = np.zeros((len(self.plans), len(units)), dtype=np.uint64)

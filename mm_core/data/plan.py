@@ -78,6 +78,10 @@ class Plan:
             kept[chosen] = self._in_epoch(int(epoch), in_epoch[chosen])
         return epochs, kept
 
+    def consumed(self, chunks: int) -> list[int]:
+        """Samples of each source, the one there is, in the first `chunks` chunks."""
+        return [chunks * self.chunk]
+
     def _in_epoch(self, epoch: int, positions: U64) -> U64:
         """Place on the kept axis of each position of one epoch, before the shuffle inside chunks.
 

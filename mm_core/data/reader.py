@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from mm_core.data.image import MAX_PIXELS, AugmentConfig, decode_crop
+from mm_core.data.augment import AugmentConfig, random_views
+from mm_core.data.columns import column_of
+from mm_core.data.image import MAX_PIXELS
 from mm_core.data.index import Index
-from mm_core.data.ledger import compile_kept
+from mm_core.data.ledger import Kept, Source, compile_kept
 from mm_core.data.mix import MixedPlan
 from mm_core.data.permutation import U64, mix
 from mm_core.data.plan import Places, Plan
@@ -28,7 +29,6 @@ from mm_core.data.sample import Sample, read_span
 from mm_core.data.text import CaptionTokenizer, choose_caption
 from mm_core.errors import DataError
 
-Scalar = TypeVar("Scalar", bound=np.generic)
 _AUGMENT, _CAPTION = 3, 4
 """Keep the keys of the draws apart from each other and from the plan's."""
 _STAND_IN_CHUNKS = 8
@@ -36,30 +36,16 @@ _STAND_IN_CHUNKS = 8
 
 
 @dataclass(frozen=True)
-class Source:
-    """An index, and what of it is kept."""
-
-    index_url: str
-    ledgers: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class ReadSpec:
     """Everything a read task needs, small enough to send to every node once."""
 
-    index_url: str
-    ledgers: tuple[str, ...]
+    sources: tuple[Source, ...]
     plan: Plan | MixedPlan
     image_size: int
     augment: AugmentConfig
     tokenizer: CaptionTokenizer
+    prompt_templates: tuple[str, ...] = ()
     max_pixels: int = MAX_PIXELS
-    more: tuple[Source, ...] = ()
-    """The second and further sources of a mix."""
-
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        return (Source(self.index_url, self.ledgers), *self.more)
 
 
 @dataclass
@@ -101,8 +87,10 @@ class IndexReader:
 @dataclass
 class _Decoded:
     uid: str
-    image: NDArray[np.uint8]
-    caption: str
+    views: list[NDArray[np.uint8]]
+    """Empty where the source is not read for images."""
+    caption: str | None
+    """None where the source is not read for texts."""
 
 
 class PlanReader:
@@ -111,21 +99,22 @@ class PlanReader:
     def __init__(self, spec: ReadSpec) -> None:
         torch.set_num_threads(1)
         self.spec = spec
-        self._readers = [IndexReader(Index.open(source.index_url)) for source in spec.sources]
+        self._readers = [IndexReader(Index.open(source.index)) for source in spec.sources]
 
     @cached_property
-    def _kept(self) -> list[NDArray[np.uint64]]:
+    def _kept(self) -> list[Kept]:
         """By source."""
-        ordinals = []
+        sets = []
         for source, reader, plan in zip(self.spec.sources, self._readers, self.spec.plan.plans, strict=True):
             kept = compile_kept(reader.index, source.ledgers)
             if kept.fingerprint != plan.kept_fingerprint:
-                raise DataError(f"the index at {source.index_url} is not the one this run started with")
-            ordinals.append(kept.ordinals)
-        return ordinals
+                raise DataError(f"the index at {source.index} is not the one this run started with")
+            sets.append(kept)
+        return sets
 
     def read(self, positions: U64) -> pa.Table:
-        """One row per position: `position, source, epoch, uid, image` (size x size x 3 bytes), `input_ids`, `replaced` (a reason or null).
+        """One row per position: `position, source, epoch, uid, image` (views x size x size x 3 bytes), `input_ids`, `replaced` (a reason or
+        null). Image or token ids are empty where a source has none.
 
         Args:
             positions: whole chunks of the plan.
@@ -143,24 +132,37 @@ class PlanReader:
         decoded: dict[int, _Decoded | SampleProblem] = {}
         for source in map(int, np.unique(places.sources)):
             rows = np.flatnonzero(places.sources == source)
-            ordinals = np.asarray(self._kept[source][places.kept[rows].astype(np.int64)])
-            seeds = mix(self.spec.plan.plans[source].seed, _AUGMENT, places.epochs[rows], ordinals)
-            samples = self._readers[source].read(ordinals)
-            decoded |= {int(row): self._decode(s, int(seed)) for row, s, seed in zip(rows, samples, seeds, strict=True)}
+            key, reader = self.spec.plan.plans[source].seed, self._readers[source]
+            ordinals = self._kept[source].at(places.kept[rows], places.epochs[rows], key)
+            need = reader.index.summary.need
+            # The place belongs to the seed only where a sample can come twice in an epoch.
+            again = () if self._kept[source].ends is None else (places.kept[rows],)
+            seeds = mix(key, _AUGMENT, places.epochs[rows], ordinals, *again)
+            samples = reader.read(ordinals)
+            decoded |= {int(row): self._decode(s, need, int(seed)) for row, s, seed in zip(rows, samples, seeds, strict=True)}
         return places, [decoded[row] for row in range(len(positions))]
 
-    def _decode(self, sample: Sample | SampleProblem, seed: int) -> _Decoded | SampleProblem:
+    def _decode(self, sample: Sample | SampleProblem, need: tuple[str, ...], seed: int) -> _Decoded | SampleProblem:
         if isinstance(sample, SampleProblem):
             return sample
         try:
-            if sample.image is None:
-                raise SampleProblem(Reason.NO_IMAGE)
-            if not sample.captions:
-                raise SampleProblem(Reason.NO_TEXT)
-            image = decode_crop(sample.image, self.spec.image_size, self.spec.augment, seed, max_pixels=self.spec.max_pixels)
-            return _Decoded(sample.uid, image, choose_caption(sample.captions, seed + _CAPTION))
+            return _Decoded(
+                sample.uid,
+                self._views(sample, seed) if "image" in need else [],
+                self._caption(sample, seed + _CAPTION) if "text" in need else None,
+            )
         except SampleProblem as problem:
             return problem
+
+    def _views(self, sample: Sample, seed: int) -> list[NDArray[np.uint8]]:
+        if sample.image is None:
+            raise SampleProblem(Reason.NO_IMAGE)
+        return random_views(sample.image, self.spec.image_size, self.spec.augment, seed, max_pixels=self.spec.max_pixels)
+
+    def _caption(self, sample: Sample, seed: int) -> str:
+        if not sample.captions:
+            raise SampleProblem(Reason.NO_TEXT)
+        return choose_caption(sample.captions, seed, self.spec.prompt_templates)
 
     def _replace(self, decoded: list[_Decoded | SampleProblem], positions: U64) -> list[_Decoded]:
         """The next usable sample of the chunk, going round at its end."""
@@ -186,38 +188,24 @@ class PlanReader:
         )
 
     def _url(self, positions: U64) -> str:
-        return self.spec.sources[int(self.spec.plan.locate(positions[:1]).sources[0])].index_url
+        return self.spec.sources[int(self.spec.plan.locate(positions[:1]).sources[0])].index
 
     def _table(self, positions: U64, places: Places, samples: list[_Decoded], reasons: list[str | None]) -> pa.Table:
         size = self.spec.image_size
-        images = np.empty((len(samples), size, size, 3), dtype=np.uint8)
-        for row, sample in zip(images, samples, strict=True):
-            row[:] = sample.image
-        input_ids = self.spec.tokenizer([s.caption for s in samples])
+        seen = np.array([bool(s.views) for s in samples])
+        images = np.empty((int(seen.sum()), self.spec.augment.views, size, size, 3), dtype=np.uint8)
+        for row, sample in zip(images, (s for s in samples if s.views), strict=True):
+            for place, view in zip(row, sample.views, strict=True):
+                place[:] = view
+        captions = [s.caption for s in samples if s.caption is not None]
         return pa.table(
             {
                 "position": positions,
                 "source": places.sources,
                 "epoch": places.epochs,
                 "uid": pa.array([s.uid for s in samples], pa.string()),
-                "image": fixed_width(images),
-                "input_ids": fixed_width(input_ids),
+                "image": column_of(images, seen),
+                "input_ids": column_of(self.spec.tokenizer(captions), np.array([s.caption is not None for s in samples])),
                 "replaced": pa.array(reasons, pa.string()),
             }
         )
-
-
-def fixed_width(values: NDArray[Any]) -> pa.Array:
-    """Rows of an array as fixed-size binary over the same memory: no copy here, none at the other end (`rows_of`)."""
-    width = values[0].nbytes
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), [None, pa.py_buffer(values)])
-
-
-def rows_of(column: pa.ChunkedArray, shape: tuple[int, ...], dtype: type[Scalar]) -> NDArray[Scalar]:
-    """The array a fixed-size binary column holds, as a view: [rows, *shape]."""
-    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = array.chunk(0)
-    width = array.type.byte_width
-    flat = np.frombuffer(array.buffers()[1], dtype=np.uint8)[array.offset * width : (array.offset + len(array)) * width]
-    return flat.view(dtype).reshape(len(array), *shape)

@@ -33,6 +33,14 @@ class CaptionTokenizer:
         return np.asarray([e.ids for e in encoded], dtype=np.int32).reshape(len(captions), self.context_length)
 
 
-def choose_caption(captions: Sequence[str], seed: int) -> str:
-    """One of several captions, drawn from `seed` alone."""
-    return captions[0] if len(captions) == 1 else random.Random(seed).choice(captions)
+TEMPLATE_MARK = "{c}"
+"""Where a prompt template takes the caption: the mark of CLIP_benchmark's templates."""
+
+
+def choose_caption(captions: Sequence[str], seed: int, templates: Sequence[str] = ()) -> str:
+    """One of several captions in one of several prompt templates, drawn from `seed` alone."""
+    if len(captions) == 1 and not templates:
+        return captions[0]
+    draw = random.Random(seed)
+    caption = captions[0] if len(captions) == 1 else draw.choice(captions)
+    return draw.choice(templates).replace(TEMPLATE_MARK, caption) if templates else caption

@@ -116,7 +116,8 @@ class SpecialTokens:
 class ImageTextBatch:
     """One rank's pairs of a step."""
 
-    images: UInt8[Tensor, "b h w 3"]
+    images: UInt8[Tensor, "b v h w 3"]
+    """v views of each."""
     input_ids: Int[Tensor, "b l"]
 
 
@@ -124,7 +125,7 @@ class ImageTextBatch:
 class TwoTowerOutput:
     """Features are L2-normalised; `logit_scale` is the factor itself, not its logarithm."""
 
-    image_features: Float[Tensor, "b d"]
+    image_features: Float[Tensor, "b v d"]
     text_features: Float[Tensor, "b d"]
     logit_scale: Float[Tensor, ""]
 
@@ -198,7 +199,8 @@ class TwoTower(nn.Module):
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
     def forward(self, batch: ImageTextBatch) -> TwoTowerOutput:
-        return TwoTowerOutput(self.image_features(batch.images), self.text_features(batch.input_ids), self.logit_scale)
+        views = self.image_features(batch.images.flatten(0, 1)).unflatten(0, batch.images.shape[:2])
+        return TwoTowerOutput(views, self.text_features(batch.input_ids), self.logit_scale)
 
     def image_features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
         pixels = normalise(images, self.mean, self.std)

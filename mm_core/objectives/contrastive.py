@@ -24,11 +24,16 @@ class ContrastiveObjective:
     def __call__(self, output: TwoTowerOutput, counts: Sequence[int]) -> LossOutput:
         """`counts`: samples of each rank in this step. One gather serves both modalities.
 
-        With one rank this is CLIP's own loss; `LossOutput` says how it is scaled with several.
+        With one rank and one view this is CLIP's own loss; with several views their mean, as DeCLIP's multi-view supervision of images
+        (Li et al. 2021, arXiv 2110.05208). `LossOutput` says how it is scaled with several ranks.
         """
-        both = torch.cat([output.image_features, output.text_features], dim=1)
-        all_image, all_text = self._gather(both, counts).chunk(2, dim=1)
-        share = contrastive_loss(
-            output.image_features, output.text_features, all_image, all_text, output.logit_scale, sum(counts[: self._rank])
-        )
+        images, text = output.image_features, output.text_features
+        everyone = self._gather(torch.cat([images, text[:, None]], dim=1).flatten(1), counts)
+        *all_images, all_text = everyone.unflatten(1, (images.shape[1] + 1, -1)).unbind(1)
+        first = sum(counts[: self._rank])
+        shares = [
+            contrastive_loss(image, text, all_image, all_text, output.logit_scale, first)
+            for image, all_image in zip(images.unbind(1), all_images, strict=True)
+        ]
+        share = torch.stack(shares).mean()
         return LossOutput(total=share * len(counts), terms={"contrastive": share})

@@ -18,6 +18,7 @@ from mm_core.models.clip import ImageTextBatch
 from mm_core.objectives.contrastive import ContrastiveObjective
 from mm_core.optim import OptimizerConfig, clamp_logit_scale
 from mm_core.schedule import ScheduleConfig, lr_at
+from mm_core.training.clock import Phase, StepClock
 
 
 class Precision(StrEnum):
@@ -54,25 +55,29 @@ class TrainStep:
         counts: Sequence[int],
         device: torch.device,
         precision: Precision,
+        clock: StepClock,
     ) -> None:
         """`counts`: samples per rank of a global step; `model` is wrapped for data parallelism already."""
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self._optimizer_config, self._schedule, self._total_steps = optimizer_config, schedule, total_steps
-        self._counts, self.device = list(counts), device
+        self._counts, self.device, self.clock = list(counts), device, clock
         self._bf16 = _use_bf16(precision, device)
 
     def __call__(self, batch: ImageTextBatch, step: int) -> StepResult:
         lr = lr_at(self._schedule, self._optimizer_config.lr, step, self._total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with self._autocast():
-            output = self.model(batch)
-        loss = self.objective(output, self._counts)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._optimizer_config.grad_clip_norm)
-        self.optimizer.step()
-        clamp_logit_scale(self.model)
+        with self.clock.phase(Phase.FORWARD):
+            with self._autocast():
+                output = self.model(batch)
+            loss = self.objective(output, self._counts)
+        with self.clock.phase(Phase.BACKWARD):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.total.backward()
+        with self.clock.phase(Phase.OPTIMIZER):
+            grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._optimizer_config.grad_clip_norm)
+            self.optimizer.step()
+            clamp_logit_scale(self.model)
         return StepResult({name: term.detach() for name, term in loss.terms.items()}, grad_norm.detach(), lr)
 
     @property

@@ -3,7 +3,7 @@ LAION-400M; `clip-tiny` and its variant are for two CPU cores."""
 
 from __future__ import annotations
 
-from mm_core.data.image import AugmentConfig
+from mm_core.data.augment import AugmentConfig
 from mm_core.models import clip as models
 from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig

@@ -1,7 +1,7 @@
 """The audit: which sample every rank consumed at every step, as Parquet, so that "exactly once" can be checked, not believed.
 
-Columns `epoch, step, position, rank, uid, attempt`. A restart replays the steps since the last checkpoint under a higher attempt:
-the rows of a step's highest attempt are what trained the model.
+Columns `epoch, step, position, source, rank, uid, attempt`; `source` counts the indexes of a mix from 0. A restart replays the steps
+since the last checkpoint under a higher attempt: the rows of a step's highest attempt are what trained the model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Audit:
     def add(self, batch: StepBatch) -> None:
         if not self._rows:
             self._first_step = batch.step
-        rows = batch.rows.select(["epoch", "uid"])
+        rows = batch.rows.select(["source", "epoch", "uid"])
         constants = {"step": batch.step, "rank": self._rank, "attempt": self._attempt}
         for name, value in constants.items():
             rows = rows.append_column(name, pa.repeat(pa.scalar(value, pa.int64()), rows.num_rows))
@@ -36,7 +36,7 @@ class Audit:
         if not self._rows:
             return
         name = f"attempt{self._attempt:05d}-rank{self._rank:05d}-step{self._first_step:08d}.parquet"
-        table = pa.concat_tables(self._rows).select(["epoch", "step", "position", "rank", "uid", "attempt"])
+        table = pa.concat_tables(self._rows).select(["epoch", "step", "position", "source", "rank", "uid", "attempt"])
         pq.write_table(table, f"{self._folder}/{name}", filesystem=self._fs)
         self._rows = []
 

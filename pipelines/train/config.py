@@ -6,11 +6,13 @@ import hashlib
 import json
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mm_core.config import Config
-from mm_core.data.image import MAX_PIXELS, AugmentConfig
+from mm_core.data.augment import AugmentConfig
+from mm_core.data.image import MAX_PIXELS
 from mm_core.data.mix import MixConfig
+from mm_core.data.text import TEMPLATE_MARK
 from mm_core.models.clip import ClipConfig
 from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig
@@ -28,8 +30,17 @@ class DataConfig(Config):
     )
     mix: MixConfig = Field(default=MixConfig(), description="Proportions of several indexes.")
     augment: AugmentConfig = AugmentConfig()
+    prompt_templates: tuple[str, ...] = Field(default=(), description="Texts with {c} for the caption; one is drawn each time.")
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="Images above this are not decoded.")
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1, description="The run stops if a larger share of samples has to be replaced.")
+
+    @field_validator("prompt_templates")
+    @classmethod
+    def _have_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if TEMPLATE_MARK not in template:
+                raise ValueError(f"{template!r} has no {TEMPLATE_MARK} where the caption goes")
+        return templates
 
 
 class TokenizerConfig(Config):
@@ -76,10 +87,7 @@ class TrainRun(Config):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides what is learned: two runs equal in it, on equal data, are the same run."""
-        identity = self.model_dump(mode="json", exclude={"log_every_steps", "checkpoint", "stream", "resources", "tracking", "storage"})
-        if self.data.mix == MixConfig():
-            identity["data"].pop("mix")  # a run of one index is the run it was before there were mixes
-        return identity
+        return self.model_dump(mode="json", exclude={"log_every_steps", "checkpoint", "stream", "resources", "tracking", "storage"})
 
     @property
     def fingerprint(self) -> str:

@@ -6,7 +6,6 @@ first step leaves no folder behind.
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import tempfile
 import threading
@@ -16,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +28,8 @@ from mm_core.address import absolute
 from mm_core.bundle import BundleManifest, init_from, write_bundle
 from mm_core.console import Console, Tracker
 from mm_core.data.index import Index, changed_shard
-from mm_core.data.ledger import Kept, compile_kept
-from mm_core.data.mix import MixedPlan, mixed_plan, source_seed
-from mm_core.data.plan import Plan, chunks_per_step
-from mm_core.data.reader import ReadSpec, Source
+from mm_core.data.ledger import Source
+from mm_core.data.reader import ReadSpec
 from mm_core.errors import CheckpointError, ConfigError, DataError, MMError, TrainingError
 from mm_core.models.clip import TwoTower, build_clip
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
@@ -45,6 +41,7 @@ from pipelines.tracking import DatasetInput, RunStatus, continue_run, create_run
 from pipelines.train.board import start_board
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import Outcome, WorkerTask, train_worker
+from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
 
 _WORKER_MEMORY_BYTES = 256 << 20
@@ -56,32 +53,11 @@ class TrainRequest:
     """What the command line asks for."""
 
     run: TrainRun
-    index: str
-    ledgers: tuple[str, ...] = ()
+    sources: tuple[Source, ...]
+    """Several are mixed as `data.mix` says."""
     name: str | None = None
     resume: bool = False
     audit: str | None = None
-    more_indexes: tuple[str, ...] = ()
-    """Mixed with `index` as `data.mix` says; every ledger is read of each."""
-
-
-@dataclass(frozen=True)
-class _Data:
-    """The indexes of a run, and what of each is kept."""
-
-    indexes: tuple[Index, ...]
-    kept: tuple[Kept, ...]
-
-    @staticmethod
-    def open(request: TrainRequest) -> _Data:
-        indexes = tuple(Index.open(url) for url in (request.index, *request.more_indexes))
-        return _Data(indexes, tuple(compile_kept(index, request.ledgers) for index in indexes))
-
-    @property
-    def fingerprint(self) -> str:
-        """Of one index that of its kept set."""
-        names = [kept.fingerprint for kept in self.kept]
-        return names[0] if len(names) == 1 else hashlib.blake2b(" ".join(names).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -107,11 +83,12 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
         TrainingError: the run stopped; its message says how to continue.
     """
     # 1. The data, as it was indexed.
-    data = _Data.open(request)
+    data = RunData.open(request.sources)
     for index in data.indexes:
         _check_shards(index)
+    data.check_modalities()
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
-    _plan(run, data)
+    data.plan(run)
     _check_resources(run)
 
     # 2. The run: a new folder and tracking run, or the ones it began with.
@@ -149,7 +126,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
         steps=outcome.steps,
         samples_seen=outcome.steps * run.global_batch_size,
         samples_per_s=outcome.metrics.get("samples_per_s", 0.0),
-        data_wait_fraction=outcome.metrics.get("data_wait_fraction", 0.0),
+        data_wait_fraction=outcome.metrics.get("time_fraction/data_wait", 0.0),
         final_loss=outcome.metrics.get("loss", float("nan")),
         checkpoint=f"{folder.url}/{folder.latest_checkpoint()}",
         bundle=bundle,
@@ -185,7 +162,7 @@ def export_bundle(folder: RunFolder, name: str = "bundle") -> BundleManifest:
     return manifest
 
 
-def _claim(request: TrainRequest, run: TrainRun, data: _Data) -> tuple[RunFolder, RunRecord | None]:
+def _claim(request: TrainRequest, run: TrainRun, data: RunData) -> tuple[RunFolder, RunRecord | None]:
     """The folder of the run, and its record where it is to be continued."""
     if request.resume:
         if request.name is None:
@@ -214,7 +191,7 @@ def _identity(run: TrainRun) -> dict[str, Any]:
     return identity
 
 
-def _begin(request: TrainRequest, run: TrainRun, data: _Data, folder: RunFolder) -> RunRecord:
+def _begin(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder) -> RunRecord:
     """Make the tokenizer, the run's folder and the tracking run."""
     source = run.tokenizer.source or run.init  # the weights of another model belong to its token ids
     tokenizer = load_tokenizer(source) if source else _train_tokenizer(run, data)
@@ -242,8 +219,7 @@ def _begin(request: TrainRequest, run: TrainRun, data: _Data, folder: RunFolder)
         record = RunRecord(
             identity=_identity(run),
             config=run.model_dump(mode="json"),
-            index=data.indexes[0].url,
-            ledgers=request.ledgers,
+            sources=data.sources,
             data_fingerprint=data.fingerprint,
             tracking_run_id=run_id,
         )
@@ -254,50 +230,24 @@ def _begin(request: TrainRequest, run: TrainRun, data: _Data, folder: RunFolder)
     return record
 
 
-def _train_tokenizer(run: TrainRun, data: _Data) -> PreTrainedTokenizerFast:
-    share = -(-run.tokenizer.max_captions // len(data.indexes))
-    captions = chain.from_iterable(_captions(index, share) for index in data.indexes)
-    return train_bpe(captions, vocab_size=run.tokenizer.vocab_size, context_length=run.model.context_length)
+def _train_tokenizer(run: TrainRun, data: RunData) -> PreTrainedTokenizerFast:
+    return train_bpe(
+        data.captions(run.tokenizer.max_captions), vocab_size=run.tokenizer.vocab_size, context_length=run.model.context_length
+    )
 
 
-def _captions(index: Index, limit: int) -> Iterator[str]:
-    count = 0
-    for batch in index.samples(["captions"]):
-        for captions in batch["captions"].to_pylist():
-            for caption in captions or ():
-                yield caption
-                count += 1
-                if count >= limit:
-                    return
-
-
-def _plan(run: TrainRun, data: _Data) -> Plan | MixedPlan:
-    """What is read when.
-
-    Raises:
-        ConfigError: nothing kept; a batch, chunk or mix that does not fit.
-    """
-    chunks = chunks_per_step(run.global_batch_size, run.data.chunk, run.resources.workers)
-    plans = [
-        Plan(len(kept), source_seed(run.seed, source), run.data.chunk, run.data.run_length, kept.fingerprint)
-        for source, kept in enumerate(data.kept)
-    ]
-    return mixed_plan(plans, run.data.mix, chunks)
-
-
-def _task(request: TrainRequest, run: TrainRun, data: _Data, folder: RunFolder, record: RunRecord) -> WorkerTask:
+def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, record: RunRecord) -> WorkerTask:
     tokenizer = load_tokenizer(str(folder.get("tokenizer")))
     run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
     initial = _initial_state(run, tokenizer)
     spec = ReadSpec(
-        index_url=data.indexes[0].url,
-        ledgers=request.ledgers,
-        plan=_plan(run, data),
+        sources=data.sources,
+        plan=data.plan(run),
         image_size=run.model.image_size,
         augment=run.data.augment,
         tokenizer=caption_tokenizer(tokenizer, run.model.context_length),
+        prompt_templates=run.data.prompt_templates,
         max_pixels=run.data.max_pixels,
-        more=tuple(Source(index.url, request.ledgers) for index in data.indexes[1:]),
     )
     return WorkerTask(
         run=run,
@@ -387,7 +337,7 @@ def _shown(board: ray.actor.ActorHandle, tracker: Tracker) -> Iterator[None]:
 def _headline(metrics: dict[str, float]) -> str:
     if not metrics:
         return ""
-    return f"loss {metrics['loss']:.3f}  {metrics['samples_per_s']:,.0f} samples/s  data wait {metrics['data_wait_fraction']:.0%}"
+    return f"loss {metrics['loss']:.3f}  {metrics['samples_per_s']:,.0f} samples/s  data wait {metrics['time_fraction/data_wait']:.0%}"
 
 
 def _explained(error: Exception) -> MMError:

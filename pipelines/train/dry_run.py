@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mm_core.data.index import Index
-from mm_core.data.ledger import compile_kept
+from mm_core.data.ledger import Source
 from mm_core.data.plan import chunks_per_step
 from mm_core.models.clip import ClipConfig, TowerConfig, parameter_count
 from pipelines.train.config import TrainRun
+from pipelines.train.run_data import RunData
 
 _STATE_BYTES = 16
 """Per parameter: fp32 weight and gradient, and AdamW's two moments."""
@@ -17,15 +17,18 @@ _ACTIVATION_BYTES = 34
 arXiv 2205.05198, section 4)."""
 
 
-def describe(run: TrainRun, index: str, ledgers: Sequence[str]) -> dict[str, object]:
+def describe(run: TrainRun, sources: Sequence[Source]) -> dict[str, object]:
     """Parameters, steps, samples, epochs, shares and a memory estimate per worker.
 
     Raises:
         ConfigError, DataError: what would stop the run before its first step.
     """
-    kept = len(compile_kept(Index.open(index), ledgers))
+    data = RunData.open(sources)
+    data.check_modalities()
     workers = run.resources.workers
     chunks = chunks_per_step(run.global_batch_size, run.data.chunk, workers)
+    seen = data.plan(run).consumed(run.steps * chunks)
+    epochs = {str(source): round(n / len(kept), 3) for source, kept, n in zip(data.sources, data.kept, seen, strict=True)}
     rank_batch = -(-chunks // workers) * run.data.chunk
     parameters = parameter_count(run.model)
     state = parameters * _STATE_BYTES
@@ -37,8 +40,8 @@ def describe(run: TrainRun, index: str, ledgers: Sequence[str]) -> dict[str, obj
         "global_batch_size": run.global_batch_size,
         "samples_per_rank_and_step": rank_batch,
         "samples_seen": samples,
-        "samples_kept": kept,
-        "epochs": round(samples / kept, 3),
+        "samples_kept": sum(len(kept) for kept in data.kept),
+        "epochs": epochs if len(epochs) > 1 else next(iter(epochs.values())),
         "memory_per_worker_mb": round((state + activations) / 1e6),
         "memory_weights_and_optimizer_mb": round(state / 1e6),
         "memory_activations_mb": round(activations / 1e6),

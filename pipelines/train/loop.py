@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -24,11 +25,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mm_core.data.plan import chunks_per_step, rank_counts
 from mm_core.data.reader import ReadSpec
+from mm_core.distributed import gather_features
 from mm_core.models.clip import ImageTextBatch, SpecialTokens, TwoTower, attend_for, build_clip
 from mm_core.objectives.contrastive import ContrastiveObjective
 from mm_core.optim import build_optimizer
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, read_state, save_checkpoint, seed_step
+from mm_core.training.clock import Phase, StepClock, timed_all_reduce
 from mm_core.training.step import TrainStep
+from mm_core.training.transfer import Transfer
 from pipelines.metric_log import MetricLog, spool_folder, system_metrics
 from pipelines.stream import Share, StepBatch, stream
 from pipelines.train.audit import Audit
@@ -120,12 +124,15 @@ def _train(task: WorkerTask) -> Outcome:
 def build_step(run: TrainRun, model: TwoTower, device: torch.device) -> TrainStep:
     """`model` on its device, wrapped for data parallelism, with its objective and optimiser."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    clock = StepClock(device)
     attend_for(model.clip, device)
     device_ids = [device.index] if device.type == "cuda" else None
     parallel = DistributedDataParallel(model.to(device), device_ids=device_ids, broadcast_buffers=False)
+    if world_size > 1:
+        parallel.register_comm_hook(clock, timed_all_reduce)
     return TrainStep(
         parallel,
-        ContrastiveObjective(rank=rank),
+        ContrastiveObjective(rank=rank, gather=partial(gather_features, around=partial(clock.phase, Phase.COLLECTIVE))),
         build_optimizer(model, run.optimizer),
         optimizer_config=run.optimizer,
         schedule=run.schedule,
@@ -133,6 +140,7 @@ def build_step(run: TrainRun, model: TwoTower, device: torch.device) -> TrainSte
         counts=rank_counts(chunks_per_step(run.global_batch_size, run.data.chunk, world_size), run.data.chunk, world_size),
         device=device,
         precision=run.precision,
+        clock=clock,
     )
 
 
@@ -147,15 +155,19 @@ def run_steps(
     audit: Audit | None = None,
 ) -> Outcome:
     """The steps [first_step, run.steps) on this rank. `log` and `save` are called at the run's intervals and at its end."""
-    rank, device = dist.get_rank(), train_step.device
-    meter = Meter(device, run.global_batch_size)
+    rank, clock = dist.get_rank(), train_step.clock
+    to_device = Transfer(train_step.device)
+    meter = Meter(train_step, run.global_batch_size)
+    clock.read()  # up to here was start-up
     metrics: dict[str, float] = {}
     unchecked: tuple[StepBatch, torch.Tensor] | None = None
     for step in range(first_step, run.steps):
-        with meter.waiting():
+        with clock.phase(Phase.DATA_WAIT):
             batch = next(batches)
+        with clock.phase(Phase.HOST_TO_DEVICE):
+            inputs = _inputs(batch, to_device)
         seed_step(run.seed, step, rank)
-        result = train_step(_to_device(batch, device), step)
+        result = train_step(inputs, step)
         meter.step_done(batch.replaced)
         if audit:
             audit.add(batch)
@@ -171,21 +183,21 @@ def run_steps(
         if (log_due or save_due) and (failure := _not_finite(*unchecked)):
             return Outcome(done, metrics, failure)
         if log_due:
-            metrics = meter.read(result, train_step.logit_scale)
-            log(done, metrics)
+            with clock.phase(Phase.LOGGING):
+                metrics = meter.read(result)
+                log(done, metrics)
             if failure := _too_many_replaced(metrics, (done - first_step) * run.global_batch_size, run.data.max_bad_fraction):
                 return Outcome(done, metrics, failure)
         if save_due:
-            with meter.saving():
+            with clock.phase(Phase.CHECKPOINT):
                 save(done, metrics)
     return Outcome(run.steps, metrics)
 
 
-def _to_device(batch: StepBatch, device: torch.device) -> ImageTextBatch:
-    images, input_ids = torch.from_numpy(batch.images), torch.from_numpy(batch.input_ids)
-    if device.type == "cuda":
-        images, input_ids = images.pin_memory(), input_ids.pin_memory()
-    return ImageTextBatch(images.to(device, non_blocking=True), input_ids.to(device, non_blocking=True).long())
+def _inputs(batch: StepBatch, to_device: Transfer) -> ImageTextBatch:
+    assert batch.images is not None, "the driver lets only paired sources pass"
+    assert batch.input_ids is not None, "the driver lets only paired sources pass"
+    return ImageTextBatch(to_device(batch.images), to_device(batch.input_ids).long())
 
 
 def _restore(model: TwoTower, optimizer: torch.optim.Optimizer) -> int:

@@ -21,6 +21,7 @@ import fsspec
 
 from mm_core.address import absolute, is_local
 from mm_core.config import Config, flatten
+from mm_core.data.ledger import Source
 from mm_core.errors import CheckpointError, ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -32,8 +33,7 @@ class RunRecord(Config):
     identity: dict[str, Any]
     """`TrainRun.identity()`: what must not change when a run is continued."""
     config: dict[str, Any]
-    index: str
-    ledgers: tuple[str, ...]
+    sources: tuple[Source, ...]
     data_fingerprint: str
     tracking_run_id: str
 
@@ -127,9 +127,8 @@ def check_same(record: RunRecord, identity: dict[str, Any], data_fingerprint: st
         CheckpointError: the run in `where` is another; the first differing key is named.
     """
     if record.data_fingerprint != data_fingerprint:
-        raise CheckpointError(
-            f"the run {where} was started on other data: continue it with the index and ledgers it began with ({record.index})"
-        )
+        began = " ".join(f"--data {source}" for source in record.sources)
+        raise CheckpointError(f"the run {where} was started on other data: continue it with that it began with: {began}")
     old, new = dict(flatten(record.identity)), dict(flatten(json.loads(json.dumps(identity))))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):

@@ -53,7 +53,18 @@ def test_the_run_is_in_mlflow_whole(demo: tuple[dict[str, Any], Path, str]) -> N
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     run = client.get_run(result["train"]["run_id"])
     assert run.info.status == "FINISHED"
-    wanted = {"loss", "loss/contrastive", "lr", "logit_scale", "samples_per_s", "data_wait_fraction", "grad_norm", "memory/rss_gb"}
+    wanted = {
+        "loss",
+        "loss/contrastive",
+        "lr",
+        "logit_scale",
+        "samples_per_s",
+        "time_fraction/data_wait",
+        "time_fraction/forward",
+        "time_fraction/collective",
+        "grad_norm",
+        "memory/rss_gb",
+    }
     assert wanted <= set(run.data.metrics)
     assert "eval/retrieval/t2i_r5" in run.data.metrics
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [10, 20, 30]

@@ -48,7 +48,8 @@ def tiny_run(storage: Path, workers: int) -> TrainRun:
 
 
 def run(index: Index, storage: Path, workers: int, audit: Path, *, name: str | None = "tiny", resume: bool = False) -> TrainResult:
-    return train(TrainRequest(tiny_run(storage, workers), index.url, name=name, resume=resume, audit=str(audit)), Console(json=True))
+    request = TrainRequest(tiny_run(storage, workers), (Source(index=index.url),), name=name, resume=resume, audit=str(audit))
+    return train(request, Console(json=True))
 
 
 def batches(audit: Path) -> dict[int, list[tuple[int, str]]]:
@@ -154,9 +155,9 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(undisturbed: tuple[Tr
         run(index, folder, 1, folder / "audit2")
     other = tiny_run(folder, 1).model_copy(update={"steps": 7})
     with pytest.raises(CheckpointError, match="of another run: steps was 120, now 7"):
-        train(TrainRequest(other, index.url, name="tiny", resume=True), Console(json=True))
+        train(TrainRequest(other, (Source(index=index.url),), name="tiny", resume=True), Console(json=True))
     with pytest.raises(CheckpointError, match="no run of clip-tiny with this configuration"):
-        train(TrainRequest(other, index.url, resume=True), Console(json=True))
+        train(TrainRequest(other, (Source(index=index.url),), resume=True), Console(json=True))
     data = build_index([str(corpus / "heldout")], str(folder / "other-index"))
     with pytest.raises(CheckpointError, match="was started on other data"):
         run(data, folder, 1, folder / "audit2", resume=True)
@@ -166,7 +167,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_batch(index: 
     broken = tiny_run(tmp_path, 2)
     broken = broken.model_copy(update={"steps": 12, "optimizer": broken.optimizer.model_copy(update={"lr": 1e30})})
     with pytest.raises(TrainingError, match=r"the gradient of step \d+ is not finite.*synth-0-train-"):
-        train(TrainRequest(broken, index.url, name="nan"), Console(json=True))
+        train(TrainRequest(broken, (Source(index=index.url),), name="nan"), Console(json=True))
     assert not list((tmp_path / "runs" / "nan").glob("checkpoint_*"))
 
 
@@ -182,18 +183,18 @@ def test_shards_that_lose_their_pictures_stop_the_run(index: Index, corpus: Path
     shard.write_bytes(data)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(TrainingError, match=r"could not be read, above data.max_bad_fraction 0.1: changed \d+"):
-        train(TrainRequest(tiny_run(tmp_path, 2), damaged.url, name="damaged"), Console(json=True))
+        train(TrainRequest(tiny_run(tmp_path, 2), (Source(index=damaged.url),), name="damaged"), Console(json=True))
 
 
 def test_init_starts_from_a_bundle(undisturbed: tuple[TrainResult, Path], index: Index, tmp_path: Path) -> None:
     result, _ = undisturbed
     start = tiny_run(tmp_path, 1)
     start = start.model_copy(update={"init": result.bundle, "steps": 1, "optimizer": start.optimizer.model_copy(update={"lr": 1e-9})})
-    again = train(TrainRequest(start, index.url, name="warm"), Console(json=True))
+    again = train(TrainRequest(start, (Source(index=index.url),), name="warm"), Console(json=True))
     torch.testing.assert_close(weights(again.bundle), weights(result.bundle), atol=1e-6, rtol=0)
     other = start.model_copy(update={"model": start.model.model_copy(update={"embed_dim": 24})})
     with pytest.raises(BundleError, match="does not fit the recipe's model"):
-        train(TrainRequest(other, index.url, name="misfit"), Console(json=True))
+        train(TrainRequest(other, (Source(index=index.url),), name="misfit"), Console(json=True))
     assert not (tmp_path / "runs" / "misfit").exists()
 
 

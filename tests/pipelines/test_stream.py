@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,16 +8,15 @@ import numpy as np
 import pytest
 import ray
 
-from mm_core.data.image import AugmentConfig
+from mm_core.data.augment import AugmentConfig
 from mm_core.data.index import Index
-from mm_core.data.ledger import compile_kept
+from mm_core.data.ledger import Source, compile_kept, write_ledger
 from mm_core.data.mix import Choice, MixConfig, mixed_plan, source_seed
 from mm_core.data.plan import Plan
-from mm_core.data.reader import PlanReader, ReadSpec, Source
+from mm_core.data.reader import PlanReader, ReadSpec
 from mm_core.errors import DataError, StreamOrderError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from pipelines.index import build_index
-from pipelines.recipes import recipe
 from pipelines.stream import Share, StepBatch, StreamConfig, _split, stream
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -30,7 +30,7 @@ def make_spec(index: Index, seed: int = 0) -> ReadSpec:
     kept = compile_kept(index)
     tokenizer = caption_tokenizer(train_bpe(["a red circle", "a blue square"] * 3, vocab_size=300, context_length=12), 12)
     augment = AugmentConfig(crop_area=(0.5, 1.0), horizontal_flip=0.5)
-    return ReadSpec(index.url, (), Plan(len(kept), seed, CHUNK, 1, kept.fingerprint), 24, augment, tokenizer)
+    return ReadSpec((Source(index=index.url),), Plan(len(kept), seed, CHUNK, 1, kept.fingerprint), 24, augment, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def mixed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ReadS
 def make_mix(first: Index, second: Index, config: MixConfig) -> ReadSpec:
     kept = [compile_kept(index) for index in (first, second)]
     plans = [Plan(len(k), source_seed(0, i), CHUNK, 1, k.fingerprint) for i, k in enumerate(kept)]
-    return replace(make_spec(first), plan=mixed_plan(plans, config, CHUNKS), more=(Source(second.url),))
+    return replace(make_spec(first), plan=mixed_plan(plans, config, CHUNKS), sources=(Source(index=first.url), Source(index=second.url)))
 
 
 def index_uids(index: Index) -> set[str]:
@@ -197,9 +197,42 @@ def test_a_step_is_of_one_source_where_the_mix_says_so(mixed: tuple[ReadSpec, In
     assert sum(s == {1} for s in sources) == STEPS // 2
 
 
-def test_a_run_of_one_index_keeps_the_identity_it_had_before_there_were_mixes() -> None:
-    run = recipe("clip-tiny")
-    assert "mix" not in run.identity()["data"]
-    mixed = run.model_copy(update={"data": run.data.model_copy(update={"mix": MixConfig(weights=(3, 1))})})
-    assert mixed.identity()["data"]["mix"]["weights"] == [3, 1]
-    assert mixed.fingerprint != run.fingerprint
+def test_image_only_and_text_only_sources_are_steps_of_their_own(corpus: Path, tmp_path: Path) -> None:
+    """What a multitask run reads: each step of one modality, with nothing in the place of the other."""
+    shards = sorted((corpus / "train").glob("*.tar"))
+    pictures = build_index([str(shards[0])], str(tmp_path / "pictures"), need=("image",))
+    texts = build_index([str(shards[1])], str(tmp_path / "texts"), need=("text",))
+    spec = make_mix(pictures, texts, MixConfig(weights=(2, 1), choice=Choice.STEP))
+    alone = ray.get(read.remote(spec, 0, 1))
+    pairs = [ray.get(read.remote(spec, rank, 2)) for rank in range(2)]
+    for whole, *parts in zip(alone, *pairs, strict=True):
+        (source,) = set(whole.rows["source"].to_pylist())
+        assert (whole.images is None, whole.input_ids is None) == (source == 1, source == 0)
+        for name in ("images", "input_ids"):
+            if (values := getattr(whole, name)) is not None:
+                assert len(values) == CHUNK * CHUNKS
+                np.testing.assert_array_equal(values, np.concatenate([getattr(part, name) for part in parts]))
+    assert sum(batch.images is None for batch in alone) in (len(alone) // 3, len(alone) // 3 + 1)
+
+
+def test_weights_of_a_ledger_are_how_often_a_sample_comes(corpus: Path, tmp_path: Path) -> None:
+    """Over four epochs: a weight of 2 eight times, of 0.5 twice on average and never twice in one epoch, of 0 never."""
+    index = build_index([str(sorted((corpus / "train").glob("*.tar"))[0])], str(tmp_path / "index"))
+    rows = index.summary.rows
+    weights = np.resize(np.array([2, 1, 0.5, 0], dtype=np.float32), rows)
+    write_ledger(index, "weighted", rule="test", repeat=weights, reason="test")
+    kept = compile_kept(index, ["weighted"])
+    plan = Plan(len(kept), 0, CHUNK, 1, kept.fingerprint)
+    spec = replace(make_spec(index), plan=plan, sources=(Source(index=index.url, ledgers=("weighted",)),))
+    chunks = len(kept) * 4 // CHUNK
+    read_rows = PlanReader(spec).read(np.arange(chunks * CHUNK, dtype=np.uint64))
+    uids = [uid for batch in index.samples(["uid"]) for uid in batch["uid"].to_pylist()]
+    seen = Counter(read_rows["uid"].to_pylist())
+    of_weight = {w: [seen[uid] for uid, weight in zip(uids, weights, strict=True) if weight == w] for w in (2, 1, 0.5, 0)}
+    assert set(of_weight[0]) == {0}
+    assert sum(of_weight[2]) >= 8 * len(of_weight[2]) - CHUNK
+    assert max(of_weight[2]) == 8
+    assert abs(np.mean(of_weight[0.5]) - 2) < 0.3
+    twice = [(e, u) for e, u in zip(read_rows["epoch"].to_pylist(), read_rows["uid"].to_pylist(), strict=True) if u == uids[0]]
+    images = read_rows.filter(np.equal(read_rows["uid"].to_numpy(zero_copy_only=False), uids[0]))["image"].to_pylist()
+    assert len(twice) == len(set(images)), "a sample that comes twice in an epoch is cropped twice"

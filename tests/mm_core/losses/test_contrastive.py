@@ -24,19 +24,19 @@ def whole_model() -> TwoTower:
     return TwoTower(build_clip(CONFIG, SpecialTokens(bos=3, eos=4, pad=0))).double()
 
 
-def whole_batch(samples: int) -> ImageTextBatch:
+def whole_batch(samples: int, views: int = 1) -> ImageTextBatch:
     generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (samples, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (samples, views, 16, 16, 3), dtype=torch.uint8, generator=generator)
     input_ids = torch.randint(5, 20, (samples, 6), generator=generator)
     input_ids[:, -1] = 4
     return ImageTextBatch(images, input_ids)
 
 
-def _worker(rank: int, counts: list[int], rendezvous: str, out: str) -> None:
+def _worker(rank: int, counts: list[int], views: int, rendezvous: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=len(counts), timeout=timedelta(seconds=60))
     model = DistributedDataParallel(whole_model())
-    batch, first = whole_batch(sum(counts)), sum(counts[:rank])
+    batch, first = whole_batch(sum(counts), views), sum(counts[:rank])
     mine = ImageTextBatch(batch.images[first : first + counts[rank]], batch.input_ids[first : first + counts[rank]])
     loss = ContrastiveObjective(rank=rank)(model(mine), counts)
     loss.total.backward()
@@ -45,14 +45,14 @@ def _worker(rank: int, counts: list[int], rendezvous: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("counts", [[5, 3], [4, 2, 1]], ids=["2 ranks", "3 ranks"])
-def test_uneven_ranks_equal_one_process(counts: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("counts", "views"), [([5, 3], 1), ([4, 2, 1], 2)], ids=["2 ranks", "3 ranks, two views"])
+def test_uneven_ranks_equal_one_process(counts: list[int], views: int, tmp_path: Path) -> None:
     model = whole_model()
-    loss = ContrastiveObjective()(model(whole_batch(sum(counts))), [sum(counts)])
+    loss = ContrastiveObjective()(model(whole_batch(sum(counts), views)), [sum(counts)])
     loss.total.backward()
 
     multiprocessing.set_forkserver_preload(["mm_core.objectives.contrastive", "transformers.models.clip.modeling_clip"])
-    arguments = (counts, str(tmp_path / "rendezvous"), str(tmp_path))
+    arguments = (counts, views, str(tmp_path / "rendezvous"), str(tmp_path))
     # A server that has imported transformers once forks the ranks; spawned ones would each import it, for seconds.
     mp.start_processes(_worker, arguments, nprocs=len(counts), start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(counts))]
@@ -67,12 +67,19 @@ def test_loss_is_the_papers() -> None:
     """Figure 3 of the CLIP paper, written out."""
     batch = whole_batch(4)
     output = whole_model()(batch)
-    logits = output.logit_scale * output.image_features @ output.text_features.T
+    logits = output.logit_scale * output.image_features[:, 0] @ output.text_features.T
     labels = torch.arange(4)
     expected = (torch.nn.functional.cross_entropy(logits, labels) + torch.nn.functional.cross_entropy(logits.T, labels)) / 2
     torch.testing.assert_close(ContrastiveObjective()(output, [4]).total, expected)
 
 
 def test_a_perfect_model_has_no_loss() -> None:
-    output = TwoTowerOutput(torch.eye(3), torch.eye(3), torch.tensor(100.0))
+    output = TwoTowerOutput(torch.eye(3)[:, None], torch.eye(3), torch.tensor(100.0))
     assert float(ContrastiveObjective()(output, [3]).total) < 1e-6
+
+
+def test_several_views_of_an_image_count_as_the_mean_of_their_losses() -> None:
+    model, batch = whole_model(), whole_batch(4, views=3)
+    several = ContrastiveObjective()(model(batch), [4]).total
+    each = [ContrastiveObjective()(model(ImageTextBatch(batch.images[:, v : v + 1], batch.input_ids)), [4]).total for v in range(3)]
+    torch.testing.assert_close(several, sum(each) / 3)

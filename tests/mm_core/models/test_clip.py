@@ -56,12 +56,12 @@ def test_features_are_unit_vectors_whatever_the_attention() -> None:
     model = TwoTower(build_clip(config, SpecialTokens(bos=3, eos=4, pad=0))).eval()
     ids = torch.randint(5, 100, (3, config.context_length))
     ids[:, 9] = 4
-    batch = ImageTextBatch(torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8), ids)
+    batch = ImageTextBatch(torch.randint(0, 256, (3, 1, 64, 64, 3), dtype=torch.uint8), ids)
     with torch.no_grad():
         sdpa = model(batch)
         model.clip.set_attn_implementation("eager")
         eager = model(batch)
-    torch.testing.assert_close(sdpa.image_features.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(sdpa.image_features.norm(dim=2), torch.ones(3, 1))
     torch.testing.assert_close(sdpa.image_features, eager.image_features, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(sdpa.text_features, eager.text_features, atol=1e-5, rtol=1e-4)
 

@@ -1,0 +1,82 @@
+"""The data of a run: its indexes, what of each is kept, and the order in which they are read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from mm_core.data.index import Index
+from mm_core.data.ledger import Kept, Source, compile_kept
+from mm_core.data.mix import MixedPlan, mixed_plan, source_seed
+from mm_core.data.plan import Plan, chunks_per_step
+from mm_core.errors import ConfigError
+from pipelines.train.config import TrainRun
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The sources of a run, opened."""
+
+    sources: tuple[Source, ...]
+    """With absolute addresses."""
+    indexes: tuple[Index, ...]
+    kept: tuple[Kept, ...]
+
+    @classmethod
+    def open(cls, sources: Sequence[Source]) -> RunData:
+        """
+        Raises:
+            DataError: an index or ledger that is not there.
+        """
+        indexes = tuple(Index.open(source.index) for source in sources)
+        there = tuple(Source(index=index.url, ledgers=source.ledgers) for index, source in zip(indexes, sources, strict=True))
+        return cls(there, indexes, tuple(compile_kept(index, source.ledgers) for index, source in zip(indexes, there, strict=True)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of one index that of its kept set."""
+        names = [kept.fingerprint for kept in self.kept]
+        return names[0] if len(names) == 1 else hashlib.blake2b(" ".join(names).encode(), digest_size=16).hexdigest()
+
+    def check_modalities(self) -> None:
+        """
+        Raises:
+            ConfigError: an index has only one side of the pairs that the contrastive objective needs.
+        """
+        for index in self.indexes:
+            if missing := {"image", "text"} - set(index.summary.need):
+                raise ConfigError(
+                    f"the index at {index.url} was made for {' and '.join(index.summary.need)} alone, but this recipe pairs images with"
+                    f" texts: index shards that have {' and '.join(sorted(missing))} too, without --modality"
+                )
+
+    def plan(self, run: TrainRun) -> Plan | MixedPlan:
+        """What is read when.
+
+        Raises:
+            ConfigError: nothing kept; a batch, chunk or mix that does not fit.
+        """
+        chunks = chunks_per_step(run.global_batch_size, run.data.chunk, run.resources.workers)
+        plans = [
+            Plan(len(kept), source_seed(run.seed, source), run.data.chunk, run.data.run_length, kept.fingerprint)
+            for source, kept in enumerate(self.kept)
+        ]
+        return mixed_plan(plans, run.data.mix, chunks)
+
+    def captions(self, limit: int) -> Iterator[str]:
+        """About `limit` captions, an equal share from each index."""
+        share = -(-limit // len(self.indexes))
+        return chain.from_iterable(_captions(index, share) for index in self.indexes)
+
+
+def _captions(index: Index, limit: int) -> Iterator[str]:
+    count = 0
+    for batch in index.samples(["captions"]):
+        for captions in batch["captions"].to_pylist():
+            for caption in captions or ():
+                yield caption
+                count += 1
+                if count >= limit:
+                    return
