@@ -181,7 +181,7 @@ class _Fetch:
 
 @lru_cache(maxsize=2)
 def _reader(fetch: _Fetch) -> PlanReader:
-    return PlanReader(ray.get(fetch.ref))
+    return PlanReader(ray.get(fetch.ref), reuse_memory=True)
 
 
 class _Rest(ExecutionCallback):

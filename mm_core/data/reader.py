@@ -87,8 +87,8 @@ class IndexReader:
 @dataclass
 class _Decoded:
     uid: str
-    views: list[NDArray[np.uint8]]
-    """Empty where the source is not read for images."""
+    pixels: NDArray[np.uint8] | None
+    """[views, size, size, 3]; None where the source is not read for images."""
     caption: str | None
     """None where the source is not read for texts."""
 
@@ -96,9 +96,13 @@ class _Decoded:
 class PlanReader:
     """Reads positions of one plan. One per process: it keeps the indexes mapped and shards open."""
 
-    def __init__(self, spec: ReadSpec) -> None:
+    def __init__(self, spec: ReadSpec, *, reuse_memory: bool = False) -> None:
+        """`reuse_memory`: a table's pixels are valid until the next `read`. For a caller that copies them before, as a read task does
+        into the object store: fresh memory for every block costs a tenth of the decoding in page faults."""
         torch.set_num_threads(1)
         self.spec = spec
+        self._reuse_memory = reuse_memory
+        self._memory = self._fresh(0)
         self._readers = [IndexReader(Index.open(source.index)) for source in spec.sources]
 
     @cached_property
@@ -122,12 +126,23 @@ class PlanReader:
         Raises:
             DataError: not one sample of a chunk and of those that follow it can be used.
         """
-        places, decoded = self._decoded(positions)
+        pixels = self._pixels(len(positions))
+        places, decoded = self._decoded(positions, pixels)
         reasons = [d.reason.value if isinstance(d, SampleProblem) else None for d in decoded]
-        return self._table(positions, places, self._replace(decoded, positions), reasons)
+        return self._table(positions, places, self._replace(decoded, positions), pixels, reasons)
 
-    def _decoded(self, positions: U64, ahead: int = 0) -> tuple[Places, list[_Decoded | SampleProblem]]:
-        """The samples at `positions`, or `ahead` chunks of the same source later."""
+    def _pixels(self, count: int) -> NDArray[np.uint8]:
+        if not self._reuse_memory:
+            return self._fresh(count)
+        if len(self._memory) < count:
+            self._memory = self._fresh(count)
+        return self._memory[:count]
+
+    def _fresh(self, count: int) -> NDArray[np.uint8]:
+        return np.empty((count, self.spec.augment.views, self.spec.image_size, self.spec.image_size, 3), dtype=np.uint8)
+
+    def _decoded(self, positions: U64, pixels: NDArray[np.uint8], ahead: int = 0) -> tuple[Places, list[_Decoded | SampleProblem]]:
+        """The samples at `positions`, or `ahead` chunks of the same source later, each image in its row of `pixels`."""
         places = self.spec.plan.locate(positions, ahead)
         decoded: dict[int, _Decoded | SampleProblem] = {}
         for source in map(int, np.unique(places.sources)):
@@ -139,25 +154,31 @@ class PlanReader:
             again = () if self._kept[source].ends is None else (places.kept[rows],)
             seeds = mix(key, _AUGMENT, places.epochs[rows], ordinals, *again)
             samples = reader.read(ordinals)
-            decoded |= {int(row): self._decode(s, need, int(seed)) for row, s, seed in zip(rows, samples, seeds, strict=True)}
+            for row, sample, seed in zip(map(int, rows), samples, seeds, strict=True):
+                decoded[row] = self._decode(sample, need, int(seed), pixels[row])
         return places, [decoded[row] for row in range(len(positions))]
 
-    def _decode(self, sample: Sample | SampleProblem, need: tuple[str, ...], seed: int) -> _Decoded | SampleProblem:
+    def _decode(
+        self, sample: Sample | SampleProblem, need: tuple[str, ...], seed: int, pixels: NDArray[np.uint8]
+    ) -> _Decoded | SampleProblem:
         if isinstance(sample, SampleProblem):
             return sample
         try:
             return _Decoded(
                 sample.uid,
-                self._views(sample, seed) if "image" in need else [],
+                self._views(sample, seed, pixels) if "image" in need else None,
                 self._caption(sample, seed + _CAPTION) if "text" in need else None,
             )
         except SampleProblem as problem:
             return problem
 
-    def _views(self, sample: Sample, seed: int) -> list[NDArray[np.uint8]]:
+    def _views(self, sample: Sample, seed: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if sample.image is None:
             raise SampleProblem(Reason.NO_IMAGE)
-        return random_views(sample.image, self.spec.image_size, self.spec.augment, seed, max_pixels=self.spec.max_pixels)
+        views = random_views(sample.image, self.spec.image_size, self.spec.augment, seed, max_pixels=self.spec.max_pixels)
+        for place, view in zip(pixels, views, strict=True):
+            place[:] = view
+        return pixels
 
     def _caption(self, sample: Sample, seed: int) -> str:
         if not sample.captions:
@@ -179,7 +200,7 @@ class PlanReader:
     def _stand_ins(self, positions: U64, group: list[_Decoded | SampleProblem]) -> list[_Decoded | SampleProblem]:
         """The next chunk of the same source that holds a usable sample, for one that holds none."""
         for further in range(1, _STAND_IN_CHUNKS + 1):
-            _, decoded = self._decoded(positions, further)
+            _, decoded = self._decoded(positions, self._fresh(len(positions)), further)
             if any(isinstance(d, _Decoded) for d in decoded):
                 return decoded
         raise DataError(
@@ -190,13 +211,13 @@ class PlanReader:
     def _url(self, positions: U64) -> str:
         return self.spec.sources[int(self.spec.plan.locate(positions[:1]).sources[0])].index
 
-    def _table(self, positions: U64, places: Places, samples: list[_Decoded], reasons: list[str | None]) -> pa.Table:
-        size = self.spec.image_size
-        seen = np.array([bool(s.views) for s in samples])
-        images = np.empty((int(seen.sum()), self.spec.augment.views, size, size, 3), dtype=np.uint8)
-        for row, sample in zip(images, (s for s in samples if s.views), strict=True):
-            for place, view in zip(row, sample.views, strict=True):
-                place[:] = view
+    def _table(
+        self, positions: U64, places: Places, samples: list[_Decoded], pixels: NDArray[np.uint8], reasons: list[str | None]
+    ) -> pa.Table:
+        for row, sample, reason in zip(pixels, samples, reasons, strict=True):
+            if reason is not None and sample.pixels is not None:
+                row[:] = sample.pixels
+        seen = np.array([s.pixels is not None for s in samples])
         captions = [s.caption for s in samples if s.caption is not None]
         return pa.table(
             {
@@ -204,7 +225,7 @@ class PlanReader:
                 "source": places.sources,
                 "epoch": places.epochs,
                 "uid": pa.array([s.uid for s in samples], pa.string()),
-                "image": column_of(images, seen),
+                "image": column_of(pixels if seen.all() else pixels[seen], seen),
                 "input_ids": column_of(self.spec.tokenizer(captions), np.array([s.caption is not None for s in samples])),
                 "replaced": pa.array(reasons, pa.string()),
             }

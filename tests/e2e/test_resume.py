@@ -22,6 +22,7 @@ from mm_core.bundle import load_bundle
 from mm_core.config import resolve
 from mm_core.console import Console
 from mm_core.data.index import Index
+from mm_core.data.ledger import Source
 from mm_core.errors import BundleError, CheckpointError, ConfigError, TrainingError
 from pipelines.index import build_index
 from pipelines.recipes import recipe
@@ -30,7 +31,7 @@ from pipelines.train.config import TrainRun
 from pipelines.train.driver import TrainRequest, TrainResult, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-STEPS = 120
+STEPS = 70
 
 
 def settings(storage: Path) -> list[str]:

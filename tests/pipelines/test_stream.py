@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tarfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,33 @@ def test_a_chunk_without_a_usable_sample_is_filled_from_those_that_follow(corpus
     assert all(used)
     alone = [uid for i in range(0, 200, 2) for uid in reader.read(positions[i : i + 2])["uid"].to_pylist()]
     assert used == alone  # whatever block a chunk is read in
+
+
+@pytest.mark.parametrize(
+    ("shards", "damaged"), [(1, 0), (2, 0), (5, 0), (5, 4)], ids=["one sample", "fewer shards than ranks", "tiny shards", "one sample left"]
+)
+def test_ranks_take_equal_steps_however_little_there_is(shards: int, damaged: int, corpus: Path, tmp_path: Path) -> None:
+    """Shards of one sample each, three ranks; `damaged` of them are overwritten once they are indexed."""
+    with tarfile.open(corpus / "train" / "00000.tar") as whole:
+        members = whole.getmembers()[: 3 * shards]
+        for number in range(shards):
+            with tarfile.open(tmp_path / f"{number}.tar", "w") as shard:
+                for member in members[3 * number : 3 * number + 3]:
+                    shard.addfile(member, whole.extractfile(member))
+    index = build_index([str(tmp_path / "*.tar")], str(tmp_path / "index"))
+    assert index.summary.samples == shards
+    for number in range(damaged):
+        path = tmp_path / f"{number}.tar"
+        path.write_bytes(bytes(path.stat().st_size))
+
+    ranks = ray.get([read.remote(make_spec(index), rank, 3) for rank in range(3)])
+
+    assert [len(batches) for batches in ranks] == [STEPS] * 3
+    uids = [uid for batches in ranks for batch in batches for uid in batch.rows["uid"].to_pylist()]
+    replaced = sum(batch.replaced.get("changed", 0) for batches in ranks for batch in batches)
+    assert len(uids) == STEPS * CHUNK * CHUNKS
+    assert len(set(uids)) == shards - damaged
+    assert abs(replaced - len(uids) * damaged / shards) <= shards
 
 
 def test_shards_that_are_gone_stop_the_stream_with_one_clear_error(corpus: Path, tmp_path: Path) -> None:

@@ -1,0 +1,197 @@
+"""Random SIGKILLs to every role of a training run: what was consumed is what an undisturbed run consumes.
+
+Two Ray nodes on this machine: a head with the driver, and one that holds the workers and can be lost. `make chaos` runs it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mm_core.data.index import Index
+from mm_core.data.ledger import compile_kept
+from pipelines.index import build_index
+from pipelines.train.audit import read_audit
+
+pytestmark = pytest.mark.chaos
+STEPS, GLOBAL_BATCH, CHUNK = 150, 40, 8
+KILLS_PER_RUN = 8
+_TOWER = "{width: 32, layers: 1, heads: 2}"
+SETTINGS = [
+    f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}", f"data.chunk={CHUNK}", "precision=fp32", "log_every_steps=5",
+    "checkpoint.every_steps=5", "model.image_size=32", f"model.vision={_TOWER}", f"model.text={_TOWER}", "model.embed_dim=16",
+    "tokenizer.vocab_size=320", "tracking.system_metrics=false", "resources.max_failures=100",
+]  # fmt: skip
+
+
+class Role(StrEnum):
+    WORKER = "worker"
+    ALL_WORKERS = "all workers"
+    DRIVER = "driver"
+    RAYLET = "raylet"
+
+
+class Nodes:
+    """A head that has room for no worker, and a node that has room for all and is started again when it is killed."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        small, store = 200 << 20, 200 << 20
+        self._cluster = Cluster(True, head_node_args={"num_cpus": 1, "memory": small, "object_store_memory": store})
+        self.address = self._cluster.address
+        self._start()
+
+    def _start(self) -> None:
+        self.node = self._cluster.add_node(num_cpus=3, memory=4 << 30, object_store_memory=400 << 20)
+
+    @property
+    def raylet(self) -> psutil.Process:
+        (info,) = self.node.all_processes["raylet"]
+        return psutil.Process(info.process.pid)
+
+    def workers(self) -> list[psutil.Process]:
+        return [p for p in self.raylet.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+    def lose(self) -> None:
+        family = [self.raylet, *self.raylet.children(recursive=True)]
+        self._cluster.remove_node(self.node, allow_graceful=False)
+        psutil.wait_procs(family, timeout=30)
+        self._start()
+
+    def stop(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    nodes = Nodes()
+    yield nodes
+    nodes.stop()
+
+
+@pytest.fixture(scope="module")
+def index(corpus: Path, tmp_path_factory: pytest.TempPathFactory, nodes: Nodes) -> Iterator[Index]:
+    """Made by Ray on the same nodes."""
+    import ray
+
+    ray.init(address=nodes.address, log_to_driver=False)
+    yield build_index([str(corpus / "train")], str(tmp_path_factory.mktemp("chaos") / "index"))
+    ray.shutdown()
+
+
+class Training:
+    """`mm train` as a process of its own, on the nodes; started again it goes on."""
+
+    def __init__(self, index: Index, folder: Path, address: str) -> None:
+        self.folder, self._index, self._address = folder, index, address
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, workers: int) -> None:
+        settings = [*SETTINGS, f"storage={self.folder / 'runs'}", f"tracking.uri=sqlite:///{self.folder / 'mlflow.db'}"]
+        command = [sys.executable, "-m", "mm", "train", "clip-tiny", "--data", self._index.url, "--name", "tiny", "--workers", str(workers)]
+        command += ["--audit", str(self.folder / "audit"), *(item for setting in settings for item in ("--set", setting))]
+        command += ["--resume"] if (self.folder / "runs" / "tiny" / "run.json").exists() else []
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": self._address}, stdout=log, stderr=log)
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
+    @property
+    def step(self) -> int:
+        """Of the newest checkpoint."""
+        found = [int(path.parent.name.split("_")[1]) for path in (self.folder / "runs" / "tiny").glob("checkpoint_*/state.json")]
+        return max(found, default=0)
+
+    def wait(self, done: Callable[[], bool], timeout_s: float = 300) -> None:
+        end = time.monotonic() + timeout_s
+        while not done():
+            assert self.process.poll() in (None, 0), self.log
+            assert time.monotonic() < end, self.log
+            time.sleep(0.05)
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()[-4000:]
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() == 0
+
+
+def consumed(training: Training) -> dict[int, list[tuple[int, int, str]]]:
+    """Per step (epoch, position, uid), in the order of the global batch, from the highest attempt."""
+    steps: dict[int, list[tuple[int, int, str]]] = {}
+    for row in read_audit(str(training.folder / "audit")).to_pylist():
+        steps.setdefault(row["step"], []).append((row["epoch"], row["position"], row["uid"]))
+    return steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(index: Index, nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[tuple[int, int, str]]]:
+    training = Training(index, tmp_path_factory.mktemp("undisturbed"), nodes.address)
+    training.start(2)
+    training.wait(lambda: training.ended)
+    return consumed(training)
+
+
+def kill(role: Role, training: Training, nodes: Nodes, draw: random.Random) -> None:
+    match role:
+        case Role.WORKER:
+            draw.choice(nodes.workers()).send_signal(signal.SIGKILL)
+        case Role.ALL_WORKERS:
+            for worker in nodes.workers():
+                worker.send_signal(signal.SIGKILL)
+        case Role.RAYLET:
+            nodes.lose()
+        case Role.DRIVER:
+            training.process.kill()
+            training.process.wait()
+            training.start(draw.randint(1, 4))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_kills_change_nothing_that_is_consumed(
+    seed: int, index: Index, nodes: Nodes, undisturbed: dict[int, list[tuple[int, int, str]]], tmp_path: Path
+) -> None:
+    """Each run meets every role twice, in random order, at random moments between checkpoints."""
+    draw = random.Random(seed)
+    roles = [role for role in Role for _ in range(KILLS_PER_RUN // len(Role))]
+    draw.shuffle(roles)
+    training = Training(index, tmp_path, nodes.address)
+    training.start(draw.randint(1, 4))
+    done: list[tuple[Role, int]] = []
+    for role in roles:
+        after = training.step + draw.randint(1, 9)
+        training.wait(lambda after=after: training.step >= after and bool(nodes.workers()))
+        time.sleep(draw.uniform(0, 0.5))
+        assert not training.ended, f"over before {role} could be killed, raise STEPS: {done}"
+        done.append((role, training.step))
+        kill(role, training, nodes, draw)
+    training.wait(lambda: training.ended)
+
+    found = consumed(training)
+    assert sorted(found) == list(range(STEPS))
+    assert found == undisturbed
+    epochs = Counter((epoch, uid) for step in found.values() for epoch, _, uid in step)
+    samples = len(compile_kept(index))
+    whole = STEPS * GLOBAL_BATCH // samples
+    assert set(epochs.values()) == {1}
+    assert all(sum(e == epoch for e, _ in epochs) == samples for epoch in range(whole))
+    print(f"seed {seed}: {len(done)} kills: " + ", ".join(f"{role} at {step}" for role, step in done))
+    shutil.rmtree(tmp_path / "runs")
