@@ -25,8 +25,9 @@ from loader import BATCH, CHUNK, make_spec
 from ray.train.torch import TorchTrainer
 
 from mm_core.data.reader import ReadSpec
-from pipelines.index import build_index, expand_shards
+from pipelines.index import build_index
 from pipelines.session import ray_session
+from pipelines.shards import expand_shards
 from pipelines.stream import Share, StreamConfig, stream
 
 

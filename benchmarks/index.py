@@ -19,8 +19,9 @@ import subprocess
 import tempfile
 import time
 
-from pipelines.index import build_index, expand_shards
+from pipelines.index import build_index
 from pipelines.session import ray_session
+from pipelines.shards import expand_shards
 
 
 def copies(shards: list[str], folder: str, megabytes: int) -> list[str]:

@@ -41,8 +41,9 @@ from mm_core.data.reader import IndexReader, ReadSpec
 from mm_core.data.sample import Sample
 from mm_core.data.text import CaptionTokenizer
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
-from pipelines.index import build_index, expand_shards
+from pipelines.index import build_index
 from pipelines.session import ray_session
+from pipelines.shards import expand_shards
 from pipelines.stream import Share, StreamConfig, stream
 
 RANKS, CHUNK, BATCH, CONTEXT, WARM_UP = 2, 16, 256, 32, 8

@@ -22,7 +22,7 @@ from mm_core.bundle import load_bundle
 from mm_core.data.image import decode_centre
 from mm_core.data.sample import MAX_MEMBER_BYTES, Group, groups, read_group
 from mm_core.data.tar import walk
-from pipelines.index import expand_shards
+from pipelines.shards import expand_shards
 
 
 def pictures(shards: list[str], limit: int) -> list[bytes]:

@@ -16,7 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import ray
@@ -36,6 +35,7 @@ from mm_core.data.reader import IndexReader
 from mm_core.errors import DataError
 from mm_core.evaluation.retrieval import RECALL_AT, retrieval_metrics
 from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_templates, zeroshot_metrics
+from mm_core.store import open_store
 from pipelines.index import build_index
 from pipelines.plots import recall_bars, retrieval_gallery
 from pipelines.tracking import TrackingConfig, log_artifacts, log_metrics
@@ -265,7 +265,7 @@ def _pictures(index: Index, ordinals: U64, size: int) -> list[NDArray[np.uint8]]
 @contextmanager
 def _opened(paths: Sequence[str], need: tuple[str, ...]) -> Iterator[Index]:
     """The index that `paths` is, or one of the shards it names, for the length of the evaluation."""
-    if len(paths) == 1 and fsspec.core.url_to_fs(paths[0])[0].exists(f"{paths[0].rstrip('/')}/index.json"):
+    if len(paths) == 1 and open_store(paths[0])[0].exists(f"{paths[0].rstrip('/')}/index.json"):
         yield Index.open(paths[0])
         return
     with tempfile.TemporaryDirectory(prefix="mm-eval-") as temporary:

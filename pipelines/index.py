@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import braceexpand
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -32,10 +30,11 @@ from mm_core.data.index import SHARD_SCHEMA, Index, IndexSummary, shard_version
 from mm_core.data.locators import LOCATOR, write_parts
 from mm_core.data.scan import SAMPLE_SCHEMA, Batch, scan_shard, shard_name
 from mm_core.errors import ConfigError, DataError
+from mm_core.store import make_folder, open_file, open_store, reaching
+from pipelines.shards import expand_shards
 
 _PARTS = "_parts"
 _MAX_SHARDS_PER_PART = 32
-_COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _UID_RANGES, _UIDS_AT_ONCE = 64, 1 << 23
 Progress = Callable[[int, str], None]
 """Called with the number of shards done since the last call, and a note."""
@@ -103,7 +102,11 @@ def build_index(
     urls = expand_shards(patterns)
     on_shards(len(urls))
     known = _known_shards(base, need, max_pixels) if base else {}
-    per_part = _claim(out, len(urls))
+    try:
+        with reaching(out):
+            per_part = _claim(out, len(urls))
+    except OSError as error:
+        raise DataError(f"cannot write an index to {out}: {error}") from None
     parts = [
         _Part(
             number,
@@ -119,51 +122,11 @@ def build_index(
     ]
     summary = _assemble(out, need, max_pixels, _run(parts, on_progress))
     _check_bad(summary, max_bad_fraction)
-    fs, folder = fsspec.core.url_to_fs(out)
+    fs, folder = open_store(out)
     fs.pipe_file(f"{folder}/{_PARTS}/index.json", summary.model_dump_json(indent=1).encode())
     fs.mv(f"{folder}/{_PARTS}/index.json", f"{folder}/index.json")
     fs.rm(f"{folder}/{_PARTS}", recursive=True)
     return Index.open(out)
-
-
-def expand_shards(patterns: Sequence[str]) -> list[str]:
-    """Addresses of the shards, sorted, each once.
-
-    Raises:
-        DataError: a pattern that matches nothing.
-    """
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        matches: list[str] = []
-        for one in braceexpand.braceexpand(pattern) if "{" in pattern else [pattern]:
-            matches += _matches(absolute(one))
-        if not matches:
-            raise DataError(
-                f"no shard at {pattern}: name .tar files, a folder that holds some, a glob, or a range like {{00000..00012}}.tar"
-            )
-        found |= dict.fromkeys(matches)
-    return sorted(found)
-
-
-def _matches(pattern: str) -> list[str]:
-    try:
-        fs, path = fsspec.core.url_to_fs(pattern)
-        if fs.isdir(path):
-            inside = fs.find(path)
-            paths = [p for p in inside if p.endswith(".tar")]
-            compressed = [p for p in inside if p.endswith(_COMPRESSED_SUFFIXES)]
-            if compressed and not paths:
-                raise DataError(
-                    f"the shards in {pattern} are compressed ({posixpath.basename(compressed[0])}); samples in them cannot be addressed:"
-                    " unpack them to plain .tar files"
-                )
-        elif any(c in path for c in "*?["):
-            paths = [p for p in fs.glob(path) if not fs.isdir(p)]
-        else:
-            paths = [path] if fs.exists(path) else []
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"cannot list {pattern}: {error}") from None
-    return [str(p) if "://" not in pattern else str(fs.unstrip_protocol(p)) for p in paths]
 
 
 def _known_shards(base: str, need: tuple[str, ...], max_pixels: int) -> dict[str, _Known]:
@@ -181,15 +144,15 @@ def _known_shards(base: str, need: tuple[str, ...], max_pixels: int) -> dict[str
 def _claim(out: str, shards: int) -> int:
     """Take the folder: new, empty, or left by a run that did not end. Returns how many shards make a part: eight parts for each
     CPU, but as many shards as the run before on a machine that may have been another, so that its parts are those of this one."""
-    fs, folder = fsspec.core.url_to_fs(out)
+    fs, folder = open_store(out)
     if fs.exists(f"{folder}/index.json"):
         raise ConfigError(f"{out} is an index already; an index is never changed: give another --out, or remove it first")
     if fs.exists(folder):
         entries = {posixpath.basename(path.rstrip("/")) for path in fs.ls(folder, detail=False)}
         if entries - {_PARTS, "samples", "shards.parquet", "locators.npy"}:
             raise ConfigError(f"{out} exists and holds other things ({', '.join(sorted(entries)[:3])}); give another --out")
-    fs.makedirs(f"{folder}/samples", exist_ok=True)
-    fs.makedirs(f"{folder}/{_PARTS}", exist_ok=True)
+    make_folder(f"{out}/samples")
+    make_folder(f"{out}/{_PARTS}")
     layout = f"{folder}/{_PARTS}/shards-per-part"
     try:
         return max(1, int(fs.cat_file(layout)))
@@ -230,7 +193,7 @@ def _read_part(task: dict[str, str]) -> dict[str, str]:
 def _finished(part: _Part) -> dict[str, Any] | None:
     """What an earlier run wrote of this part, if it did, of the same shards as they are now."""
     try:
-        with fsspec.open(part.note, "rt") as file:
+        with open_file(part.note, "rt") as file:
             result: dict[str, Any] = json.load(file)
     except (OSError, ValueError):
         return None
@@ -244,8 +207,8 @@ def _write_part(part: _Part) -> dict[str, Any]:
     uids: list[NDArray[np.uint64]] = [np.zeros(0, dtype=np.uint64)]
     shards, digests = [], []
     with (
-        fsspec.open(f"{part.out}/samples/part-{token}.parquet", "wb") as file,
-        fsspec.open(f"{part.out}/{_PARTS}/{token}.locators", "wb") as locators,
+        open_file(f"{part.out}/samples/part-{token}.parquet", "wb") as file,
+        open_file(f"{part.out}/{_PARTS}/{token}.locators", "wb") as locators,
         pq.ParquetWriter(file, SAMPLE_SCHEMA, compression="zstd", sorting_columns=[pq.SortingColumn(0), pq.SortingColumn(1)]) as writer,
     ):
         for shard, (url, known) in enumerate(zip(part.urls, part.known, strict=True), part.first):
@@ -269,7 +232,7 @@ def _write_part(part: _Part) -> dict[str, Any]:
             )
     bounds = _write_uids(f"{part.out}/{_PARTS}/{token}.uids", np.concatenate(uids))
     result = {"task": part.task, "token": token, "bad": dict(bad), "shards": shards, "digests": digests, "uid_bounds": bounds}
-    with fsspec.open(part.note, "wt") as note:
+    with open_file(part.note, "wt") as note:
         note.write(json.dumps(result))
     return result
 
@@ -277,7 +240,7 @@ def _write_part(part: _Part) -> dict[str, Any]:
 def _copied(base: str, known: _Known, shard: int) -> Iterator[Batch]:
     """A shard's rows out of an earlier index, under its new number."""
     index, first = Index.open(base), known.first_row
-    with fsspec.open(f"{base}/samples/{known.file}", "rb") as file:
+    with open_file(f"{base}/samples/{known.file}", "rb") as file:
         table = pq.ParquetFile(file)
         for group in range(table.num_row_groups):
             statistics = table.metadata.row_group(group).column(0).statistics
@@ -296,7 +259,7 @@ def _copied(base: str, known: _Known, shard: int) -> Iterator[Batch]:
 def _write_uids(url: str, uids: NDArray[np.uint64]) -> list[int]:
     """Hashes of a part's uids, sorted, and where each of 64 ranges of hashes begins: doubles are looked for range by range."""
     uids.sort()
-    with fsspec.open(url, "wb") as file:
+    with open_file(url, "wb") as file:
         file.write(uids.tobytes())
     edges = np.arange(_UID_RANGES, dtype=np.uint64) << np.uint64(58)
     return [*np.searchsorted(uids, edges).tolist(), len(uids)]
@@ -312,7 +275,7 @@ def _duplicate_uids(out: str, done: list[dict[str, Any]]) -> int:
         for result in done:
             first, last = result["uid_bounds"][k], result["uid_bounds"][k + step]
             if last > first:
-                fs, path = fsspec.core.url_to_fs(f"{out}/{_PARTS}/{result['token']}.uids")
+                fs, path = open_store(f"{out}/{_PARTS}/{result['token']}.uids")
                 slices.append(fs.cat_file(path, start=8 * first, end=8 * last))
         uids = np.frombuffer(b"".join(slices), dtype=np.uint64)
         repeated += len(uids) - len(np.unique(uids))
@@ -320,7 +283,7 @@ def _duplicate_uids(out: str, done: list[dict[str, Any]]) -> int:
 
 
 def _assemble(out: str, need: tuple[str, ...], max_pixels: int, done: list[dict[str, Any]]) -> IndexSummary:
-    fs, folder = fsspec.core.url_to_fs(out)
+    fs, folder = open_store(out)
     shards = [shard for result in done for shard in result["shards"]]
     for stray in {posixpath.basename(path) for path in fs.find(f"{folder}/samples")} - {shard["file"] for shard in shards}:
         fs.rm(f"{folder}/samples/{stray}")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from socket import socket
 
 import pytest
 import torch
+
+from tests.object_store import ObjectStore, reserve
 
 torch.set_num_threads(1)
 
@@ -22,8 +25,21 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     del os.environ["MM_CACHE"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_object_store() -> Iterator[socket]:
+    """Whatever a test, or a worker it starts, calls S3 is a port of this machine; `object_store` serves it."""
+    with reserve(os.environ) as bound:
+        yield bound
+
+
 @pytest.fixture(scope="session")
-def ray_cluster(_own_cache: None) -> Iterator[None]:
+def object_store(_own_object_store: socket) -> Iterator[ObjectStore]:
+    with ObjectStore(_own_object_store) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(_own_cache: None, _own_object_store: socket) -> Iterator[None]:
     """One embedded Ray for the session: starting it costs as much as many tests. Four CPUs, so that three ranks fit."""
     from pipelines.session import ray_session
 

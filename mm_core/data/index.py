@@ -13,9 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
@@ -26,6 +24,7 @@ from mm_core.config import Config
 from mm_core.data.locators import Locators, open_mapped
 from mm_core.data.scan import shard_name
 from mm_core.errors import DataError
+from mm_core.store import open_file, open_store, reaching
 
 FORMAT = 2
 SHARD_SCHEMA = pa.schema(
@@ -72,10 +71,12 @@ class Index:
         """
         url = absolute(url.rstrip("/"))
         try:
-            with fsspec.open(f"{url}/index.json", "rt") as file:
+            with reaching(url), open_file(f"{url}/index.json", "rt") as file:
                 values = json.load(file)
-        except (OSError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             raise DataError(f"no index at {url}: make one with `mm data index SHARDS --out {url}`") from None
+        except OSError as error:
+            raise DataError(f"cannot read the index at {url}: {error}") from None
         if values.get("format") != FORMAT:
             raise DataError(f"the index at {url} has format {values.get('format')!r}, this mm reads {FORMAT}: index the shards again")
         return cls(url, IndexSummary.model_validate(values))
@@ -86,7 +87,7 @@ class Index:
 
     @cached_property
     def shards(self) -> pa.Table:
-        with fsspec.open(f"{self.url}/shards.parquet", "rb") as file:
+        with open_file(f"{self.url}/shards.parquet", "rb") as file:
             return pq.read_table(file)
 
     @cached_property
@@ -99,25 +100,28 @@ class Index:
 
     def samples(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The sample table, in order, a batch at a time."""
-        fs, path = fsspec.core.url_to_fs(f"{self.url}/samples")
+        fs, path = open_store(f"{self.url}/samples")
         files = [f"{path}/{name}" for name in dict.fromkeys(self.shards["file"].to_pylist())]
         yield from pads.dataset(files, filesystem=fs, format="parquet").to_batches(columns=columns, fragment_readahead=1)
 
 
-def changed_shard(row: dict[str, Any]) -> str | None:
-    """Why the shard of an index row is not what it was, or None."""
+def changed_shard(url: str, size: int, version: str) -> str | None:
+    """Why a shard is not what an index recorded, or None."""
     try:
-        size, version = shard_version(row["url"])
+        size_now, version_now = shard_version(url)
+    except FileNotFoundError:
+        return "is gone"
     except OSError as error:
         return f"cannot be reached: {error}"
-    if size != row["bytes"]:
-        return f"had {row['bytes']:,} bytes when it was indexed, has {size:,} now"
-    return f"was written again ({row['version']} → {version})" if version != row["version"] else None
+    if size_now != size:
+        return f"had {size:,} bytes when it was indexed, has {size_now:,} now"
+    return f"was written again since it was indexed ({version} → {version_now})" if version_now != version else None
 
 
 def shard_version(url: str) -> tuple[int, str]:
     """Size in bytes, and the store's etag or else the time of the last write."""
-    fs, path = fsspec.core.url_to_fs(url)
-    info = fs.info(path)
+    fs, path = open_store(url)
+    with reaching(url):
+        info = fs.info(path)
     version = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("LastModified") or ""
     return int(info["size"]), str(version)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +27,7 @@ from mm_core.data.index import Index
 from mm_core.data.permutation import U64, mix
 from mm_core.data.scan import usable
 from mm_core.errors import DataError
+from mm_core.store import make_folder, open_file, open_store
 
 _ROUNDING = 6
 """Keeps the draw of an epoch's first point apart from the keys of the plan, the reader and the mix."""
@@ -116,8 +116,8 @@ def write_ledger(index: Index, name: str, *, rule: str, repeat: NDArray[np.float
         dropped={reason: int((good & ~keep).sum())},
         fingerprint=digest.hexdigest(),
     )
-    fs, folder = fsspec.core.url_to_fs(f"{index.url}/ledgers/{name}")
-    fs.makedirs(folder, exist_ok=True)
+    fs, folder = open_store(f"{index.url}/ledgers/{name}")
+    make_folder(f"{index.url}/ledgers/{name}")
     pq.write_table(pa.table({"repeat": repeat, "reason": reasons}), f"{folder}/decisions.parquet", filesystem=fs, compression="zstd")
     with fs.open(f"{folder}/ledger.json", "w") as file:
         file.write(summary.model_dump_json(indent=1))
@@ -161,7 +161,7 @@ def compile_kept(index: Index, ledgers: Sequence[str] = ()) -> Kept:
 
 
 def _repeat(index: Index, name: str) -> NDArray[np.float32]:
-    with fsspec.open(f"{index.url}/ledgers/{name}/decisions.parquet", "rb") as file:
+    with open_file(f"{index.url}/ledgers/{name}/decisions.parquet", "rb") as file:
         repeat = pq.read_table(file, columns=["repeat"])["repeat"].to_numpy()
     if not (np.isfinite(repeat).all() and (repeat >= 0).all()):
         raise DataError(f"ledger {name!r} has sampling weights that are negative or not finite: make it again")
@@ -170,7 +170,7 @@ def _repeat(index: Index, name: str) -> NDArray[np.float32]:
 
 def _summary(index: Index, name: str) -> LedgerSummary:
     try:
-        with fsspec.open(f"{index.url}/ledgers/{name}/ledger.json", "rt") as file:
+        with open_file(f"{index.url}/ledgers/{name}/ledger.json", "rt") as file:
             values: dict[str, Any] = json.load(file)
     except (OSError, ValueError):
         raise DataError(f"the index at {index.url} has no ledger {name!r}; it has: {_names(index)}") from None
@@ -181,7 +181,7 @@ def _summary(index: Index, name: str) -> LedgerSummary:
 
 
 def _names(index: Index) -> str:
-    fs, folder = fsspec.core.url_to_fs(f"{index.url}/ledgers")
+    fs, folder = open_store(f"{index.url}/ledgers")
     found = sorted(path.rpartition("/")[2] for path in fs.ls(folder, detail=False)) if fs.exists(folder) else []
     return ", ".join(found) or "none"
 

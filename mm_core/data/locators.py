@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from mm_core.address import is_local
 from mm_core.cache import cache_folder
+from mm_core.store import open_file, open_store
 
 LOCATOR = np.dtype([("start", "<u8"), ("span", "<u4"), ("shard", "<u4"), ("check", "<u4"), ("flags", "<u2"), ("occurrence", "<u2")])
 """start, span: the bytes of the sample in its shard, headers included. check: CRC-32 of member names and sizes.
@@ -30,38 +31,38 @@ Locators = NDArray[np.void]
 
 def write_parts(target: str, parts: Sequence[str], dtype: np.dtype[Any]) -> int:
     """Join raw part files into one `.npy` at `target` (any fsspec URL), 8 MB at a time. Returns the number of rows."""
-    sizes = [fsspec.filesystem(_protocol(p)).size(p) for p in parts]
-    rows = sum(sizes) // dtype.itemsize
-    with fsspec.open(target, "wb") as out:
+    rows = sum(_size(part) for part in parts) // dtype.itemsize
+    with open_file(target, "wb") as out:
         npy.write_array_header_1_0(out, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)})
         for part in parts:
-            with fsspec.open(part, "rb") as source:
+            with open_file(part, "rb") as source:
                 shutil.copyfileobj(source, out, 8 << 20)
-    return int(rows)
+    return rows
 
 
 def open_mapped(url: str, cache_key: str) -> NDArray[Any]:
     """Memory-map a `.npy`; a remote one is first copied to this node's cache, once, whoever asks."""
     path = Path(url.removeprefix("file://"))
-    if _protocol(url) != "file":
+    if not is_local(url):
         path = cache_folder() / "maps" / f"{hashlib.blake2b(f'{url} {cache_key}'.encode(), digest_size=16).hexdigest()}.npy"
         if not path.exists():
             _fetch(url, path)
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
+def _size(url: str) -> int:
+    fs, path = open_store(url)
+    return int(fs.size(path))
+
+
 def _fetch(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
         try:
-            with fsspec.open(url, "rb") as source:
+            with open_file(url, "rb") as source:
                 shutil.copyfileobj(source, temporary, 8 << 20)
             temporary.close()
             os.replace(temporary.name, path)
         except BaseException:
             os.unlink(temporary.name)
             raise
-
-
-def _protocol(url: str) -> str:
-    return url.partition("://")[0] if "://" in url else "file"

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 
@@ -25,6 +24,7 @@ from mm_core.data.ranged import retried
 from mm_core.data.sample import MAX_MEMBER_BYTES, Group, content_digest, groups, read_group
 from mm_core.data.tar import Hole, walk
 from mm_core.errors import DataError
+from mm_core.store import of_store, open_store, reaching
 
 _MEMBER = pa.struct([("suffix", pa.string()), ("offset", pa.uint64()), ("size", pa.uint64())])
 SAMPLE_SCHEMA = pa.schema(
@@ -216,18 +216,24 @@ class _ShardStream:
     def read(self, size: int, /) -> bytes:
         try:
             data = (self._file or self._open()).read(size)
-        except OSError:
+        except Exception as error:
+            if not of_store(error):
+                raise
             self._reopen(self._offset)
-            data = retried(lambda: (self._file or self._open()).read(size), partial(self._reopen, self._offset))
+            data = retried(partial(self._read_again, size), partial(self._reopen, self._offset))
         self._offset += len(data)
         return data
+
+    def _read_again(self, size: int) -> bytes:
+        with reaching(self._url):
+            return (self._file or self._open()).read(size)
 
     def _open(self) -> BinaryIO:
         file: BinaryIO
         if is_local(self._url):
             file = open(self._url.removeprefix("file://"), "rb", buffering=_READ_BYTES)  # noqa: SIM115 - closed by __exit__
         else:
-            fs, path = fsspec.core.url_to_fs(self._url)
+            fs, path = open_store(self._url)
             file = fs.open(path, "rb", block_size=8 << 20, cache_type="readahead")
         file.seek(self._offset)
         self._file = file

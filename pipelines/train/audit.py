@@ -6,10 +6,10 @@ since the last checkpoint under a higher attempt: the rows of a step's highest a
 
 from __future__ import annotations
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mm_core.store import make_folder, open_store
 from pipelines.stream import StepBatch
 
 
@@ -17,8 +17,8 @@ class Audit:
     """Collects one rank's rows; `flush` before a checkpoint is reported, so no step before a checkpoint is without rows."""
 
     def __init__(self, folder: str, *, rank: int, attempt: int) -> None:
-        self._fs, self._folder = fsspec.core.url_to_fs(folder)
-        self._fs.makedirs(self._folder, exist_ok=True)
+        self._fs, self._folder = open_store(folder)
+        make_folder(folder)
         self._rank, self._attempt = rank, attempt
         self._rows: list[pa.Table] = []
         self._first_step = 0
@@ -43,7 +43,7 @@ class Audit:
 
 def read_audit(folder: str) -> pa.Table:
     """The rows of each step's highest attempt, sorted by (step, position)."""
-    fs, path = fsspec.core.url_to_fs(folder)
+    fs, path = open_store(folder)
     rows = pa.concat_tables(pq.read_table(file, filesystem=fs) for file in sorted(fs.glob(f"{path}/attempt*.parquet")))
     highest = rows.group_by("step").aggregate([("attempt", "max")])
     joined = rows.join(highest, "step").filter(pa.compute.field("attempt") == pa.compute.field("attempt_max"))

@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,25 +17,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mm_core.address import absolute
+from mm_core.address import absolute, is_local
 from mm_core.bundle import BundleManifest, init_from, write_bundle
 from mm_core.console import Console, Tracker
-from mm_core.data.index import Index, changed_shard
 from mm_core.data.ledger import Source
 from mm_core.data.reader import ReadSpec
-from mm_core.errors import CheckpointError, ConfigError, DataError, MMError, TrainingError
+from mm_core.errors import CheckpointError, ConfigError, MMError, TrainingError
 from mm_core.models.clip import TwoTower, build_clip
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
+from mm_core.store import open_store
 from mm_core.training.checkpoint import load_weights
 from pipelines.causes import own_error
 from pipelines.metric_log import MetricLog, spool_folder
 from pipelines.plots import loss_curve
+from pipelines.shards import check_shards
 from pipelines.tracking import DatasetInput, RunStatus, continue_run, create_run, finish_run, log_artifacts, metric_history
 from pipelines.train.board import start_board
 from pipelines.train.config import TrainRun
@@ -84,8 +85,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     """
     # 1. The data, as it was indexed.
     data = RunData.open(request.sources)
-    for index in data.indexes:
-        _check_shards(index)
+    check_shards(data.indexes)
     data.check_modalities()
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
     data.plan(run)
@@ -292,7 +292,7 @@ def _fit(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
         ),
         run_config=ray.train.RunConfig(
             name=folder.name,
-            storage_path=folder.storage,
+            **_storage(folder),
             failure_config=ray.train.FailureConfig(max_failures=run.resources.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.checkpoint.keep),
         ),
@@ -308,6 +308,15 @@ def _fit(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
     if outcome.failure:
         raise TrainingError(outcome.failure)
     return outcome
+
+
+def _storage(folder: RunFolder) -> dict[str, Any]:
+    """Where Ray Train keeps checkpoints. A remote store is opened through fsspec, as all else is: left to itself Ray would take pyarrow's
+    own client, which has settings of its own."""
+    if is_local(folder.storage):
+        return {"storage_path": folder.storage}
+    fs, path = open_store(folder.storage)
+    return {"storage_path": path, "storage_filesystem": pafs.PyFileSystem(pafs.FSSpecHandler(fs))}
 
 
 @contextmanager
@@ -357,17 +366,6 @@ def _log_results(run: TrainRun, folder: RunFolder, run_id: str) -> None:
     history = metric_history(run.tracking, run_id, _CURVES)
     with tempfile.TemporaryDirectory() as temporary:
         log_artifacts(run.tracking, run_id, loss_curve(history, Path(temporary) / "loss.png"), "plots")
-
-
-def _check_shards(index: Index) -> None:
-    """Every shard is what it was when it was indexed."""
-    rows = index.shards.to_pylist()
-    with ThreadPoolExecutor(16) as pool:
-        changes = [(row["url"], change) for row, change in zip(rows, pool.map(changed_shard, rows), strict=True) if change]
-    if changes:
-        url, change = changes[0]
-        more = f" (and {len(changes) - 1} more shards)" if len(changes) > 1 else ""
-        raise DataError(f"shard {url}{more} {change}; index the shards again into a new index")
 
 
 def _check_resources(run: TrainRun) -> None:

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from mm_core.address import absolute, is_local
 from mm_core.config import Config, flatten
 from mm_core.data.ledger import Source
 from mm_core.errors import CheckpointError, ConfigError
+from mm_core.store import make_folder, open_file, open_store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -56,39 +55,38 @@ class RunFolder:
         return f"{self.storage.rstrip('/')}/{self.name}"
 
     def exists(self) -> bool:
-        fs, path = fsspec.core.url_to_fs(self.url)
+        fs, path = open_store(self.url)
         return bool(fs.exists(f"{path}/run.json"))
 
     def read(self) -> RunRecord:
         try:
-            with fsspec.open(f"{self.url}/run.json", "rt") as file:
+            with open_file(f"{self.url}/run.json", "rt") as file:
                 return RunRecord.model_validate(json.load(file))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.url} holds no run that can be continued: {error}") from None
 
     def write(self, record: RunRecord) -> None:
-        with fsspec.open(f"{self.url}/run.json", "wt", auto_mkdir=True) as file:
+        with open_file(f"{self.url}/run.json", "wt") as file:
             file.write(record.model_dump_json(indent=1))
 
     def remove(self) -> None:
-        fs, path = fsspec.core.url_to_fs(self.url)
+        fs, path = open_store(self.url)
         if fs.exists(path):
             fs.rm(path, recursive=True)
 
     def put(self, local: Path, name: str) -> None:
         """Copy a local folder to `name` below the run's folder, replacing what is there."""
-        fs, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
+        fs, path = open_store(f"{self.url}/{name}")
         if fs.exists(path):
             fs.rm(path, recursive=True)
-        fs.makedirs(path)
         for file in sorted(p for p in local.rglob("*") if p.is_file()):
-            target = f"{path}/{file.relative_to(local).as_posix()}"
-            fs.makedirs(posixpath.dirname(target), exist_ok=True)
-            fs.put_file(str(file), target)
+            relative = file.relative_to(local).as_posix()
+            make_folder(posixpath.dirname(f"{self.url}/{name}/{relative}"))
+            fs.put_file(str(file), f"{path}/{relative}")
 
     def get(self, name: str) -> Path:
         """A local folder with the content of `name`: the folder itself where it is local, else a temporary copy."""
-        fs, path = fsspec.core.url_to_fs(f"{self.url}/{name}")
+        fs, path = open_store(f"{self.url}/{name}")
         if not fs.exists(path):
             raise CheckpointError(f"{self.url}/{name} is not there")
         if is_local(self.url):
@@ -103,7 +101,7 @@ class RunFolder:
 
     def latest_checkpoint(self) -> str | None:
         """Name of the newest checkpoint."""
-        fs, path = fsspec.core.url_to_fs(self.url)
+        fs, path = open_store(self.url)
         found = sorted(posixpath.basename(p) for p in fs.glob(f"{path}/checkpoint_*") if fs.exists(f"{p}/state.json"))
         return found[-1] if found else None
 
@@ -111,7 +109,7 @@ class RunFolder:
 def newest_run(storage: str, identity: dict[str, Any], data_fingerprint: str) -> RunFolder | None:
     """The run under `storage` that was started last with this configuration on this data."""
     base = absolute(storage)
-    fs, path = fsspec.core.url_to_fs(base)
+    fs, path = open_store(base)
     matches: list[tuple[float, RunFolder]] = []
     for file in fs.glob(f"{path}/*/run.json"):
         folder = RunFolder(base, posixpath.basename(posixpath.dirname(file)))

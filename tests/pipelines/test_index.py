@@ -25,7 +25,8 @@ from mm_core.data.sample import Sample
 from mm_core.data.scan import SAMPLE_SCHEMA, scan_shard
 from mm_core.data.synth.corpus import SynthConfig, write_corpus
 from mm_core.errors import ConfigError, DataError
-from pipelines.index import build_index, expand_shards
+from pipelines.index import build_index
+from pipelines.shards import expand_shards
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

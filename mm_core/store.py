@@ -1,0 +1,78 @@
+"""Stores that hold shards, indexes and runs: a local disk or any fsspec URL, opened in one way everywhere.
+
+How a store is reached (endpoint, credentials, region) is its library's own configuration (`AWS_*`) and fsspec's (`FSSPEC_S3_…`). What is
+set here are defaults that both can override: connections for concurrent reads, and no listings kept, as other processes write too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+
+from mm_core.address import is_local
+
+CONNECTIONS = 32
+"""Requests of one process under way at a time. botocore's own default of 10 gives 100 requests/s at 100 ms each."""
+_OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure", "requests")
+
+
+def open_store(url: str) -> tuple[Any, str]:
+    """The fsspec file system of `url`, and the path there."""
+    fs, path = fsspec.core.url_to_fs(url, **_options(url))
+    return fs, path
+
+
+def open_file(url: str, mode: str) -> Any:
+    """`fsspec.open`, with folders made for a file that is written where the store has folders."""
+    return fsspec.open(url, mode, auto_mkdir=_protocol(url) not in _OBJECT_STORES, **_options(url))
+
+
+def make_folder(url: str) -> None:
+    """A folder and those above it. In an object store it comes with its first object: s3fs would make a *bucket* of a mistyped name."""
+    if _protocol(url) not in _OBJECT_STORES:
+        fs, path = open_store(url)
+        fs.makedirs(path, exist_ok=True)
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """What a store's library raises, as an OSError of one line: their own are of many kinds, some of many lines.
+
+    Raises:
+        OSError: FileNotFoundError and PermissionError stay what they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) or not of_store(error):
+            raise
+        what = " ".join(str(error).split()) or type(error).__name__
+        kind = PermissionError if isinstance(error, PermissionError) else OSError
+        raise kind(f"{what}{_way_out(url, error)}") from None
+
+
+def _way_out(url: str, error: Exception) -> str:
+    if _protocol(url) not in ("s3", "s3a") or not (isinstance(error, PermissionError) or "Credentials" in type(error).__name__):
+        return ""
+    return " (set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, where mm and its workers run)"
+
+
+def of_store(error: Exception) -> bool:
+    """Whether a store raised `error`, and no mistake of this program."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _LIBRARIES
+
+
+def _protocol(url: str) -> str:
+    return "file" if is_local(url) else url.partition("://")[0]
+
+
+def _options(url: str) -> dict[str, Any]:
+    if _protocol(url) not in ("s3", "s3a"):
+        return {}
+    configured = fsspec.config.conf.get("s3", {})
+    pool = {"max_pool_connections": CONNECTIONS} | configured.get("config_kwargs", {})
+    return {"use_listings_cache": configured.get("use_listings_cache", False), "config_kwargs": pool}

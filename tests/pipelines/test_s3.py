@@ -1,0 +1,144 @@
+"""Everything that lies in an object store: moto's server stands for S3 (`tests/object_store.py`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import mm
+from mm_core.data.augment import AugmentConfig
+from mm_core.data.index import Index
+from mm_core.data.ledger import Source, compile_kept, split
+from mm_core.data.plan import Plan
+from mm_core.data.ranged import RangedReader, Span
+from mm_core.data.reader import PlanReader, ReadSpec
+from mm_core.errors import DataError
+from mm_core.models.tokenizer import caption_tokenizer, train_bpe
+from mm_core.store import open_store
+from pipelines.index import build_index
+from tests.object_store import ObjectStore
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def bucket(name: str) -> str:
+    fs, path = open_store(f"s3://{name}")
+    fs.mkdir(path)
+    return f"s3://{name}"
+
+
+def upload(source: Path, target: str) -> None:
+    fs, path = open_store(target)
+    fs.pipe_file(path, source.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def shards(object_store: ObjectStore, corpus: Path) -> str:
+    object_store.faults()
+    folder = f"{bucket('shards')}/train"
+    for shard in sorted((corpus / "train").glob("*.tar")):
+        upload(shard, f"{folder}/{shard.name}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(shards: str) -> Index:
+    return build_index([shards], f"{bucket('indexes')}/first")
+
+
+def make_spec(index: Index, ledgers: tuple[str, ...] = (), run_length: int = 8) -> ReadSpec:
+    kept = compile_kept(index, ledgers)
+    tokenizer = caption_tokenizer(train_bpe(["a red circle", "a blue square"] * 3, vocab_size=300, context_length=12), 12)
+    plan = Plan(len(kept), 0, 8, run_length, kept.fingerprint)
+    return ReadSpec((Source(index=index.url, ledgers=ledgers),), plan, 24, AugmentConfig(crop_area=(0.5, 1.0)), tokenizer)
+
+
+POSITIONS = np.arange(320, dtype=np.uint64)
+
+
+def test_index_ledger_and_stream_are_those_of_the_local_disk(index: Index, corpus: Path, tmp_path: Path) -> None:
+    local = build_index([str(corpus / "train")], str(tmp_path / "index"))
+    assert index.summary == local.summary
+    assert index.shard_urls == [f"s3://shards/train/{n:05d}.tar" for n in range(4)]
+    for each in (index, local):
+        split(each, heldout=0.2, seed=3)
+    assert PlanReader(make_spec(index, ("train",))).read(POSITIONS) == PlanReader(make_spec(local, ("train",))).read(POSITIONS)
+
+
+def test_with_faults_and_latency_nothing_is_lost(index: Index, object_store: ObjectStore) -> None:
+    calm = PlanReader(make_spec(index, run_length=1)).read(POSITIONS)
+    reader = PlanReader(make_spec(index, run_length=1))
+    object_store.faults(fail=0.05, latency_s=0.1)
+    try:
+        rows = reader.read(POSITIONS)
+        assert object_store.counts()["failed"]
+    finally:
+        object_store.faults()
+    assert rows["replaced"].null_count == len(rows)
+    assert rows == calm
+
+
+def test_a_range_that_never_comes_is_a_counted_problem(shards: str, object_store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
+    good, gone = Span(f"{shards}/00000.tar", 0, 512), Span(f"{shards}/gone.tar", 0, 512)
+    beyond = Span(f"{shards}/00000.tar", 1 << 40, 512)
+    first, second, third = RangedReader().read([good, gone, beyond])
+    assert isinstance(first, bytes)
+    assert "gone.tar bytes 0-512: " in str(second)
+    assert str(third).startswith("read_failed")
+    assert "1 of 3 reads failed" in caplog.text  # waiting does not bring what is not there
+
+
+def test_from_a_base_only_what_has_another_etag_is_read(shards: str, index: Index, corpus: Path, object_store: ObjectStore) -> None:
+    copied = f"{bucket('growing')}/train"
+    for number in range(2):
+        upload(corpus / "train" / f"{number:05d}.tar", f"{copied}/{number:05d}.tar")
+    first = build_index([copied], "s3://indexes/growing-1")
+    upload(corpus / "train" / "00002.tar", f"{copied}/00001.tar")  # another content
+    upload(corpus / "train" / "00003.tar", f"{copied}/00003.tar")
+    object_store.faults()
+    second = build_index([copied], "s3://indexes/growing-2", base=first.url)
+    with_base = object_store.counts()["bytes"]
+    object_store.faults()
+    whole = build_index([copied], "s3://indexes/growing-3")
+    assert second.summary == whole.summary
+    fs, path = open_store(copied)
+    assert with_base < object_store.counts()["bytes"]
+    assert [row["version"] for row in second.shards.to_pylist()] == [
+        fs.info(f"{path}/{n}.tar")["ETag"] for n in ("00000", "00001", "00003")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("data", "index", "s3://no-such-bucket/train", "--out", "s3://indexes/x"), "no shard at s3://no-such-bucket/train"),
+        (
+            ("data", "index", "s3://shards/train", "--out", "s3://no-such-bucket/x"),
+            "cannot write an index to s3://no-such-bucket/x: .*bucket does not exist",
+        ),
+        (("train", "clip-tiny", "--data", "s3://no-such-bucket/index"), "no index at s3://no-such-bucket/index"),
+    ],
+)
+def test_a_missing_bucket_is_one_clear_line(arguments: tuple[str, ...], message: str, shards: str, index: Index) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        CliRunner().invoke(mm.app, list(arguments), catch_exceptions=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "command", [("data", "index", "s3://shards/train", "--out", "x"), ("train", "clip-tiny", "--data", "s3://indexes/first")]
+)
+def test_missing_credentials_are_one_clear_line(command: tuple[str, ...], tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    environment |= {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
+    arguments = [sys.executable, "-c", "import mm; mm.main()", *command, *(("--dry-run",) if command[0] == "train" else ())]
+    done = subprocess.run(arguments, env=environment, cwd=Path(mm.__file__).parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().count("\n") == 0
+    assert "credentials (set AWS_ACCESS_KEY_ID" in done.stderr
