@@ -131,6 +131,7 @@ def train(
     name: Annotated[str | None, typer.Option(help="Name of the run; by default recipe and time.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run from its last checkpoint.")] = False,
     audit: Annotated[str | None, typer.Option(help="Write which sample was consumed when, as Parquet, to this folder.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every sample read with its digest; the same as data.verify.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -147,6 +148,7 @@ def train(
     overrides = list(settings or [])
     overrides += [f"resources.workers={workers}"] if workers else []
     overrides += [f"init={init}"] if init else []
+    overrides += ["data.verify=true"] if verify else []
     run, origins = resolve_run(recipe, overrides)
     sources = tuple(Source.parse(text, ledger or ()) for text in data)
     if dry_run:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from mm_core.address import absolute
 from mm_core.data.image import MAX_PIXELS
 from mm_core.data.index import SHARD_SCHEMA, Index, IndexSummary, shard_version
-from mm_core.data.locators import LOCATOR, write_parts
+from mm_core.data.locators import DIGEST, LOCATOR, write_parts
 from mm_core.data.scan import SAMPLE_SCHEMA, Batch, scan_shard, shard_name
 from mm_core.errors import ConfigError, DataError
 from mm_core.store import make_folder, open_file, open_store, reaching
@@ -73,7 +73,14 @@ class _Part:
     @property
     def task(self) -> dict[str, Any]:
         """What must be the same for a finished part to be taken."""
-        return {"first": self.first, "urls": self.urls, "need": self.need, "max_pixels": self.max_pixels, "schema": str(SAMPLE_SCHEMA)}
+        return {
+            "first": self.first,
+            "urls": self.urls,
+            "need": self.need,
+            "max_pixels": self.max_pixels,
+            "schema": str(SAMPLE_SCHEMA),
+            "digests": True,
+        }
 
 
 def build_index(
@@ -149,7 +156,7 @@ def _claim(out: str, shards: int) -> int:
         raise ConfigError(f"{out} is an index already; an index is never changed: give another --out, or remove it first")
     if fs.exists(folder):
         entries = {posixpath.basename(path.rstrip("/")) for path in fs.ls(folder, detail=False)}
-        if entries - {_PARTS, "samples", "shards.parquet", "locators.npy"}:
+        if entries - {_PARTS, "samples", "shards.parquet", "locators.npy", "digests.npy"}:
             raise ConfigError(f"{out} exists and holds other things ({', '.join(sorted(entries)[:3])}); give another --out")
     make_folder(f"{out}/samples")
     make_folder(f"{out}/{_PARTS}")
@@ -209,6 +216,7 @@ def _write_part(part: _Part) -> dict[str, Any]:
     with (
         open_file(f"{part.out}/samples/part-{token}.parquet", "wb") as file,
         open_file(f"{part.out}/{_PARTS}/{token}.locators", "wb") as locators,
+        open_file(f"{part.out}/{_PARTS}/{token}.digests", "wb") as digests_file,
         pq.ParquetWriter(file, SAMPLE_SCHEMA, compression="zstd", sorting_columns=[pq.SortingColumn(0), pq.SortingColumn(1)]) as writer,
     ):
         for shard, (url, known) in enumerate(zip(part.urls, part.known, strict=True), part.first):
@@ -218,6 +226,7 @@ def _write_part(part: _Part) -> dict[str, Any]:
             for batch in _copied(part.base, known, shard) if known is not None and unchanged else scan:
                 writer.write_table(batch.table, row_group_size=len(batch.table))
                 locators.write(batch.locators.tobytes())
+                digests_file.write(_binary(batch.table["digest"].to_pylist()))
                 good = batch.table.filter(pc.is_null(batch.table["reason"]))
                 rows, samples = rows + len(batch.table), samples + len(good)
                 bad.update(batch.table["reason"].drop_null().to_pylist())
@@ -289,6 +298,7 @@ def _assemble(out: str, need: tuple[str, ...], max_pixels: int, done: list[dict[
         fs.rm(f"{folder}/samples/{stray}")
     pq.write_table(pa.Table.from_pylist(shards, schema=SHARD_SCHEMA), f"{folder}/shards.parquet", filesystem=fs)
     rows = write_parts(f"{out}/locators.npy", [f"{out}/{_PARTS}/{result['token']}.locators" for result in done], LOCATOR)
+    write_parts(f"{out}/digests.npy", [f"{out}/{_PARTS}/{result['token']}.digests" for result in done], DIGEST)
     fingerprint = hashlib.blake2b(" ".join(d for result in done for d in result["digests"]).encode(), digest_size=16)
     fingerprint.update(f"need={','.join(need)}".encode())
     bad = sum((Counter(result["bad"]) for result in done), Counter[str]())
@@ -331,6 +341,11 @@ def _listing(table: pa.Table) -> bytes:
     """What a fingerprint covers of each row: its place and its content."""
     places = zip(table["start"].to_pylist(), table["digest"].to_pylist(), strict=True)
     return "".join(f"{start} {digest or ''}\n" for start, digest in places).encode()
+
+
+def _binary(digests: list[str | None]) -> bytes:
+    """16 bytes each; zeros for a row without a sample."""
+    return b"".join(bytes.fromhex(digest) if digest else bytes(DIGEST.itemsize) for digest in digests)
 
 
 def _hash64(uid: str) -> int:

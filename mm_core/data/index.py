@@ -4,6 +4,7 @@ INDEX/index.json       format, fingerprint, counts
 INDEX/shards.parquet   one row per shard: url, bytes, mtime or etag, rows, file
 INDEX/samples/*.parquet   one row per sample, for people and filters (columns: `scan.SAMPLE_SCHEMA`)
 INDEX/locators.npy     24 bytes per sample, for machines
+INDEX/digests.npy      16 bytes per sample, for reads that are verified
 INDEX/ledgers/NAME/    decisions (`ledger.py`)
 """
 
@@ -14,9 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import Field
 
 from mm_core.address import absolute
@@ -84,6 +87,20 @@ class Index:
     @cached_property
     def locators(self) -> Locators:
         return open_mapped(f"{self.url}/locators.npy", self.summary.fingerprint)
+
+    @cached_property
+    def digests(self) -> NDArray[np.void]:
+        """What `content_digest` gave of each row, in binary.
+
+        Raises:
+            DataError: the index was made before there were digests in it.
+        """
+        try:
+            return open_mapped(f"{self.url}/digests.npy", self.summary.fingerprint)
+        except FileNotFoundError:
+            raise DataError(
+                f"the index at {self.url} has no digests.npy, which --verify compares with: index the shards again, or leave it out"
+            ) from None
 
     @cached_property
     def shards(self) -> pa.Table:

@@ -25,6 +25,9 @@ LOCATOR = np.dtype([("start", "<u8"), ("span", "<u4"), ("shard", "<u4"), ("check
 """start, span: the bytes of the sample in its shard, headers included. check: CRC-32 of member names and sizes.
 flags: see below. occurrence: how many samples of the same key the shard held before."""
 
+DIGEST = np.dtype("V16")
+"""`sample.content_digest`, in `digests.npy`: in the locators' order, but in a file of its own, which only `data.verify` needs."""
+
 HAS_IMAGE, HAS_TEXT, HAS_LABEL, BAD = 1, 2, 4, 8
 Locators = NDArray[np.void]
 

@@ -7,8 +7,10 @@ same number of steps; the result depends on (plan, position) alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +26,16 @@ from mm_core.data.mix import MixedPlan
 from mm_core.data.permutation import U64, mix
 from mm_core.data.plan import Places, Plan
 from mm_core.data.problems import Reason, SampleProblem
-from mm_core.data.ranged import RangedReader, Span
+from mm_core.data.ranged import GAP_BYTES, RangedReader, Span
 from mm_core.data.sample import Sample, read_span
 from mm_core.data.text import CaptionTokenizer, choose_caption
 from mm_core.errors import DataError
 
 _AUGMENT, _CAPTION = 3, 4
 """Keep the keys of the draws apart from each other and from the plan's."""
+_BACKOFF_S = (0.05, 0.2)
+"""Before a sample that disagrees with the index is read again."""
+_QUARANTINE = 100_000
 _STAND_IN_CHUNKS = 8
 """How many chunks further on a replacement is looked for where a whole chunk cannot be used."""
 
@@ -46,42 +51,70 @@ class ReadSpec:
     tokenizer: CaptionTokenizer
     prompt_templates: tuple[str, ...] = ()
     max_pixels: int = MAX_PIXELS
+    gap_bytes: int = GAP_BYTES
+    """Bytes between two samples of a remote shard that are read along rather than asked for apart."""
+    verify: bool = False
+    """Compare every sample's bytes with the digest that the index has of it."""
 
 
-@dataclass
 class IndexReader:
-    """Samples of an index by ordinal, checked against it."""
+    """Samples of an index by ordinal, each checked against it: the members' names and sizes, and on request the digest of their bytes."""
 
-    index: Index
-    _ranged: RangedReader = field(default_factory=RangedReader)
+    def __init__(self, index: Index, *, gap_bytes: int = GAP_BYTES, verify: bool = False) -> None:
+        """
+        Raises:
+            DataError: `verify`, and the index has no digests.
+        """
+        self.index = index
+        self._ranged = RangedReader(gap_bytes=gap_bytes)
+        self._digests = index.digests if verify else None
+        self._quarantine: dict[int, SampleProblem] = {}
+        """Samples that are not what was indexed, by ordinal: they are not asked for again by this process."""
 
     def read(self, ordinals: U64) -> list[Sample | SampleProblem]:
-        """The samples at `ordinals`, in that order; in the place of one that cannot be read, why."""
-        locators = self.index.locators[ordinals.astype(np.int64)]
-        urls = self.index.shard_urls
-        spans = [Span(urls[int(row["shard"])], int(row["start"]), int(row["span"])) for row in locators]
-        return [
-            data if isinstance(data, SampleProblem) else self._checked(data, span, row)
-            for data, span, row in zip(self._ranged.read(spans), spans, locators, strict=True)
-        ]
+        """The samples at `ordinals`, in that order; in the place of one that cannot be read, why.
 
-    def _checked(self, data: bytes, span: Span, row: np.void) -> Sample | SampleProblem:
-        """A span that disagrees with the index is read once more from a reopened shard before it is given up."""
+        Those that disagree with the index are read again from a reopened shard, all together, after a wait, before they are given up.
+        """
+        numbers = [int(ordinal) for ordinal in ordinals]
+        found: dict[int, Sample | SampleProblem] = {n: self._quarantine[n] for n in numbers if n in self._quarantine}
+        asked = [n for n in dict.fromkeys(numbers) if n not in found]
+        for wait_s in (*_BACKOFF_S, None):
+            found |= self._attempt(asked)
+            asked = [n for n in asked if _changed(found[n])]
+            if not asked or wait_s is None:
+                break
+            time.sleep(wait_s)
+            for span in self.spans(np.asarray(asked)):
+                self._ranged.forget(span.url)
+        if len(self._quarantine) < _QUARANTINE:
+            self._quarantine |= {n: problem for n in asked if isinstance(problem := found[n], SampleProblem)}
+        return [found[n] for n in numbers]
+
+    def spans(self, ordinals: NDArray[Any]) -> list[Span]:
+        """Where the samples at `ordinals` lie."""
+        urls = self.index.shard_urls
+        rows = self.index.locators[ordinals.astype(np.int64)]
+        return [Span(urls[int(row["shard"])], int(row["start"]), int(row["span"])) for row in rows]
+
+    def _attempt(self, ordinals: list[int]) -> dict[int, Sample | SampleProblem]:
+        data = self._ranged.read(self.spans(np.asarray(ordinals, dtype=np.int64)))
+        return {n: self._parse(n, one) for n, one in zip(ordinals, data, strict=True)}
+
+    def _parse(self, ordinal: int, data: bytes | SampleProblem) -> Sample | SampleProblem:
+        if isinstance(data, SampleProblem):
+            return data
+        row = self.index.locators[ordinal]
+        name = self.index.shard_names[int(row["shard"])]
+        digest = None if self._digests is None else bytes(self._digests[ordinal]).hex()
         try:
-            return self._parse(data, row)
-        except SampleProblem as problem:
-            if problem.reason is not Reason.CHANGED:
-                return problem
-        self._ranged.forget(span.url)
-        again = self._ranged.read([span])[0]
-        try:
-            return again if isinstance(again, SampleProblem) else self._parse(again, row)
+            return read_span(data, name, check=int(row["check"]), occurrence=int(row["occurrence"]), digest=digest)
         except SampleProblem as problem:
             return problem
 
-    def _parse(self, data: bytes, row: np.void) -> Sample:
-        name = self.index.shard_names[int(row["shard"])]
-        return read_span(data, name, check=int(row["check"]), occurrence=int(row["occurrence"]))
+
+def _changed(found: Sample | SampleProblem) -> bool:
+    return isinstance(found, SampleProblem) and found.reason is Reason.CHANGED
 
 
 @dataclass
@@ -103,7 +136,7 @@ class PlanReader:
         self.spec = spec
         self._reuse_memory = reuse_memory
         self._memory = self._fresh(0)
-        self._readers = [IndexReader(Index.open(source.index)) for source in spec.sources]
+        self._readers = [IndexReader(Index.open(source.index), gap_bytes=spec.gap_bytes, verify=spec.verify) for source in spec.sources]
 
     @cached_property
     def _kept(self) -> list[Kept]:

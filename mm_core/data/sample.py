@@ -121,15 +121,17 @@ def read_group(group: Group, shard_name: str) -> Sample:
     return Sample(key=group.key, uid=uid, image=_image(group), captions=captions, label=_label(group))
 
 
-def read_span(span: bytes, shard_name: str, *, check: int, occurrence: int) -> Sample:
+def read_span(span: bytes, shard_name: str, *, check: int, occurrence: int, digest: str | None = None) -> Sample:
     """Interpret the bytes of one sample, as the index's locator bounds them.
 
     Raises:
-        SampleProblem: CHANGED where names or sizes are not those that were indexed.
+        SampleProblem: CHANGED where names or sizes, or with `digest` the content, are not those that were indexed.
     """
     found = [g for g in groups(walk(io.BytesIO(span), max_member_bytes=MAX_MEMBER_BYTES, whole=False)) if isinstance(g, Group)]
     if len(found) != 1 or found[0].check != check:
         raise SampleProblem(Reason.CHANGED, f"in {shard_name}: the bytes are not the sample that was indexed")
+    if digest is not None and content_digest(found[0]) != digest:
+        raise SampleProblem(Reason.CHANGED, f"in {shard_name}: {found[0].key!r} has another content than when it was indexed")
     found[0].occurrence = occurrence
     return read_group(found[0], shard_name)
 

@@ -12,6 +12,7 @@ from mm_core.config import Config
 from mm_core.data.augment import AugmentConfig
 from mm_core.data.image import MAX_PIXELS
 from mm_core.data.mix import MixConfig
+from mm_core.data.ranged import GAP_BYTES
 from mm_core.data.text import TEMPLATE_MARK
 from mm_core.models.clip import ClipConfig
 from mm_core.optim import OptimizerConfig
@@ -32,6 +33,10 @@ class DataConfig(Config):
     augment: AugmentConfig = AugmentConfig()
     prompt_templates: tuple[str, ...] = Field(default=(), description="Texts with {c} for the caption; one is drawn each time.")
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="Images above this are not decoded.")
+    gap_bytes: int = Field(
+        default=GAP_BYTES, ge=0, description="Bytes between two samples of a remote shard that are read along rather than asked for apart."
+    )
+    verify: bool = Field(default=False, description="Compare every sample that is read with the digest that the index has of it.")
     max_bad_fraction: float = Field(default=0.1, ge=0, le=1, description="The run stops if a larger share of samples has to be replaced.")
 
     @field_validator("prompt_templates")
@@ -87,7 +92,8 @@ class TrainRun(Config):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides what is learned: two runs equal in it, on equal data, are the same run."""
-        return self.model_dump(mode="json", exclude={"log_every_steps", "checkpoint", "stream", "resources", "tracking", "storage"})
+        whole = {"log_every_steps", "checkpoint", "stream", "resources", "tracking", "storage"}
+        return self.model_dump(mode="json", exclude=dict.fromkeys(whole, True) | {"data": {"gap_bytes", "verify"}})
 
     @property
     def fingerprint(self) -> str:

@@ -248,6 +248,8 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
         tokenizer=caption_tokenizer(tokenizer, run.model.context_length),
         prompt_templates=run.data.prompt_templates,
         max_pixels=run.data.max_pixels,
+        gap_bytes=run.data.gap_bytes,
+        verify=run.data.verify,
     )
     return WorkerTask(
         run=run,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
@@ -22,6 +25,7 @@ from mm_core.errors import DataError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from mm_core.store import open_store
 from pipelines.index import build_index
+from pipelines.shards import check_shards
 from tests.object_store import ObjectStore
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -72,16 +76,19 @@ def test_index_ledger_and_stream_are_those_of_the_local_disk(index: Index, corpu
 
 
 def test_with_faults_and_latency_nothing_is_lost(index: Index, object_store: ObjectStore) -> None:
-    calm = PlanReader(make_spec(index, run_length=1)).read(POSITIONS)
-    reader = PlanReader(make_spec(index, run_length=1))
+    spec = replace(make_spec(index, run_length=1), gap_bytes=0, verify=True)
+    calm, reader = PlanReader(spec).read(POSITIONS), PlanReader(spec)
     object_store.faults(fail=0.05, latency_s=0.1)
     try:
-        rows = reader.read(POSITIONS)
-        assert object_store.counts()["failed"]
+        blocks = [reader.read(positions) for positions in np.split(POSITIONS, 5)]
+        counts = object_store.counts()
     finally:
         object_store.faults()
+    rows = pa.concat_tables(blocks)
+    assert counts["requests"] > 200
+    assert counts["failed"] > 3
     assert rows["replaced"].null_count == len(rows)
-    assert rows == calm
+    assert rows.select(["uid", "input_ids", "image"]).to_pydict() == calm.select(["uid", "input_ids", "image"]).to_pydict()
 
 
 def test_a_range_that_never_comes_is_a_counted_problem(shards: str, object_store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
@@ -142,3 +149,42 @@ def test_missing_credentials_are_one_clear_line(command: tuple[str, ...], tmp_pa
     assert done.returncode == 1
     assert done.stderr.strip().count("\n") == 0
     assert "credentials (set AWS_ACCESS_KEY_ID" in done.stderr
+
+
+def test_a_shard_with_another_etag_stops_the_run(corpus: Path, index: Index, object_store: ObjectStore) -> None:
+    folder = f"{bucket('changing')}/train"
+    for number in range(3):
+        upload(corpus / "train" / f"{number:05d}.tar", f"{folder}/{number:05d}.tar")
+    ours = build_index([folder], "s3://indexes/changing")
+    assert check_shards([index, ours], shards_per_task=2) == 7
+    fs, path = open_store(f"{folder}/00001.tar")
+    data = fs.cat_file(path)
+    fs.pipe_file(path, data[:-1] + b"x")  # as long as before
+    fs.rm_file(f"{path.removesuffix('00001.tar')}00002.tar")
+    message = r'shard s3://changing/train/00001.tar \(and 1 more of 7 shards\) was written again .*" → ".*--base'
+    with pytest.raises(DataError, match=message) as caught:
+        check_shards([index, ours], shards_per_task=2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_run_from_s3_to_s3_and_its_resume(index: Index, tmp_path: Path) -> None:
+    """Data, checkpoints, bundle: nothing of a run is on the local disk but what MLflow keeps."""
+    storage, common = (
+        bucket("storage"),
+        ["train", "clip-tiny", "--data", index.url, "--name", "first", "--workers", "2", "--verify", "--json"],
+    )
+    common += [f"--set=tracking.uri=sqlite:///{tmp_path}/mlflow.db", "--set=global_batch_size=64", "--set=log_every_steps=1"]
+    common += [f"--set=storage={storage}/runs", "--set=checkpoint.every_steps=2", "--set=tracking.system_metrics=false"]
+    (fs, path), done = open_store(storage), []
+    for more in (["--set=steps=4"], ["--set=steps=4", "--resume"]):
+        result = CliRunner().invoke(mm.app, [*common, *more], catch_exceptions=False)
+        assert result.exit_code == 0
+        done.append(json.loads(result.stdout.splitlines()[-1]))
+        fs.rm(f"{path}/runs/first/checkpoint_00000004", recursive=True)
+    first, resumed = done
+    assert first["bundle"] == f"{storage}/runs/first/bundle"
+    assert fs.exists(f"{path}/runs/first/bundle/model.safetensors")
+    assert first["run_id"] == resumed["run_id"]
+    assert (first["steps"], resumed["steps"]) == (4, 4)
+    assert resumed["final_loss"] == pytest.approx(first["final_loss"], rel=1e-4)
