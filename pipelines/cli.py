@@ -132,7 +132,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run from its last checkpoint.")] = False,
     audit: Annotated[str | None, typer.Option(help="Write which sample was consumed when, as Parquet, to this folder.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every sample read with its digest; the same as data.verify.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run and what its reads cost, and stop.")] = False,
+    samples_per_s: Annotated[float | None, typer.Option(min=0, help="Of the dry run: the rate for which requests/s are given.")] = None,
+    request_price: Annotated[float, typer.Option(min=0, help="Of the dry run: dollars for 1,000 GET requests.")] = 0.0004,
+    gb_price: Annotated[float, typer.Option(min=0, help="Of the dry run: dollars for a GB read; 0 in the store's own region.")] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Train a model; every restart continues the same run.
@@ -153,10 +156,13 @@ def train(
     sources = tuple(Source.parse(text, ledger or ()) for text in data)
     if dry_run:
         from pipelines.train.dry_run import describe
+        from pipelines.train.read_cost import EXPORT_ABOVE, Prices
 
         console.table(("key", "value", "from"), [(k, v, origins.get(k, "default")) for k, v in _flat(run)])
-        report = describe(run, sources)
+        report = describe(run, sources, prices=Prices(request_price, gb_price), samples_per_s=samples_per_s)
         console.table(("", ""), list(report.items()))
+        if (times := report.get("read_amplification", 0)) > EXPORT_ABOVE:
+            console.note(f"reads {times} times the bytes it needs: a larger data.run_length reads less; mm data export, nothing in vain")
         console.result(report)
         return
     with ray_session():

@@ -46,6 +46,10 @@ class StreamConfig(Config):
     ahead_blocks: int = Field(default=4, gt=0, description="Blocks decoded ahead of the training loop and held in the object store.")
     cpus_per_rank: float | None = Field(default=None, gt=0, description="CPUs for reading, per rank; by default an equal share of all.")
 
+    def steps_per_block(self, step_bytes: int) -> int:
+        """How many steps a block holds, once the stream is under way, of `step_bytes` decoded bytes of this rank each."""
+        return max(1, self.block_bytes // max(1, step_bytes))
+
 
 @dataclass(frozen=True)
 class Share:
@@ -112,7 +116,7 @@ class _Block:
 def _segments(spec: ReadSpec, share: Share, first: int, last: int, config: StreamConfig) -> Iterator[list[_Block]]:
     """The blocks of the run, a segment at a time. Early blocks are one step each, so the first batch comes soon."""
     step_bytes = len(share.positions(first, spec.plan.chunk)) * _row_bytes(spec)
-    steps_per_block = max(1, config.block_bytes // max(1, step_bytes))
+    steps_per_block = config.steps_per_block(step_bytes)
     blocks: list[_Block] = []
     length = 1
     while first < last:
@@ -125,8 +129,13 @@ def _segments(spec: ReadSpec, share: Share, first: int, last: int, config: Strea
         yield blocks
 
 
+def row_bytes(views: int, image_size: int, context_length: int) -> int:
+    """Decoded bytes of a sample."""
+    return views * image_size**2 * 3 + context_length * 4 + 64
+
+
 def _row_bytes(spec: ReadSpec) -> int:
-    return spec.augment.views * spec.image_size**2 * 3 + spec.tokenizer.context_length * 4 + 64
+    return row_bytes(spec.augment.views, spec.image_size, spec.tokenizer.context_length)
 
 
 class _SegmentSource(Datasource):

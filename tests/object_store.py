@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 Start = Callable[..., Any]
@@ -24,13 +24,15 @@ def reserve(environment: MutableMapping[str, str]) -> socket.socket:
     """A port that nobody else gets while the socket is open, as what `environment` calls S3."""
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
-    environment |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{bound.getsockname()[1]}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
+    environment.update(
+        {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{bound.getsockname()[1]}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+    )
     return bound
 
 
@@ -71,7 +73,7 @@ class _FaultyStore:
     """A WSGI application around moto's."""
 
     def __init__(self) -> None:
-        from moto.server import DomainDispatcherApplication, create_backend_app
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._lock, self._random = threading.Lock(), random.Random(0)
@@ -110,7 +112,7 @@ class _FaultyStore:
         return [body[: len(body) // 2] if fails else body]
 
     @staticmethod
-    def _json(start: Start, values: dict[str, float]) -> Iterable[bytes]:
+    def _json(start: Start, values: Mapping[str, float]) -> Iterable[bytes]:
         body = json.dumps(values).encode()
         start("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
         return [body]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mm_core.data.ledger import Source
 from mm_core.data.plan import chunks_per_step
 from mm_core.models.clip import ClipConfig, TowerConfig, parameter_count
 from pipelines.train.config import TrainRun
+from pipelines.train.read_cost import Prices, read_cost
 from pipelines.train.run_data import RunData
 
 _STATE_BYTES = 16
@@ -17,8 +19,11 @@ _ACTIVATION_BYTES = 34
 arXiv 2205.05198, section 4)."""
 
 
-def describe(run: TrainRun, sources: Sequence[Source]) -> dict[str, object]:
-    """Parameters, steps, samples, epochs, shares and a memory estimate per worker.
+def describe(
+    run: TrainRun, sources: Sequence[Source], *, prices: Prices | None = None, samples_per_s: float | None = None
+) -> dict[str, Any]:
+    """Parameters, steps, samples, epochs, shares and a memory estimate per worker; for data in an object store also requests, read
+    amplification and what the reads cost.
 
     Raises:
         ConfigError, DataError: what would stop the run before its first step.
@@ -34,6 +39,7 @@ def describe(run: TrainRun, sources: Sequence[Source]) -> dict[str, object]:
     state = parameters * _STATE_BYTES
     activations = rank_batch * activation_bytes(run.model)
     samples = run.steps * run.global_batch_size
+    reads = read_cost(data, run)
     return {
         "parameters": parameters,
         "steps": run.steps,
@@ -45,6 +51,7 @@ def describe(run: TrainRun, sources: Sequence[Source]) -> dict[str, object]:
         "memory_per_worker_mb": round((state + activations) / 1e6),
         "memory_weights_and_optimizer_mb": round(state / 1e6),
         "memory_activations_mb": round(activations / 1e6),
+        **(reads.report(samples, prices or Prices(), samples_per_s) if reads else {}),
     }
 
 
