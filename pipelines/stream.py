@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,13 +78,23 @@ class StepBatch:
     """[b, context_length]; None in a step of a source without texts."""
     positions: NDArray[np.uint64]
     rows: pa.Table
-    """`source`, `epoch`, `uid` and `replaced` of the samples."""
+    """`source`, `epoch`, `uid`, `replaced` and `replaced_shard` of the samples."""
 
     @property
     def replaced(self) -> dict[str, int]:
         """Samples that could not be used and were replaced, by reason."""
-        reasons = [r for r in self.rows["replaced"].to_pylist() if r]
-        return {reason: reasons.count(reason) for reason in set(reasons)}
+        counts = Counter[str]()
+        for (_, reason), samples in self.replaced_in.items():
+            counts[reason] += samples
+        return dict(counts)
+
+    @property
+    def replaced_in(self) -> Counter[tuple[str, str]]:
+        """The same by shard and reason."""
+        if self.rows["replaced"].null_count == self.rows.num_rows:
+            return Counter()
+        lost = self.rows.filter(self.rows["replaced"].is_valid())
+        return Counter(zip(lost["replaced_shard"].to_pylist(), lost["replaced"].to_pylist(), strict=True))
 
 
 def stream(spec: ReadSpec, share: Share, *, first_step: int, last_step: int, config: StreamConfig, cpus: float) -> Iterator[StepBatch]:
@@ -314,7 +325,7 @@ def _split(spec: ReadSpec, share: Share, block: pa.Table, step: int) -> Iterator
             images=rows_of(rows["image"], (spec.augment.views, size, size, 3), np.uint8),
             input_ids=rows_of(rows["input_ids"], (context_length,), np.int32),
             positions=positions,
-            rows=rows.select(["source", "epoch", "uid", "replaced"]),
+            rows=rows.select(["source", "epoch", "uid", "replaced", "replaced_shard"]),
         )
         block = block.slice(len(expected))
         step += 1

@@ -151,7 +151,7 @@ class PlanReader:
 
     def read(self, positions: U64) -> pa.Table:
         """One row per position: `position, source, epoch, uid, image` (views x size x size x 3 bytes), `input_ids`, `replaced` (a reason or
-        null). Image or token ids are empty where a source has none.
+        null) and `replaced_shard` (of the sample that could not be used, or null). Image or token ids are empty where a source has none.
 
         Args:
             positions: whole chunks of the plan.
@@ -163,6 +163,15 @@ class PlanReader:
         places, decoded = self._decoded(positions, pixels)
         reasons = [d.reason.value if isinstance(d, SampleProblem) else None for d in decoded]
         return self._table(positions, places, self._replace(decoded, positions), pixels, reasons)
+
+    def _shards(self, places: Places, rows: list[int]) -> list[str]:
+        """In which shard each of some rows was to be read."""
+        found = []
+        for row in rows:
+            source, one = int(places.sources[row]), slice(row, row + 1)
+            ordinals = self._kept[source].at(places.kept[one], places.epochs[one], self.spec.plan.plans[source].seed)
+            found.append(self._readers[source].spans(ordinals)[0].url)
+        return found
 
     def _pixels(self, count: int) -> NDArray[np.uint8]:
         if not self._reuse_memory:
@@ -250,6 +259,8 @@ class PlanReader:
         for row, sample, reason in zip(pixels, samples, reasons, strict=True):
             if reason is not None and sample.pixels is not None:
                 row[:] = sample.pixels
+        lost = [row for row, reason in enumerate(reasons) if reason is not None]
+        shards = dict(zip(lost, self._shards(places, lost), strict=True))
         seen = np.array([s.pixels is not None for s in samples])
         captions = [s.caption for s in samples if s.caption is not None]
         return pa.table(
@@ -261,5 +272,6 @@ class PlanReader:
                 "image": column_of(pixels if seen.all() else pixels[seen], seen),
                 "input_ids": column_of(self.spec.tokenizer(captions), np.array([s.caption is not None for s in samples])),
                 "replaced": pa.array(reasons, pa.string()),
+                "replaced_shard": pa.array([shards.get(row) for row in range(len(samples))], pa.string()),
             }
         )

@@ -6,6 +6,7 @@ first step leaves no folder behind.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import tempfile
 import threading
@@ -307,6 +308,7 @@ def _fit(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
     if (fatal := ray.get(task.board.error.remote())) is not None:
         raise fatal
     outcome: Outcome = result.return_value
+    _log_replaced(task, outcome)
     if outcome.failure:
         raise TrainingError(outcome.failure)
     return outcome
@@ -360,6 +362,14 @@ def _explained(error: Exception) -> MMError:
 def _export(run: TrainRun, folder: RunFolder, record: RunRecord, outcome: Outcome) -> str:
     export_bundle(folder)
     return f"{folder.url}/bundle"
+
+
+def _log_replaced(task: WorkerTask, outcome: Outcome) -> None:
+    """`data/replaced.json`: how many samples of which shard were replaced, and why, since the workers were last started."""
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "replaced.json"
+        file.write_text(json.dumps([count._asdict() for count in outcome.replaced], indent=1))
+        log_artifacts(task.run.tracking, task.tracking_run_id, file, "data")
 
 
 def _log_results(run: TrainRun, folder: RunFolder, run_id: str) -> None:

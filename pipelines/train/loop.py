@@ -38,7 +38,7 @@ from pipelines.stream import Share, StepBatch, stream
 from pipelines.train.audit import Audit
 from pipelines.train.board import fatal_errors
 from pipelines.train.config import TrainRun
-from pipelines.train.meter import Meter
+from pipelines.train.meter import Meter, ShardCount
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Outcome:
     steps: int
     metrics: dict[str, float]
     failure: str | None = None
+    replaced: tuple[ShardCount, ...] = ()
+    """The shards whose samples had to be replaced most often since the workers were started, the worst first."""
 
 
 def train_worker(task: WorkerTask) -> Outcome:
@@ -168,7 +170,7 @@ def run_steps(
             inputs = _inputs(batch, to_device)
         seed_step(run.seed, step, rank)
         result = train_step(inputs, step)
-        meter.step_done(batch.replaced)
+        meter.step_done(batch.replaced_in)
         if audit:
             audit.add(batch)
         # The norm of the step before is read while this one's kernels run, so looking at it holds nothing up.
@@ -187,11 +189,11 @@ def run_steps(
                 metrics = meter.read(result)
                 log(done, metrics)
             if failure := _too_many_replaced(metrics, (done - first_step) * run.global_batch_size, run.data.max_bad_fraction):
-                return Outcome(done, metrics, failure)
+                return Outcome(done, metrics, failure, tuple(meter.top_shards()))
         if save_due:
             with clock.phase(Phase.CHECKPOINT):
                 save(done, metrics)
-    return Outcome(run.steps, metrics)
+    return Outcome(run.steps, metrics, replaced=tuple(meter.top_shards()))
 
 
 def _inputs(batch: StepBatch, to_device: Transfer) -> ImageTextBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -13,6 +14,16 @@ from mm_core.data.problems import Reason
 from mm_core.training.clock import Phase
 from mm_core.training.step import StepResult, TrainStep
 
+TOP_SHARDS = 1000
+
+
+class ShardCount(NamedTuple):
+    """Samples of one shard that were replaced for one reason."""
+
+    shard: str
+    reason: str
+    samples: int
+
 
 class Meter:
     """One per rank. `read` is a collective: one small all-reduce, at log steps only."""
@@ -21,11 +32,31 @@ class Meter:
         self._train_step, self._global_batch_size = train_step, global_batch_size
         self.replaced: Counter[str] = Counter()
         """Samples of this rank that were replaced since the run (re)started, by reason."""
+        self._shards: Counter[tuple[str, str]] = Counter()
+        """The same by shard and reason."""
         self._steps = 0
 
-    def step_done(self, replaced: Mapping[str, int]) -> None:
+    def step_done(self, replaced: Mapping[tuple[str, str], int]) -> None:
+        """Args:
+        replaced: samples by shard and reason.
+        """
         self._steps += 1
-        self.replaced.update(replaced)
+        for (_, reason), samples in replaced.items():
+            self.replaced[reason] += samples
+        self._shards.update(replaced)
+        if len(self._shards) > 8 * TOP_SHARDS:  # of millions of shards that all fail the first thousand tell enough
+            self._shards = Counter(dict(self._shards.most_common(4 * TOP_SHARDS)))
+
+    def top_shards(self) -> list[ShardCount]:
+        """The shards with most replaced samples since the run (re)started, over all ranks, on rank 0; elsewhere nothing. A collective."""
+        gathered: list[list[tuple[tuple[str, str], int]]] | None = None
+        if dist.get_rank() == 0:
+            gathered = [[] for _ in range(dist.get_world_size())]
+        dist.gather_object(self._shards.most_common(TOP_SHARDS), gathered)
+        total = Counter[tuple[str, str]]()
+        for counts in gathered or ():
+            total.update(dict(counts))
+        return [ShardCount(shard, reason, samples) for (shard, reason), samples in total.most_common(TOP_SHARDS)]
 
     def read(self, result: StepResult) -> dict[str, float]:
         """The metrics of the steps since the last call. Reading the tensors is a sync point: it is why this is not done at every

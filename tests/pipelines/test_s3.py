@@ -20,12 +20,16 @@ from mm_core.data.index import Index
 from mm_core.data.ledger import Source, compile_kept, split
 from mm_core.data.plan import Plan
 from mm_core.data.ranged import RangedReader, Span
-from mm_core.data.reader import PlanReader, ReadSpec
+from mm_core.data.reader import IndexReader, PlanReader, ReadSpec
 from mm_core.errors import DataError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from mm_core.store import open_store
+from pipelines.cli import resolve_run
 from pipelines.index import build_index
 from pipelines.shards import check_shards
+from pipelines.train.dry_run import describe
+from pipelines.train.read_cost import Prices, read_cost
+from pipelines.train.run_data import RunData
 from tests.object_store import ObjectStore
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -174,17 +178,51 @@ def test_a_run_from_s3_to_s3_and_its_resume(index: Index, tmp_path: Path) -> Non
         bucket("storage"),
         ["train", "clip-tiny", "--data", index.url, "--name", "first", "--workers", "2", "--verify", "--json"],
     )
-    common += [f"--set=tracking.uri=sqlite:///{tmp_path}/mlflow.db", "--set=global_batch_size=64", "--set=log_every_steps=1"]
-    common += [f"--set=storage={storage}/runs", "--set=checkpoint.every_steps=2", "--set=tracking.system_metrics=false"]
-    (fs, path), done = open_store(storage), []
-    for more in (["--set=steps=4"], ["--set=steps=4", "--resume"]):
-        result = CliRunner().invoke(mm.app, [*common, *more], catch_exceptions=False)
+    common += [f"--set=tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"--set=tracking.artifacts={tmp_path}/artifacts", "--set=global_batch_size=64", "--set=log_every_steps=1"]
+    common += [f"--set=storage={storage}/runs", "--set=checkpoint.every_steps=4", "--set=tracking.system_metrics=false"]
+    done = []
+    for more in ([], ["--resume"]):
+        result = CliRunner().invoke(mm.app, [*common, "--set=steps=4", *more], catch_exceptions=False)
         assert result.exit_code == 0
         done.append(json.loads(result.stdout.splitlines()[-1]))
-        fs.rm(f"{path}/runs/first/checkpoint_00000004", recursive=True)
     first, resumed = done
     assert first["bundle"] == f"{storage}/runs/first/bundle"
-    assert fs.exists(f"{path}/runs/first/bundle/model.safetensors")
+    fs, path = open_store(first["bundle"])
+    assert fs.exists(f"{path}/model.safetensors")
     assert first["run_id"] == resumed["run_id"]
-    assert (first["steps"], resumed["steps"]) == (4, 4)
-    assert resumed["final_loss"] == pytest.approx(first["final_loss"], rel=1e-4)
+    assert first["checkpoint"] == resumed["checkpoint"] == f"{storage}/runs/first/checkpoint_00000004"
+    assert first["samples_per_s"] > 0
+    assert resumed["samples_per_s"] == 0  # the last checkpoint was found, so there was no step left to take
+    (replaced,) = Path(tmp_path).rglob("replaced.json")
+    assert json.loads(replaced.read_text()) == []
+
+
+def test_a_dry_run_counts_what_the_store_counts(index: Index, object_store: ObjectStore) -> None:
+    split(index, heldout=0.7, seed=1, names=("few", "many"))
+    source = Source(index=index.url, ledgers=("few",))
+    run, _ = resolve_run("clip-tiny", ["steps=3", "global_batch_size=64", "data.gap_bytes=0", "stream.block_bytes=1"])
+    data = RunData.open([source])
+    cost = read_cost(data, run)
+    reader, plan, (kept,) = IndexReader(index, gap_bytes=0), data.plan(run), data.kept
+    reader.spans(np.arange(1))  # the index's own files are read now, and not counted
+    object_store.faults()
+    for step in range(3):
+        places = plan.locate(np.arange(step * 64, step * 64 + 64, dtype=np.uint64))
+        reader.read(kept.at(places.kept, places.epochs, run.seed))
+    counts = object_store.counts()
+    assert cost is not None
+    assert (cost.requests, cost.bytes_read) == (counts["requests"], counts["bytes"])
+    assert cost.amplification == 1
+    report = describe(run, [source], prices=Prices(per_1000_requests=2, per_gb=5), samples_per_s=10)
+    assert report["requests_per_s"] == pytest.approx(10 * cost.requests / 192, rel=1e-3)
+    assert report["cost_usd"] == pytest.approx(cost.requests * 2 / 1000 + cost.bytes_read * 5e-9, abs=1e-3)
+    wide = read_cost(data, run.model_copy(update={"data": run.data.model_copy(update={"gap_bytes": 1 << 20})}))
+    assert wide is not None
+    assert wide.requests < cost.requests
+    assert wide.amplification > 1.5
+
+
+def test_a_dry_run_of_local_data_costs_no_requests(corpus: Path, tmp_path: Path) -> None:
+    local = build_index([str(corpus / "train")], str(tmp_path / "index"))
+    run, _ = resolve_run("clip-tiny", ["steps=3"])
+    assert read_cost(RunData.open([Source(index=local.url)]), run) is None
