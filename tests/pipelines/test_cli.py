@@ -124,7 +124,7 @@ def test_wrong_use_is_one_clear_line(
     arguments: tuple[str, ...], message: str, code: int, index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    error = refused(*(index if argument == "INDEX" else argument for argument in arguments))
+    error = refused(*(argument.replace("INDEX", index) for argument in arguments))
     assert message in str(error)
     assert error.exit_code == code
     assert not [path for path in tmp_path.iterdir() if path.name not in ("mlflow.db", "mlartifacts")], "left something behind"
