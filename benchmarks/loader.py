@@ -5,10 +5,10 @@
 ours        mm's stream inside Ray Train, two workers: ranged reads, checks, decoding, tokenising, strict order, shuffled
 limit       the same reading and decoding in two plain processes that keep nothing
 dataloader  webdataset + Pillow RandomResizedCrop + the same tokenizer in a torch DataLoader with two workers
+open_clip   the same with ToTensor and Normalize behind it, as open_clip's transform has; the others leave both to the device
 
-Each is timed after a warm-up of an eighth of the images, so that neither start-up nor what was read ahead during it counts; the
-three are interleaved. Same crops (0.9 to 1 of the area, as
-open_clip), same size, bicubic. Prints one JSON line with the medians and the ratios, run by run.
+Each is timed after a warm-up of an eighth of the images, so that neither start-up nor what was read ahead during it counts; they are
+interleaved. Same crops (0.9 to 1 of the area, as open_clip), same size, bicubic. Prints one JSON line with medians and ratios.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from mm_core.data.plan import Plan
 from mm_core.data.reader import IndexReader, ReadSpec
 from mm_core.data.sample import Sample
 from mm_core.data.text import CaptionTokenizer
+from mm_core.models.clip import OPENAI_MEAN, OPENAI_STD
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from pipelines.index import build_index
 from pipelines.session import ray_session
@@ -115,10 +116,14 @@ def limit(spec: ReadSpec, images: int) -> float:
 
 
 class PillowCrop:
-    """torchvision's RandomResizedCrop, written out with Pillow: the whole picture is decoded, then cropped and resized."""
+    """torchvision's RandomResizedCrop, written out with Pillow: the whole picture is decoded, then cropped and resized.
 
-    def __init__(self, size: int, tokenizer: CaptionTokenizer) -> None:
-        self._size, self._tokenizer = size, tokenizer
+    `normalise`: then ToTensor and Normalize, as open_clip's transform goes on; else pixels stay uint8, as ours do.
+    """
+
+    def __init__(self, size: int, tokenizer: CaptionTokenizer, *, normalise: bool) -> None:
+        self._size, self._tokenizer, self._normalise = size, tokenizer, normalise
+        self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_MEAN, OPENAI_STD))
 
     def image(self, data: bytes) -> np.ndarray:
         picture = Image.open(io.BytesIO(data)).convert("RGB")
@@ -133,15 +138,19 @@ class PillowCrop:
             w = h = min(picture.size)
             left, top = (picture.width - w) // 2, (picture.height - h) // 2
         size = (self._size, self._size)
-        return np.asarray(picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)))
+        pixels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)))
+        if not self._normalise:
+            return pixels
+        tensor = torch.tensor(pixels).permute(2, 0, 1).contiguous().float().div(255)
+        return tensor.sub_(self._mean).div_(self._std).numpy()
 
     def text(self, data: bytes) -> np.ndarray:
         return self._tokenizer([data.decode()])[0]
 
 
-def dataloader(shards: list[str], spec: ReadSpec, images: int) -> float:
+def dataloader(shards: list[str], spec: ReadSpec, images: int, *, normalise: bool) -> float:
     """As open_clip builds it: shards resampled, samples shuffled in a buffer, batched in the workers."""
-    crop = PillowCrop(spec.image_size, spec.tokenizer)
+    crop = PillowCrop(spec.image_size, spec.tokenizer, normalise=normalise)
     batch = BATCH // RANKS
     pipeline = (
         webdataset.WebDataset(shards, resampled=True, shardshuffle=False)
@@ -172,7 +181,8 @@ def main() -> None:
         spec = make_spec(build_index(shards, str(Path(folder) / "index")), arguments.size)
         runs = []
         for _ in range(arguments.runs):
-            runs.append((ours(spec, arguments.images), limit(spec, arguments.images), dataloader(shards, spec, arguments.images)))
+            theirs = [dataloader(shards, spec, arguments.images, normalise=normalise) for normalise in (False, True)]
+            runs.append((ours(spec, arguments.images), limit(spec, arguments.images), *theirs))
     result = {
         "benchmark": "loader",
         "images": arguments.images,
@@ -181,8 +191,10 @@ def main() -> None:
         "ours_images_per_s": round(statistics.median(r[0] for r in runs)),
         "limit_images_per_s": round(statistics.median(r[1] for r in runs)),
         "dataloader_images_per_s": round(statistics.median(r[2] for r in runs)),
+        "open_clip_images_per_s": round(statistics.median(r[3] for r in runs)),
         "of_limit": round(statistics.median(r[0] / r[1] for r in runs), 3),
         "times_dataloader": round(statistics.median(r[0] / r[2] for r in runs), 2),
+        "times_open_clip": round(statistics.median(r[0] / r[3] for r in runs), 2),
         "runs": [[round(x) for x in r] for r in runs],
     }
     print(json.dumps(result))

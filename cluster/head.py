@@ -27,6 +27,7 @@ _TALKATIVE = (
     "ray._private.authentication.authentication_token_setup",
     "ray._private.runtime_env.packaging",
     "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
 )
 
 

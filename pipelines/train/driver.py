@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -47,6 +47,7 @@ from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
 
 _WORKER_MEMORY_BYTES = 256 << 20
+_ABORT_S = 15
 _CURVES = ("loss", "loss/contrastive")
 
 
@@ -280,10 +281,25 @@ def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> dict[st
     return state
 
 
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C to Python. Ray's own handler ends the process with status 1 and no word, and stays when training is over."""
+
+    _controller: ray.actor.ActorHandle | None = None
+
+    def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """Stop the workers, where there are some."""
+        if self._controller is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
+
+
 def _fit(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
     run = task.run
     gpus = _gpus_per_worker(run)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         partial(train_worker, task),  # bound, not as `train_loop_config`, for which Train's controller would load all of this too
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -303,6 +319,9 @@ def _fit(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
     try:
         with console.progress("train", run.steps, "steps") as tracker, _shown(task.board, tracker):
             result = trainer.fit()
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
     except Exception as error:
         raise _explained(error) from error
     if (fatal := ray.get(task.board.error.remote())) is not None:

@@ -7,6 +7,7 @@ batches; every rank takes the same number of steps; nothing that is not finite r
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -214,10 +215,15 @@ def _restore(model: TwoTower, optimizer: torch.optim.Optimizer) -> int:
 
 def _save(model: TwoTower, optimizer: torch.optim.Optimizer, state: CheckpointState, rank: int, metrics: dict[str, float]) -> None:
     """Every rank writes its part into a folder of its own; Ray Train joins them in the run's folder, or keeps none of it."""
-    with tempfile.TemporaryDirectory(prefix="mm-checkpoint-") as folder:
-        save_checkpoint(Path(folder), model, optimizer, state, rank=rank)
-        checkpoint = ray.train.Checkpoint.from_directory(folder)
+    # Named after the run, so that the next attempt removes what a killed one left.
+    folder = Path(tempfile.gettempdir()) / f"mm-checkpoint-{state.tracking_run_id}-{rank}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        save_checkpoint(folder, model, optimizer, state, rank=rank)
+        checkpoint = ray.train.Checkpoint.from_directory(str(folder))
         ray.train.report({"step": state.step, **metrics}, checkpoint=checkpoint, checkpoint_dir_name=f"checkpoint_{state.step:08d}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _next_attempt(folder: str, rank: int) -> int:

@@ -17,6 +17,7 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from mm_core.bundle import load_bundle
 from mm_core.config import resolve
@@ -77,14 +78,20 @@ def undisturbed(index: Index, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return run(index, folder, 2, folder / "audit"), folder
 
 
+def start(index: Index, folder: Path, workers: int) -> subprocess.Popen[bytes]:
+    """The run by the command line."""
+    arguments = [item for setting in settings(folder) for item in ("--set", setting)]
+    command = [sys.executable, "-m", "mm", "train", "clip-tiny", "--data", index.url, "--name", "tiny", "--workers", str(workers)]
+    command += ["--audit", str(folder / "audit"), *arguments]
+    with (folder / "log").open("wb") as log:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+
+
 @pytest.fixture(scope="module")
 def killed(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run by the command line: SIGKILL to a worker, then, after it has gone on by itself, to the driver."""
     folder = tmp_path_factory.mktemp("killed")
-    arguments = [item for setting in settings(folder) for item in ("--set", setting)]
-    command = [sys.executable, "-m", "mm", "train", "clip-tiny", "--data", index.url, "--name", "tiny", "--workers", "2"]
-    command += ["--audit", str(folder / "audit"), *arguments]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(folder / "log").open("wb"))
+    driver = start(index, folder, 2)
     try:
         wait_for(lambda: reached(folder, 10), driver, folder)
         worker = next(p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
@@ -97,6 +104,22 @@ def killed(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         driver.kill()
     return folder
+
+
+def test_ctrl_c_says_how_to_go_on(index: Index, tmp_path: Path) -> None:
+    driver = start(index, tmp_path, 1)
+    try:
+        wait_for(lambda: reached(tmp_path, 10), driver, tmp_path)
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(60) == 130
+    finally:
+        driver.kill()
+    said = (tmp_path / "log").read_text()
+    assert "stopped; continue with the same command and --resume --name tiny" in said
+    assert "Traceback" not in said
+    record = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
+    status = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(record["tracking_run_id"]).info.status
+    assert status == "KILLED"
 
 
 def wait_for(done: Callable[[], bool], driver: subprocess.Popen[bytes], folder: Path, timeout_s: float = 240) -> None:

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 import mm
 from mm_core.config import resolve
+from mm_core.data.index import Index
+from mm_core.data.ledger import compile_kept
 from mm_core.errors import ConfigError, DataError, MMError
 from pipelines.cli import resolve_run
 from pipelines.index import build_index
@@ -82,12 +84,29 @@ def test_dry_run_starts_nothing(index: str, tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.iterdir())
 
 
+def test_dry_run_of_a_mix_says_how_often_each_source_is_read(corpus: Path, tmp_path: Path) -> None:
+    first, second = (str(tmp_path / name) for name in "ab")
+    for index, shard in ((first, "00000"), (second, "00001")):
+        build_index([str(corpus / "train" / f"{shard}.tar")], index)
+    run("data", "split", first, "--heldout", "0.2")
+    mix = ("--set", "data.mix.weights=[3, 1]", "--set", "steps=100")
+    report = json.loads(
+        run("train", "clip-tiny", "--data", f"{first}#train", "--data", second, *mix, "--dry-run", "--json").splitlines()[-1]
+    )
+    kept = len(compile_kept(Index.open(first), ["train"]))
+    assert 0 < kept < 100
+    assert report["samples_kept"] == kept + 100
+    assert report["epochs"] == {f"{first}#train": round(9600 / kept, 3), second: 32.0}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message", "code"),
     [
         (("train", "clip-tinny", "--data", "INDEX"), "unknown recipe 'clip-tinny'; did you mean 'clip-tiny'?", 2),
         (("train", "clip-tiny", "--data", "nowhere"), "no index at", 1),
         (("train", "clip-tiny", "--data", "INDEX", "--ledger", "x"), "has no ledger 'x'; it has: none", 1),
+        (("train", "clip-tiny", "--data", "INDEX#x,y"), "has no ledger 'x'; it has: none", 1),
+        (("train", "clip-tiny", "--data", "INDEX", "--set", "data.prompt_templates=[a photo]"), "has no {c} where the caption goes", 2),
         (("train", "clip-tiny", "--data", "INDEX", "--init", "./nothing"), "no tokenizer", 2),
         (("train", "clip-tiny", "--data", "INDEX", "--name", "../up"), "run name '../up' may have", 2),
         (("train", "clip-tiny", "--data", "INDEX", "--name", "n", "--resume"), "holds no run that can be continued", 1),
@@ -105,7 +124,7 @@ def test_wrong_use_is_one_clear_line(
     arguments: tuple[str, ...], message: str, code: int, index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    error = refused(*(index if argument == "INDEX" else argument for argument in arguments))
+    error = refused(*(argument.replace("INDEX", index) for argument in arguments))
     assert message in str(error)
     assert error.exit_code == code
     assert not [path for path in tmp_path.iterdir() if path.name not in ("mlflow.db", "mlartifacts")], "left something behind"

@@ -178,7 +178,7 @@ def test_a_run_from_s3_to_s3_and_its_resume(index: Index, tmp_path: Path) -> Non
         bucket("storage"),
         ["train", "clip-tiny", "--data", index.url, "--name", "first", "--workers", "2", "--verify", "--json"],
     )
-    common += [f"--set=tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"--set=tracking.artifacts={tmp_path}/artifacts", "--set=global_batch_size=64", "--set=log_every_steps=1"]
+    common += [f"--set=tracking.uri=sqlite:///{tmp_path}/mlflow.db", "--set=global_batch_size=64", "--set=log_every_steps=1"]
     common += [f"--set=storage={storage}/runs", "--set=checkpoint.every_steps=4", "--set=tracking.system_metrics=false"]
     done = []
     for more in ([], ["--resume"]):
