@@ -100,6 +100,7 @@ def test_a_sample_that_cannot_be_read_is_replaced_within_its_chunk_and_counted(c
     after = [uid for b in batches for uid in b.rows["uid"].to_pylist()]
     lost = before[next(i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)]
     assert replaced == before.count(lost) > 1
+    assert sum((b.replaced_in for b in batches), Counter()) == {(str(shard), "changed"): replaced}
     assert lost not in after
     for i, (a, b) in enumerate(zip(before, after, strict=True)):
         assert a == b or b in before[i // CHUNK * CHUNK : i // CHUNK * CHUNK + CHUNK]
