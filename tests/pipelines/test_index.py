@@ -243,7 +243,7 @@ def test_after_a_stop_the_same_call_goes_on(index: Index, shards: Path, tmp_path
     resumed = build_index([str(shards)], str(out))
     assert resumed.summary == index.summary
     np.testing.assert_array_equal(resumed.locators, index.locators)
-    assert {path.name for path in out.iterdir()} == {"index.json", "shards.parquet", "samples", "locators.npy"}
+    assert {path.name for path in out.iterdir()} == {"index.json", "shards.parquet", "samples", "locators.npy", "digests.npy"}
 
 
 def test_a_stale_or_half_written_part_is_read_again(index: Index, shards: Path, tmp_path: Path) -> None:
