@@ -9,45 +9,35 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs as pafs
 import ray
-import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from mm_core.address import absolute, is_local
+from mm_core.address import absolute
 from mm_core.bundle import BundleManifest, init_from, write_bundle
-from mm_core.console import Console, Tracker
+from mm_core.console import Console
 from mm_core.data.ledger import Source
 from mm_core.data.reader import ReadSpec
 from mm_core.errors import CheckpointError, ConfigError, MMError, TrainingError
 from mm_core.models.clip import TwoTower, build_clip
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
-from mm_core.store import open_store
 from mm_core.training.checkpoint import load_weights
-from pipelines.causes import own_error
 from pipelines.metric_log import MetricLog, spool_folder
 from pipelines.plots import loss_curve
 from pipelines.shards import check_shards
 from pipelines.tracking import DatasetInput, RunStatus, continue_run, create_run, finish_run, log_artifacts, metric_history
 from pipelines.train.board import start_board
 from pipelines.train.config import TrainRun
-from pipelines.train.loop import Outcome, WorkerTask, train_worker
+from pipelines.train.launch import check_resources, launch
+from pipelines.train.loop import Outcome, WorkerTask
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
 
-_WORKER_MEMORY_BYTES = 256 << 20
-_ABORT_S = 15
 _CURVES = ("loss", "loss/contrastive")
 
 
@@ -91,7 +81,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     data.check_modalities()
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
     data.plan(run)
-    _check_resources(run)
+    check_resources(run)
 
     # 2. The run: a new folder and tracking run, or the ones it began with.
     folder, record = _claim(request, run, data)
@@ -107,8 +97,11 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     # 3. Train and export.
     status = RunStatus.FAILED
     try:
-        outcome = _fit(_task(request, run, data, folder, record), folder, console)
-        bundle = _export(run, folder, record, outcome)
+        outcome = launch(_task(request, run, data, folder, record), folder, console)
+        _log_replaced(run, record.tracking_run_id, outcome)
+        if outcome.failure:
+            raise TrainingError(outcome.failure)
+        export_bundle(folder)
         _log_results(run, folder, record.tracking_run_id)
         status = RunStatus.FINISHED
     except KeyboardInterrupt:
@@ -131,7 +124,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
         data_wait_fraction=outcome.metrics.get("time_fraction/data_wait", 0.0),
         final_loss=outcome.metrics.get("loss", float("nan")),
         checkpoint=f"{folder.url}/{folder.latest_checkpoint()}",
-        bundle=bundle,
+        bundle=f"{folder.url}/bundle",
     )
 
 
@@ -281,114 +274,12 @@ def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> dict[st
     return state
 
 
-class _Trainer(TorchTrainer):
-    """Leaves Ctrl-C to Python. Ray's own handler ends the process with status 1 and no word, and stays when training is over."""
-
-    _controller: ray.actor.ActorHandle | None = None
-
-    def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
-        self._controller = controller
-
-    def abort(self) -> None:
-        """Stop the workers, where there are some."""
-        if self._controller is not None:
-            with suppress(ray.exceptions.RayError):
-                ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
-
-
-def _fit(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
-    run = task.run
-    gpus = _gpus_per_worker(run)
-    trainer = _Trainer(
-        partial(train_worker, task),  # bound, not as `train_loop_config`, for which Train's controller would load all of this too
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=run.resources.workers,
-            use_gpu=bool(gpus),
-            # CPU workers book memory, as Train wants something booked, and no CPU: a booked CPU is lost to the stream, and
-            # with all booked it would never start.
-            resources_per_worker={"GPU": gpus, "CPU": 1} if gpus else {"CPU": 0, "memory": _WORKER_MEMORY_BYTES},
-        ),
-        run_config=ray.train.RunConfig(
-            name=folder.name,
-            **_storage(folder),
-            failure_config=ray.train.FailureConfig(max_failures=run.resources.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.checkpoint.keep),
-        ),
-    )
-    try:
-        with console.progress("train", run.steps, "steps") as tracker, _shown(task.board, tracker):
-            result = trainer.fit()
-    except KeyboardInterrupt:
-        trainer.abort()
-        raise
-    except Exception as error:
-        raise _explained(error) from error
-    if (fatal := ray.get(task.board.error.remote())) is not None:
-        raise fatal
-    outcome: Outcome = result.return_value
-    _log_replaced(task, outcome)
-    if outcome.failure:
-        raise TrainingError(outcome.failure)
-    return outcome
-
-
-def _storage(folder: RunFolder) -> dict[str, Any]:
-    """Where Ray Train keeps checkpoints. A remote store is opened through fsspec, as all else is: left to itself Ray would take pyarrow's
-    own client, which has settings of its own."""
-    if is_local(folder.storage):
-        return {"storage_path": folder.storage}
-    fs, path = open_store(folder.storage)
-    return {"storage_path": path, "storage_filesystem": pafs.PyFileSystem(pafs.FSSpecHandler(fs))}
-
-
-@contextmanager
-def _shown(board: ray.actor.ActorHandle, tracker: Tracker) -> Iterator[None]:
-    """Show the board on the terminal until the block ends."""
-    stop = threading.Event()
-
-    def show() -> None:
-        while not stop.wait(0.5):
-            try:
-                state = ray.get(board.progress.remote(), timeout=5)
-            except Exception:  # the display must not end a run
-                continue
-            if state is not None:
-                step, metrics = state
-                tracker.update(step, _headline(metrics))
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=10)
-
-
-def _headline(metrics: dict[str, float]) -> str:
-    if not metrics:
-        return ""
-    return f"loss {metrics['loss']:.3f}  {metrics['samples_per_s']:,.0f} samples/s  data wait {metrics['time_fraction/data_wait']:.0%}"
-
-
-def _explained(error: Exception) -> MMError:
-    """One line out of Ray's: our own error where there is one among the causes, else the last line it gives."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return own_error(error) or TrainingError(f"training stopped: {lines[-1] if lines else error!r}")
-
-
-def _export(run: TrainRun, folder: RunFolder, record: RunRecord, outcome: Outcome) -> str:
-    export_bundle(folder)
-    return f"{folder.url}/bundle"
-
-
-def _log_replaced(task: WorkerTask, outcome: Outcome) -> None:
+def _log_replaced(run: TrainRun, run_id: str, outcome: Outcome) -> None:
     """`data/replaced.json`: how many samples of which shard were replaced, and why, since the workers were last started."""
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "replaced.json"
         file.write_text(json.dumps([count._asdict() for count in outcome.replaced], indent=1))
-        log_artifacts(task.run.tracking, task.tracking_run_id, file, "data")
+        log_artifacts(run.tracking, run_id, file, "data")
 
 
 def _log_results(run: TrainRun, folder: RunFolder, run_id: str) -> None:
@@ -397,21 +288,6 @@ def _log_results(run: TrainRun, folder: RunFolder, run_id: str) -> None:
     history = metric_history(run.tracking, run_id, _CURVES)
     with tempfile.TemporaryDirectory() as temporary:
         log_artifacts(run.tracking, run_id, loss_curve(history, Path(temporary) / "loss.png"), "plots")
-
-
-def _check_resources(run: TrainRun) -> None:
-    wanted = (run.resources.gpus_per_worker or 0) * run.resources.workers
-    there = ray.cluster_resources().get("GPU", 0)
-    if wanted > there:
-        raise ConfigError(
-            f"resources: {run.resources.workers} workers with {run.resources.gpus_per_worker} GPUs each, but the cluster has {there:g}"
-        )
-
-
-def _gpus_per_worker(run: TrainRun) -> float:
-    if run.resources.gpus_per_worker is not None:
-        return run.resources.gpus_per_worker
-    return 1 if ray.cluster_resources().get("GPU", 0) >= run.resources.workers else 0
 
 
 def code_revision() -> str:

@@ -1,0 +1,145 @@
+"""Starting the workers of a run, on the machines there are, and following them until they end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import pyarrow.fs as pafs
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from mm_core.address import is_local
+from mm_core.console import Console, Tracker
+from mm_core.errors import ConfigError, MMError, TrainingError
+from mm_core.store import open_store
+from pipelines.causes import own_error
+from pipelines.train.config import TrainRun
+from pipelines.train.loop import Outcome, WorkerTask, train_worker
+from pipelines.train.run_folder import RunFolder
+
+_WORKER_MEMORY_BYTES = 256 << 20
+_ABORT_S = 15
+
+
+def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
+    """Train until the last step, or until rank 0 reports why it cannot go on (`Outcome.failure`).
+
+    Raises:
+        MMError: what stopped a worker and would stop it again.
+        TrainingError: Ray gave up.
+    """
+    run = task.run
+    gpus = _gpus_per_worker(run)
+    trainer = _Trainer(
+        partial(train_worker, task),  # bound, not as `train_loop_config`, for which Train's controller would load all of this too
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=run.resources.workers,
+            use_gpu=bool(gpus),
+            # CPU workers book memory, as Train wants something booked, and no CPU: a booked CPU is lost to the stream, and
+            # with all booked it would never start.
+            resources_per_worker={"GPU": gpus, "CPU": 1} if gpus else {"CPU": 0, "memory": _WORKER_MEMORY_BYTES},
+        ),
+        run_config=ray.train.RunConfig(
+            name=folder.name,
+            **_storage(folder),
+            failure_config=ray.train.FailureConfig(max_failures=run.resources.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.checkpoint.keep),
+        ),
+    )
+    try:
+        with console.progress("train", run.steps, "steps") as tracker, _shown(task.board, tracker):
+            result = trainer.fit()
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
+    except Exception as error:
+        raise _explained(error) from error
+    if (fatal := ray.get(task.board.error.remote())) is not None:
+        raise fatal
+    outcome: Outcome = result.return_value
+    return outcome
+
+
+def _storage(folder: RunFolder) -> dict[str, Any]:
+    """Where Ray Train keeps checkpoints. A remote store is opened through fsspec, as all else is: left to itself Ray would take pyarrow's
+    own client, which has settings of its own."""
+    if is_local(folder.storage):
+        return {"storage_path": folder.storage}
+    fs, path = open_store(folder.storage)
+    return {"storage_path": path, "storage_filesystem": pafs.PyFileSystem(pafs.FSSpecHandler(fs))}
+
+
+@contextmanager
+def _shown(board: ray.actor.ActorHandle, tracker: Tracker) -> Iterator[None]:
+    """Show the board on the terminal until the block ends."""
+    stop = threading.Event()
+
+    def show() -> None:
+        while not stop.wait(0.5):
+            try:
+                state = ray.get(board.progress.remote(), timeout=5)
+            except Exception:  # the display must not end a run
+                continue
+            if state is not None:
+                step, metrics = state
+                tracker.update(step, _headline(metrics))
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+
+
+def _headline(metrics: dict[str, float]) -> str:
+    if not metrics:
+        return ""
+    return f"loss {metrics['loss']:.3f}  {metrics['samples_per_s']:,.0f} samples/s  data wait {metrics['time_fraction/data_wait']:.0%}"
+
+
+def _explained(error: Exception) -> MMError:
+    """One line out of Ray's: our own error where there is one among the causes, else the last line it gives."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return own_error(error) or TrainingError(f"training stopped: {lines[-1] if lines else error!r}")
+
+
+class _Trainer(TorchTrainer):
+    """Leaves Ctrl-C to Python. Ray's own handler ends the process with status 1 and no word, and stays when training is over."""
+
+    _controller: ray.actor.ActorHandle | None = None
+
+    def _register_sigint_handler(self, controller: ray.actor.ActorHandle) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """Stop the workers, where there are some."""
+        if self._controller is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
+
+
+def check_resources(run: TrainRun) -> None:
+    """
+    Raises:
+        ConfigError: the cluster has fewer GPUs than the workers ask for.
+    """
+    wanted = (run.resources.gpus_per_worker or 0) * run.resources.workers
+    there = ray.cluster_resources().get("GPU", 0)
+    if wanted > there:
+        raise ConfigError(
+            f"resources: {run.resources.workers} workers with {run.resources.gpus_per_worker} GPUs each, but the cluster has {there:g}"
+        )
+
+
+def _gpus_per_worker(run: TrainRun) -> float:
+    if run.resources.gpus_per_worker is not None:
+        return run.resources.gpus_per_worker
+    return 1 if ray.cluster_resources().get("GPU", 0) >= run.resources.workers else 0
