@@ -162,7 +162,10 @@ def train(
         report = describe(run, sources, prices=Prices(request_price, gb_price), samples_per_s=samples_per_s)
         console.table(("", ""), list(report.items()))
         if (times := report.get("read_amplification", 0)) > EXPORT_ABOVE:
-            console.note(f"reads {times} times the bytes it needs: a larger data.run_length reads less; mm data export, nothing in vain")
+            console.note(
+                f"reads {times} times the bytes it needs: a smaller data.gap_bytes reads less in more requests; shards of the kept samples"
+                " alone would read nothing in vain (mm data export, which this version does not have yet)"
+            )
         console.result(report)
         return
     with ray_session():
