@@ -40,7 +40,7 @@ def running_head() -> Iterator[RunningHead]:
     folder = Path(tempfile.mkdtemp(prefix="mmh"))
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))} | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
