@@ -32,7 +32,7 @@ from pipelines.train.config import TrainRun
 from pipelines.train.driver import TrainRequest, TrainResult, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-STEPS = 70
+STEPS = 50
 
 
 def settings(storage: Path) -> list[str]:

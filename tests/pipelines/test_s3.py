@@ -174,10 +174,9 @@ def test_a_shard_with_another_etag_stops_the_run(corpus: Path, index: Index, obj
 @pytest.mark.slow
 def test_a_run_from_s3_to_s3_and_its_resume(index: Index, tmp_path: Path) -> None:
     """Data, checkpoints, bundle: nothing of a run is on the local disk but what MLflow keeps."""
-    storage, common = (
-        bucket("storage"),
-        ["train", "clip-tiny", "--data", index.url, "--name", "first", "--workers", "2", "--verify", "--json"],
-    )
+    storage, tower = bucket("storage"), "{width: 32, layers: 1, heads: 2}"
+    common = ["train", "clip-tiny", "--data", index.url, "--name", "first", "--verify", "--json", "--set=tokenizer.vocab_size=320"]
+    common += [f"--set=model.vision={tower}", f"--set=model.text={tower}"]
     common += [f"--set=tracking.uri=sqlite:///{tmp_path}/mlflow.db", "--set=global_batch_size=64", "--set=log_every_steps=1"]
     common += [f"--set=storage={storage}/runs", "--set=checkpoint.every_steps=4", "--set=tracking.system_metrics=false"]
     done = []
