@@ -45,9 +45,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise ConfigError(
-                "the plan has no samples: everything was dropped; `bad` in the index's index.json and `dropped` in its ledgers say why"
-            )
+            raise ConfigError("nothing is kept to train on: `bad` in the index's index.json and `dropped` in its ledgers say why")
         if self.run_length < 1 or self.chunk % self.run_length:
             raise ConfigError(f"a chunk of {self.chunk} samples is no whole number of runs of {self.run_length}")
 
