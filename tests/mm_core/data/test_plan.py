@@ -81,7 +81,7 @@ def test_wrong_batches_are_refused() -> None:
         chunks_per_step(65, 16, 1)
     with pytest.raises(ConfigError, match="4 chunks of 16 for 5 workers"):
         chunks_per_step(64, 16, 5)
-    with pytest.raises(ConfigError, match="no samples"):
+    with pytest.raises(ConfigError, match="nothing is kept to train on"):
         _plan(0)
     with pytest.raises(ConfigError, match="no whole number of runs"):
         _plan(10, chunk=8, run_length=3)
