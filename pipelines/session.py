@@ -26,6 +26,9 @@ _ENVIRONMENT = {
 }
 """Set for the whole job, unless the user set them: processes of one environment are used again, by other tasks and other runs."""
 
+_ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""On one machine: nobody takes its node away, and the actor that watches for it takes seconds of a processor at every start."""
+
 
 @contextmanager
 def ray_session(*, cpus: int | None = None) -> Iterator[None]:
@@ -50,11 +53,12 @@ def connect(*, cpus: int | None = None) -> None:
     """`ray.init`: `address="local"` unless `RAY_ADDRESS` says otherwise, as a stale cluster file makes a bare init join or fail."""
     import ray
 
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
+    environment = _ENVIRONMENT if address else _ENVIRONMENT | _ALONE
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    runtime_env = {"env_vars": {name: os.environ[name] for name in _ENVIRONMENT}}
+    runtime_env = {"env_vars": {name: os.environ[name] for name in environment}}
     try:
         if address:
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
