@@ -177,9 +177,10 @@ def _ask(console: Console, model: str, image: bytes, labels: list[str], *, keep:
     from urllib.request import Request, urlopen
 
     from serve.config import ServeConfig
-    from serve.run import free_port, start
+    from serve.run import free_port, look_at, start
 
-    server = start(model, ServeConfig(port=free_port()))
+    config = ServeConfig(port=free_port())
+    server = start(look_at(model, config), config)
     try:
         body = {"image": f"data:image/jpeg;base64,{b64encode(image).decode()}", "labels": labels}
         request = Request(f"{server.url}/v1/classify", json.dumps(body).encode(), {"content-type": "application/json"})

@@ -80,11 +80,10 @@ def index(
     import time
 
     from pipelines.index import build_index
-    from pipelines.session import ray_session
 
     console, started = Console(as_json), time.monotonic()
     need = _need(modality)
-    with ray_session(), console.progress("index", unit="shards") as tracker:
+    with console.progress("index", unit="shards") as tracker:
 
         def total(shard_count: int) -> None:
             tracker.total = shard_count
@@ -144,7 +143,6 @@ def train(
     two indexes, three chunks of A to one of B: mm train clip-tiny --data A --data B --set "data.mix.weights=[3, 1]"
     """
     from mm_core.data.ledger import Source
-    from pipelines.session import ray_session
     from pipelines.tracking import describe_run
 
     console = Console(as_json)
@@ -168,12 +166,10 @@ def train(
             )
         console.result(report)
         return
-    with ray_session():
-        from pipelines.train.driver import TrainRequest
-        from pipelines.train.driver import train as run_training
+    from pipelines.train.driver import TrainRequest
+    from pipelines.train.driver import train as run_training
 
-        request = TrainRequest(run, sources, name=name, resume=resume, audit=audit)
-        result = run_training(request, console)
+    result = run_training(TrainRequest(run, sources, name=name, resume=resume, audit=audit), console)
     rows = {key: value for key, value in asdict(result).items() if key not in ("run_id", "name")}
     console.table(("", result.name), list(rows.items()))
     console.say(f"follow: {describe_run(run.tracking.resolved(), result.run_id)}")
@@ -197,19 +193,17 @@ def evaluate(
     if zeroshot is None and not retrieval:
         raise ConfigError("nothing to evaluate: give --zeroshot FOLDER, --retrieval SHARDS, or both")
     from pipelines.evaluate import evaluate_model
-    from pipelines.session import ray_session
 
     console = Console(as_json)
-    with ray_session():
-        report = evaluate_model(
-            resolve_model(model, settings),
-            zeroshot=zeroshot,
-            retrieval=retrieval or (),
-            ledgers=ledger or (),
-            tracking=_tracking(settings),
-            plots=plots,
-            console=console,
-        )
+    report = evaluate_model(
+        resolve_model(model, settings),
+        zeroshot=zeroshot,
+        retrieval=retrieval or (),
+        ledgers=ledger or (),
+        tracking=_tracking(settings),
+        plots=plots,
+        console=console,
+    )
     for kind, metrics in report.items():
         console.table((kind, "", "chance"), [(key, f"{value:.4f}", f"{chance:.4f}") for key, (value, chance) in metrics.items()])
     console.result({kind: {key: value for key, (value, _) in metrics.items()} for kind, metrics in report.items()})

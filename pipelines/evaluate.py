@@ -38,6 +38,7 @@ from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_
 from mm_core.store import open_store
 from pipelines.index import build_index
 from pipelines.plots import recall_bars, retrieval_gallery
+from pipelines.session import ray_session
 from pipelines.tracking import TrackingConfig, log_artifacts, log_metrics
 
 _ROWS_PER_BLOCK = 128
@@ -79,8 +80,10 @@ def evaluate_model(
         BundleError, DataError: a model, folder or shard that cannot be used.
     """
     bundle = load_bundle(model)
+    if zeroshot is not None:
+        _classes(zeroshot)
     report: dict[str, Measured] = {}
-    with tempfile.TemporaryDirectory(prefix="mm-plots-") as temporary:
+    with ray_session(), tempfile.TemporaryDirectory(prefix="mm-plots-") as temporary:
         drawn = plots or Path(temporary)
         if zeroshot is not None:
             with console.progress("zero-shot") as tracker:
@@ -106,10 +109,7 @@ def evaluate_zeroshot(bundle: Bundle, model: str, folder: str, on_progress: Prog
 
     `folder` holds `classnames.txt`, `zeroshot_classification_templates.txt` and the shards, in `test/` where there is one.
     """
-    if not Path(folder).is_dir():
-        raise DataError(f"no folder {folder}: --zeroshot takes one with classnames.txt and shards, in CLIP_benchmark's layout")
-    where = next((path for path in (Path(folder), Path(folder).parent) if (path / "classnames.txt").is_file()), Path(folder))
-    classnames, templates = read_classnames(where), read_templates(where)
+    classnames, templates = _classes(folder)
     shards = Path(folder) / "test"
     with _opened([str(shards if shards.is_dir() else folder)], need=("image",)) as index:
         features = encode_images(model, index, on_progress=on_progress)
@@ -119,6 +119,14 @@ def evaluate_zeroshot(bundle: Bundle, model: str, folder: str, on_progress: Prog
         raise DataError(f"a sample of {folder} has class {features.labels.max()}, classnames.txt has {len(classnames)} lines")
     metrics = zeroshot_metrics(features.images, features.labels, class_embeddings(bundle, classnames, templates))
     return metrics | {"samples": len(features.labels), "classes": len(classnames)}
+
+
+def _classes(folder: str) -> tuple[list[str], list[str]]:
+    """Class names and prompt templates, of `folder` or of the one it is in."""
+    if not Path(folder).is_dir():
+        raise DataError(f"no folder {folder}: --zeroshot takes one with classnames.txt and shards, in CLIP_benchmark's layout")
+    where = next((path for path in (Path(folder), Path(folder).parent) if (path / "classnames.txt").is_file()), Path(folder))
+    return read_classnames(where), read_templates(where)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from mm_core.data.locators import DIGEST, LOCATOR, write_parts
 from mm_core.data.scan import SAMPLE_SCHEMA, Batch, scan_shard, shard_name
 from mm_core.errors import ConfigError, DataError
 from mm_core.store import make_folder, open_file, open_store, reaching
+from pipelines.session import ray_session
 from pipelines.shards import expand_shards
 
 _PARTS = "_parts"
@@ -111,23 +112,26 @@ def build_index(
     known = _known_shards(base, need, max_pixels) if base else {}
     try:
         with reaching(out):
-            per_part = _claim(out, len(urls))
+            _claim(out)
     except OSError as error:
         raise DataError(f"cannot write an index to {out}: {error}") from None
-    parts = [
-        _Part(
-            number,
-            first,
-            some := urls[first : first + per_part],
-            out,
-            [*need],
-            max_pixels,
-            absolute(base) if base else "",
-            [*map(known.get, some)],
-        )
-        for number, first in enumerate(range(0, len(urls), per_part))
-    ]
-    summary = _assemble(out, need, max_pixels, _run(parts, on_progress))
+    with ray_session():
+        per_part = _shards_per_part(out, len(urls))
+        parts = [
+            _Part(
+                number,
+                first,
+                some := urls[first : first + per_part],
+                out,
+                [*need],
+                max_pixels,
+                absolute(base) if base else "",
+                [*map(known.get, some)],
+            )
+            for number, first in enumerate(range(0, len(urls), per_part))
+        ]
+        found = _run(parts, on_progress)
+    summary = _assemble(out, need, max_pixels, found)
     _check_bad(summary, max_bad_fraction)
     fs, folder = open_store(out)
     fs.pipe_file(f"{folder}/{_PARTS}/index.json", summary.model_dump_json(indent=1).encode())
@@ -148,9 +152,8 @@ def _known_shards(base: str, need: tuple[str, ...], max_pixels: int) -> dict[str
     return {r.pop("url"): _Known(first_row=first, **r) for r, first in zip(rows, firsts, strict=False)}
 
 
-def _claim(out: str, shards: int) -> int:
-    """Take the folder: new, empty, or left by a run that did not end. Returns how many shards make a part: eight parts for each
-    CPU, but as many shards as the run before on a machine that may have been another, so that its parts are those of this one."""
+def _claim(out: str) -> None:
+    """Take the folder: new, empty, or left by a run that did not end."""
     fs, folder = open_store(out)
     if fs.exists(f"{folder}/index.json"):
         raise ConfigError(f"{out} is an index already; an index is never changed: give another --out, or remove it first")
@@ -160,6 +163,12 @@ def _claim(out: str, shards: int) -> int:
             raise ConfigError(f"{out} exists and holds other things ({', '.join(sorted(entries)[:3])}); give another --out")
     make_folder(f"{out}/samples")
     make_folder(f"{out}/{_PARTS}")
+
+
+def _shards_per_part(out: str, shards: int) -> int:
+    """Eight parts for each CPU, but as many shards as the run before on a machine that may have been another, so that its parts are
+    those of this one."""
+    fs, folder = open_store(out)
     layout = f"{folder}/{_PARTS}/shards-per-part"
     try:
         return max(1, int(fs.cat_file(layout)))

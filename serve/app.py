@@ -41,6 +41,8 @@ Encode = Callable[[Sequence[str | bytes]], Awaitable[Encoded | Unreadable]]
 class Served:
     """What the gateway knows of the model behind it."""
 
+    source: str
+    """A bundle's folder, or a hub id."""
     name: str
     embed_dim: int
     logit_scale: float
@@ -111,7 +113,7 @@ class Gateway:
         return self._service
 
 
-def build(model: str, served: Served, config: ServeConfig) -> ray.serve.Application:
+def build(served: Served, config: ServeConfig) -> ray.serve.Application:
     """The application: a gateway before the copies of the model."""
     encoder = (
         ray.serve.deployment(Encoder)
@@ -120,7 +122,7 @@ def build(model: str, served: Served, config: ServeConfig) -> ray.serve.Applicat
             max_ongoing_requests=max(config.max_requests, config.max_batch_size),
             ray_actor_options={"num_cpus": 0.5, "num_gpus": config.gpus_per_replica},
         )
-        .bind(model, config)
+        .bind(served.source, config)
     )
     gateway = ray.serve.deployment(Gateway).options(
         max_ongoing_requests=config.max_requests + _REFUSED_AT_A_TIME,

@@ -29,7 +29,7 @@ def attach(app: typer.Typer, resolve_model: Callable[[str], str], session: Calla
         Example: mm serve models:/clip-demo@champion --port 8000
         """
         from serve.config import ServeConfig
-        from serve.run import check_address, start
+        from serve.run import check_address, look_at, start
 
         console = Console()
         config = ServeConfig(host=host, port=port, replicas=replicas, gpus_per_replica=gpus)
@@ -38,8 +38,9 @@ def attach(app: typer.Typer, resolve_model: Callable[[str], str], session: Calla
         name = model.removeprefix(_MODELS) if model.startswith(_MODELS) else None
         if not config.is_loopback:
             console.note(f"warning: {host} is reachable from elsewhere and this version asks for no key: put a proxy that does before it")
+        served = look_at(folder, config, name=name)
         with session():
-            server = start(folder, config, name=name)
+            server = start(served, config)
             _introduce(console, model, server.url)
             server.wait()
             console.note("stopping")

@@ -1,4 +1,7 @@
-"""The deployment that holds the model. Inputs of many requests are joined into batches; decoding runs off the event loop."""
+"""The deployment that holds the model. Inputs of many requests are joined into batches; decoding runs off the event loop.
+
+The gateway knows the types here: torch and the model's library are imported only by the copy that holds a model.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import ray.serve
-import torch
 from jaxtyping import Float32, UInt8
 
-from mm_core.bundle import load_bundle
 from mm_core.data.image import decode_centre
 from mm_core.data.problems import SampleProblem
 from serve.config import ServeConfig
@@ -42,6 +43,10 @@ class Encoder:
     """One copy of the model."""
 
     def __init__(self, model: str, config: ServeConfig) -> None:
+        import torch
+
+        from mm_core.bundle import load_bundle
+
         torch.set_num_threads(config.threads_per_replica or max(1, (os.cpu_count() or 1) // config.replicas))
         self._config = config
         self._bundle = load_bundle(model, device="cuda" if config.gpus_per_replica else "cpu")

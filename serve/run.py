@@ -45,32 +45,36 @@ class Server:
         ray.serve.shutdown()
 
 
-def start(model: str, config: ServeConfig, *, name: str | None = None) -> Server:
-    """Deploy a bundle and wait until it answers. `name` is what answers call the model: by default the folder's name.
+@torch.no_grad()
+def look_at(model: str, config: ServeConfig, *, name: str | None = None) -> Served:
+    """What stands in the way of serving a bundle, found before Ray is needed. `name` is what answers call the model: by default the
+    folder's name.
 
     Raises:
-        BundleError: the model cannot be loaded; nothing was started.
-        ServiceError: the address cannot be used, or this Ray serves something already; nothing was started.
+        BundleError: the model cannot be loaded.
+        ServiceError: the address cannot be used.
+    """
+    check_address(config.host, config.port)
+    bundle = load_bundle(model)
+    return Served(model, name or bundle.name, bundle.embed_dim, bundle.logit_scale)
+
+
+def start(served: Served, config: ServeConfig) -> Server:
+    """Deploy what was looked at and wait until it answers.
+
+    Raises:
+        ServiceError: this Ray serves something already; nothing was started. Or the endpoint did not come up.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    check_address(config.host, config.port)
-    served = _look_at(model, name)
     if ray.is_initialized() and ray.serve.status().proxies:
         raise ServiceError("this Ray cluster serves applications already: stop them first (serve shutdown), or use another cluster")
     try:
         ray.serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.request_timeout_s))
-        ray.serve.run(build(model, served, config), name=APPLICATION, route_prefix="/")
+        ray.serve.run(build(served, config), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         ray.serve.shutdown()
         raise ServiceError(f"the endpoint did not come up: {error}") from None
     return Server(config.url, served.name)
-
-
-@torch.no_grad()
-def _look_at(model: str, name: str | None) -> Served:
-    """Loads the model once here, so that a bad one is an error before anything is deployed."""
-    bundle = load_bundle(model)
-    return Served(name or bundle.name, bundle.embed_dim, bundle.logit_scale)
 
 
 def free_port() -> int:

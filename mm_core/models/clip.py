@@ -1,22 +1,25 @@
 """CLIP (Radford et al. 2021, arXiv 2103.00020): sizes, transformers' `CLIPModel` built from them, and its training forward.
 
-The wrapped `CLIPModel` is the model: what is exported loads with `CLIPModel.from_pretrained` anywhere.
+The wrapped `CLIPModel` is the model: what is exported loads with `CLIPModel.from_pretrained` anywhere. It is imported where one is
+built, as its import takes seconds and most programs need only the sizes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import CLIPConfig as HFClipConfig
-from transformers import CLIPModel
 
 from mm_core.config import Config
 from mm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig as HFClipConfig
+    from transformers import CLIPModel
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -149,11 +152,15 @@ def build_clip(config: ClipConfig, tokens: SpecialTokens) -> CLIPModel:
     for name, tower in (("vision", config.vision), ("text", config.text)):
         if tower.width % tower.heads:
             raise ConfigError(f"model.{name}.width {tower.width} is no multiple of its {tower.heads} heads")
+    from transformers import CLIPModel
+
     return CLIPModel(hf_config(config, tokens))
 
 
 def hf_config(config: ClipConfig, tokens: SpecialTokens) -> HFClipConfig:
     """The same sizes as transformers' configuration."""
+    from transformers import CLIPConfig as HFClipConfig
+
     shared = {"hidden_act": config.hidden_act, "projection_dim": config.embed_dim}
     return HFClipConfig(
         text_config={

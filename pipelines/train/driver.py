@@ -29,12 +29,14 @@ from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_
 from mm_core.training.checkpoint import load_weights
 from pipelines.metric_log import MetricLog, spool_folder
 from pipelines.plots import loss_curve
+from pipelines.session import ray_session
 from pipelines.shards import check_shards
 from pipelines.tracking import DatasetInput, RunStatus, continue_run, create_run, finish_run, log_artifacts, metric_history
 from pipelines.train.board import start_board
 from pipelines.train.config import TrainRun
 from pipelines.train.launch import check_resources, launch
-from pipelines.train.loop import Outcome, WorkerTask
+from pipelines.train.loop import WorkerTask
+from pipelines.train.outcome import Outcome
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
 
@@ -75,16 +77,22 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
         ConfigError, DataError, CheckpointError: before any worker starts.
         TrainingError: the run stopped; its message says how to continue.
     """
-    # 1. The data, as it was indexed.
+    # 1. What can be wrong before Ray is there.
     data = RunData.open(request.sources)
-    check_shards(data.indexes)
     data.check_modalities()
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
     data.plan(run)
-    check_resources(run)
-
-    # 2. The run: a new folder and tracking run, or the ones it began with.
     folder, record = _claim(request, run, data)
+    with ray_session():
+        return _train(request, run, data, folder, record, console)
+
+
+def _train(
+    request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, record: RunRecord | None, console: Console
+) -> TrainResult:
+    # 2. The data as it was indexed, a cluster that is large enough; then a new folder and tracking run, or the ones it began with.
+    check_shards(data.indexes)
+    check_resources(run)
     resumed = record is not None
     if record is None:
         record = _begin(request, run, data, folder)

@@ -19,7 +19,8 @@ from mm_core.errors import ConfigError, MMError, TrainingError
 from mm_core.store import open_store
 from pipelines.causes import own_error
 from pipelines.train.config import TrainRun
-from pipelines.train.loop import Outcome, WorkerTask, train_worker
+from pipelines.train.loop import WorkerTask, train_worker
+from pipelines.train.outcome import Outcome
 from pipelines.train.run_folder import RunFolder
 
 _WORKER_MEMORY_BYTES = 256 << 20

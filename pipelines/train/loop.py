@@ -39,7 +39,8 @@ from pipelines.stream import Share, StepBatch, stream
 from pipelines.train.audit import Audit
 from pipelines.train.board import fatal_errors
 from pipelines.train.config import TrainRun
-from pipelines.train.meter import Meter, ShardCount
+from pipelines.train.meter import Meter
+from pipelines.train.outcome import Outcome
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,6 @@ class WorkerTask:
     """A state dict for `--init`, used where there is no checkpoint yet."""
     board: ray.actor.ActorHandle
     """Where rank 0 shows its progress to the driver."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What rank 0 returns."""
-
-    steps: int
-    metrics: dict[str, float]
-    failure: str | None = None
-    replaced: tuple[ShardCount, ...] = ()
-    """The shards whose samples had to be replaced most often since the workers were started, the worst first."""
 
 
 def train_worker(task: WorkerTask) -> Outcome:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import psutil
 import torch
@@ -13,16 +12,9 @@ import torch.distributed as dist
 from mm_core.data.problems import Reason
 from mm_core.training.clock import Phase
 from mm_core.training.step import StepResult, TrainStep
+from pipelines.train.outcome import ShardCount
 
 TOP_SHARDS = 1000
-
-
-class ShardCount(NamedTuple):
-    """Samples of one shard that were replaced for one reason."""
-
-    shard: str
-    reason: str
-    samples: int
 
 
 class Meter:

@@ -101,7 +101,7 @@ def test_the_registered_model_answers_with_the_same_features(
     from pipelines.registry import resolve_model
     from pipelines.tracking import TrackingConfig
     from serve.config import ServeConfig
-    from serve.run import free_port, start
+    from serve.run import free_port, look_at, start
 
     result, folder, _ = demo
     model = resolve_model("models:/clip-demo@champion", TrackingConfig(uri=f"sqlite:///{folder / 'mlflow.db'}"))
@@ -110,7 +110,8 @@ def test_the_registered_model_answers_with_the_same_features(
         member = tar.extractfile("00000001.jpg")
         assert member is not None
         data = member.read()
-    server = start(str(model), ServeConfig(port=free_port()))
+    config = ServeConfig(port=free_port())
+    server = start(look_at(str(model), config), config)
     try:
         inputs = ["two blue squares", f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"]
         answer = httpx.post(f"{server.url}/v1/embeddings", json={"input": inputs}, timeout=60)

@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 import torch.distributed as dist
 
-from pipelines.train.meter import TOP_SHARDS, Meter, ShardCount
+from pipelines.train.meter import TOP_SHARDS, Meter
+from pipelines.train.outcome import ShardCount
 
 
 @pytest.fixture

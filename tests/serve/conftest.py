@@ -13,7 +13,7 @@ from mm_core.bundle import Bundle, load_bundle, write_bundle
 from mm_core.models.clip import ClipConfig, TowerConfig, build_clip
 from mm_core.models.tokenizer import special_tokens, train_bpe
 from serve.config import ServeConfig
-from serve.run import Server, free_port, start
+from serve.run import Server, free_port, look_at, start
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +57,7 @@ def serve_config() -> ServeConfig:
 
 @pytest.fixture(scope="package")
 def server(ray_cluster: None, bundle_folder: Path, serve_config: ServeConfig) -> Iterator[Server]:
-    running = start(str(bundle_folder), serve_config)
+    running = start(look_at(str(bundle_folder), serve_config), serve_config)
     yield running
     running.stop()
 

@@ -30,7 +30,7 @@ def test_a_lost_copy_is_503(case: str) -> None:
         raise LOST[case]
 
     async def ask() -> list[httpx.Response]:
-        app = create_app(Served("tiny", 16, 100.0), ServeConfig(), encode, ping)
+        app = create_app(Served("runs/tiny", "tiny", 16, 100.0), ServeConfig(), encode, ping)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             return [await client.post("/v1/embeddings", json={"input": "x"}), await client.get("/healthz")]
 

@@ -9,7 +9,7 @@ import pytest
 
 from mm_core.errors import BundleError, ServiceError
 from serve.config import ServeConfig
-from serve.run import Server, free_port, start
+from serve.run import Server, free_port, look_at, start
 
 
 def test_a_port_in_use_is_named_before_the_model_is_looked_at() -> None:
@@ -18,22 +18,23 @@ def test_a_port_in_use_is_named_before_the_model_is_looked_at() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ServiceError, match=rf"port {port} .*--port"):
-            start("no-such-model", ServeConfig(port=port))
+            look_at("no-such-model", ServeConfig(port=port))
 
 
 def test_an_address_of_another_machine_is_named() -> None:
     with pytest.raises(ServiceError, match=r"192\.0\.2\.77"):
-        start("no-such-model", ServeConfig(host="192.0.2.77", port=free_port()))
+        look_at("no-such-model", ServeConfig(host="192.0.2.77", port=free_port()))
 
 
 def test_a_missing_bundle_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no bundle at"):
-        start(str(tmp_path / "absent"), ServeConfig(port=free_port()))
+        look_at(str(tmp_path / "absent"), ServeConfig(port=free_port()))
 
 
 def test_a_second_endpoint_on_the_same_ray_is_refused(server: Server, bundle_folder: Path) -> None:
+    config = ServeConfig(port=free_port())
     with pytest.raises(ServiceError, match="already"):
-        start(str(bundle_folder), ServeConfig(port=free_port()))
+        start(look_at(str(bundle_folder), config), config)
 
 
 def test_urls_that_a_browser_takes() -> None:

@@ -1,0 +1,25 @@
+"""What a run returns to the driver. Light: Ray Train's controller, through which it passes, loads this and not the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class ShardCount(NamedTuple):
+    """Samples of one shard that were replaced for one reason."""
+
+    shard: str
+    reason: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What rank 0 returns."""
+
+    steps: int
+    metrics: dict[str, float]
+    failure: str | None = None
+    replaced: tuple[ShardCount, ...] = ()
+    """The shards whose samples had to be replaced most often since the workers were started, the worst first."""
