@@ -35,7 +35,7 @@ class Tracker:
 
     @property
     def rate(self) -> float:
-        """Units per second since the first report, so that a slow start does not spoil the estimate."""
+        """Units per second since the first report, so that a slow start does not spoil the estimate; 0 as long as it is the only one."""
         if self._first is None:
             return 0.0
         done, at = self._first
@@ -57,11 +57,13 @@ class Tracker:
 
     def line(self) -> str:
         left = f"/{self.total:,.0f}" if self.total else ""
-        eta = ""
-        if self.total and self.rate > 0 and self.done < self.total:
-            eta = f"  ETA {_clock((self.total - self.done) / self.rate)}"
+        rate = eta = ""
+        if self.rate > 0:
+            rate = f"  {self.rate:,.1f} {self.unit}/s"
+            if self.total and self.done < self.total:
+                eta = f"  ETA {_clock((self.total - self.done) / self.rate)}"
         note = f"  {self.note}" if self.note else ""
-        return f"{self.label}  {self.done:,.0f}{left} {self.unit}  {self.rate:,.1f} {self.unit}/s{eta}{note}"
+        return f"{self.label}  {self.done:,.0f}{left} {self.unit}{rate}{eta}{note}"
 
 
 @dataclass

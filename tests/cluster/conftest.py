@@ -6,7 +6,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
@@ -61,7 +61,7 @@ def running_head() -> Iterator[RunningHead]:
             _wait_until_up(process, address, folder / "log")
             yield RunningHead(address, str(gcs), environment)
         finally:
-            _end_group(process)
+            _end(process)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -87,11 +87,15 @@ def _wait_until_up(process: subprocess.Popen[bytes], address: str, log: Path) ->
     pytest.fail(f"the head did not come up: {log.read_text()[-2000:]}")
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM lets `ray start --block` stop the processes it started; what is left of its own group is killed."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, then SIGKILL to whatever is left: `ray start --block` waits long for the workers of jobs that have ended."""
+    family = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(3)
+    process.kill()
     process.wait()
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(family, timeout=10)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from mm_core.bundle import read_manifest
+from pipelines.index import build_index
 
 if TYPE_CHECKING:
     from conftest import RunningHead
@@ -25,11 +26,10 @@ def mm(head: RunningHead, *arguments: str, folder: Path) -> subprocess.Completed
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_training_as_a_job(running_head: RunningHead, corpus: Path, tmp_path: Path) -> None:
-    indexed = mm(running_head, "data", "index", str(corpus / "train"), "--out", "index", folder=tmp_path)
-    assert indexed.returncode == 0, indexed.stderr
+def test_training_as_a_job(running_head: RunningHead, ray_cluster: None, corpus: Path, tmp_path: Path) -> None:
+    build_index([str(corpus / "train")], str(tmp_path / "index"))
     settings = ["steps=4", "global_batch_size=32", "tracking.system_metrics=false", "tokenizer.vocab_size=320"]
-    train = ["train", "clip-tiny", "--data", "index", "--name", "job", *(part for s in settings for part in ("--set", s))]
+    train = ["train", "clip-tiny", "--data", "index", "--name", "job", "--workers", "1", *(part for s in settings for part in ("--set", s))]
 
     submitted = mm(running_head, "submit", "--json", "--", *train, folder=tmp_path)
 

@@ -1,4 +1,4 @@
-"""Kill a worker, then the driver; go on with one, two and three workers: the same samples in the same global batches."""
+"""Kill a worker, then the driver; go on with three workers, stop with Ctrl-C, go on with one: the same samples, the same batches."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def undisturbed(index: Index, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return run(index, folder, 2, folder / "audit"), folder
 
 
-def start(index: Index, folder: Path, workers: int) -> subprocess.Popen[bytes]:
+def start(index: Index, folder: Path, workers: int, *flags: str) -> subprocess.Popen[bytes]:
     """The run by the command line."""
     arguments = [item for setting in settings(folder) for item in ("--set", setting)]
     command = [sys.executable, "-m", "mm", "train", "clip-tiny", "--data", index.url, "--name", "tiny", "--workers", str(workers)]
-    command += ["--audit", str(folder / "audit"), *arguments]
+    command += ["--audit", str(folder / "audit"), *flags, *arguments]
     with (folder / "log").open("wb") as log:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
 
@@ -97,28 +97,43 @@ def killed(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
         worker = next(p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
         worker.send_signal(signal.SIGKILL)
         wait_for(lambda: attempts(folder) == 2 and reached(folder, 20), driver, folder)
-        family = psutil.Process(driver.pid).children(recursive=True)
+        workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        psutil.wait_procs(family, timeout=30)
+        assert not psutil.wait_procs(workers, timeout=30)[1]
     finally:
         driver.kill()
     return folder
 
 
-def test_ctrl_c_says_how_to_go_on(index: Index, tmp_path: Path) -> None:
-    driver = start(index, tmp_path, 1)
+@pytest.fixture(scope="module")
+def interrupted(killed: Path, index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The killed run, continued on three workers and stopped by Ctrl-C."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    copy_run(killed, folder)
+    before = attempts(folder)
+    driver = start(index, folder, 3, "--resume")
     try:
-        wait_for(lambda: reached(tmp_path, 10), driver, tmp_path)
+        wait_for(lambda: any((folder / "audit").glob(f"attempt{before + 1:05d}-*")), driver, folder)
         driver.send_signal(signal.SIGINT)
         assert driver.wait(60) == 130
     finally:
         driver.kill()
-    said = (tmp_path / "log").read_text()
+    return folder
+
+
+def copy_run(old: Path, new: Path) -> None:
+    for name in ("runs", "audit"):
+        shutil.copytree(old / name, new / name)
+    shutil.copy(old / "mlflow.db", new / "mlflow.db")
+
+
+def test_ctrl_c_says_how_to_go_on(interrupted: Path) -> None:
+    said = (interrupted / "log").read_text()
     assert "stopped; continue with the same command and --resume --name tiny" in said
     assert "Traceback" not in said
-    record = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
-    status = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_run(record["tracking_run_id"]).info.status
+    record = json.loads((interrupted / "runs" / "tiny" / "run.json").read_text())
+    status = MlflowClient(f"sqlite:///{interrupted / 'mlflow.db'}").get_run(record["tracking_run_id"]).info.status
     assert status == "KILLED"
 
 
@@ -154,21 +169,34 @@ def test_the_run_is_whole(undisturbed: tuple[TrainResult, Path]) -> None:
     assert state["config"]["steps"] == STEPS
 
 
+def test_killed_interrupted_and_resumed_is_as_undisturbed(
+    interrupted: Path, undisturbed: tuple[TrainResult, Path], index: Index, tmp_path: Path
+) -> None:
+    """Two workers, one of them killed; two again, the driver killed; three, Ctrl-C; one to the end. No name is given the last time: the
+    newest run of this configuration and data is continued."""
+    resumed_is_as_undisturbed(interrupted, undisturbed, index, tmp_path, 1, name=None)
+
+
+@pytest.mark.chaos
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_killed_and_resumed_is_as_undisturbed(
     workers: int, killed: Path, undisturbed: tuple[TrainResult, Path], index: Index, tmp_path: Path
 ) -> None:
-    assert len({path.name.split("-")[0] for path in (killed / "audit").glob("*.parquet")}) == 2
-    for name in ("runs", "audit"):
-        shutil.copytree(killed / name, tmp_path / name)
-    shutil.copy(killed / "mlflow.db", tmp_path / "mlflow.db")
-    reference, folder = undisturbed
+    resumed_is_as_undisturbed(killed, undisturbed, index, tmp_path, workers, name="tiny")
 
-    # Without a name the newest run of this configuration and data is continued.
-    result = run(index, tmp_path, workers, tmp_path / "audit", name="tiny" if workers > 1 else None, resume=True)
 
-    assert batches(tmp_path / "audit") == batches(folder / "audit")
-    assert result.run_id == json.loads((killed / "runs" / "tiny" / "run.json").read_text())["tracking_run_id"]
+def resumed_is_as_undisturbed(
+    stopped: Path, undisturbed: tuple[TrainResult, Path], index: Index, folder: Path, workers: int, *, name: str | None
+) -> None:
+    copy_run(stopped, folder)
+    before = attempts(folder)
+    assert {path.name.split("-")[0] for path in (folder / "audit").glob("*.parquet")} == {f"attempt{n + 1:05d}" for n in range(before)}
+    reference, whole = undisturbed
+
+    result = run(index, folder, workers, folder / "audit", name=name, resume=True)
+
+    assert batches(folder / "audit") == batches(whole / "audit")
+    assert result.run_id == json.loads((stopped / "runs" / "tiny" / "run.json").read_text())["tracking_run_id"]
     torch.testing.assert_close(weights(result.bundle), weights(reference.bundle), atol=2e-3, rtol=1e-2)
     assert abs(result.final_loss - reference.final_loss) < 1e-2
 
@@ -207,7 +235,7 @@ def test_shards_that_lose_their_pictures_stop_the_run(index: Index, corpus: Path
     shard.write_bytes(data)
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(TrainingError, match=r"could not be read, above data.max_bad_fraction 0.1: changed \d+"):
-        train(TrainRequest(tiny_run(tmp_path, 2), (Source(index=damaged.url),), name="damaged"), Console(json=True))
+        train(TrainRequest(tiny_run(tmp_path, 1), (Source(index=damaged.url),), name="damaged"), Console(json=True))
 
 
 def test_init_starts_from_a_bundle(undisturbed: tuple[TrainResult, Path], index: Index, tmp_path: Path) -> None:
