@@ -14,6 +14,7 @@ import posixpath
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -110,13 +111,11 @@ def build_index(
     urls = expand_shards(patterns)
     on_shards(len(urls))
     known = _known_shards(base, need, max_pixels) if base else {}
-    try:
-        with reaching(out):
-            _claim(out)
-    except OSError as error:
-        raise DataError(f"cannot write an index to {out}: {error}") from None
+    with _writing(out):
+        _claim(out)
     with ray_session():
-        per_part = _shards_per_part(out, len(urls))
+        with _writing(out):
+            per_part = _shards_per_part(out, len(urls))
         parts = [
             _Part(
                 number,
@@ -150,6 +149,15 @@ def _known_shards(base: str, need: tuple[str, ...], max_pixels: int) -> dict[str
     rows = index.shards.select(["shard", "url", "file", "bytes", "version", "rows"]).to_pylist()
     firsts = np.cumsum([0, *(row["rows"] for row in rows)]).tolist()
     return {r.pop("url"): _Known(first_row=first, **r) for r, first in zip(rows, firsts, strict=False)}
+
+
+@contextmanager
+def _writing(out: str) -> Iterator[None]:
+    try:
+        with reaching(out):
+            yield
+    except OSError as error:
+        raise DataError(f"cannot write an index to {out}: {error}") from None
 
 
 def _claim(out: str) -> None:

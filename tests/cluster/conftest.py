@@ -31,7 +31,7 @@ class RunningHead:
     environment: dict[str, str]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def running_head() -> Iterator[RunningHead]:
     """`ray start --head --block` with token authentication and a token of its own.
 
