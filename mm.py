@@ -176,8 +176,9 @@ def _ask(console: Console, model: str, image: bytes, labels: list[str], *, keep:
     import json
     from urllib.request import Request, urlopen
 
+    from serve.address import free_port
     from serve.config import ServeConfig
-    from serve.run import free_port, look_at, start
+    from serve.run import look_at, start
 
     config = ServeConfig(port=free_port())
     server = start(look_at(model, config), config)

@@ -29,6 +29,7 @@ from mm_core.data.columns import column_of, rows_of
 from mm_core.data.image import decode_centre
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
+from mm_core.data.locators import HAS_LABEL
 from mm_core.data.permutation import U64
 from mm_core.data.problems import SampleProblem
 from mm_core.data.reader import IndexReader
@@ -112,9 +113,10 @@ def evaluate_zeroshot(bundle: Bundle, model: str, folder: str, on_progress: Prog
     classnames, templates = _classes(folder)
     shards = Path(folder) / "test"
     with _opened([str(shards if shards.is_dir() else folder)], need=("image",)) as index:
+        flags = index.locators["flags"][compile_kept(index).ordinals.astype(np.int64)]
+        if unlabelled := int(((flags & HAS_LABEL) == 0).sum()):
+            raise DataError(f"{unlabelled} samples of {folder} have no class: each needs a .cls member beside its image")
         features = encode_images(model, index, on_progress=on_progress)
-    if (features.labels < 0).any():
-        raise DataError(f"{int((features.labels < 0).sum())} samples of {folder} have no class: each needs a .cls member beside its image")
     if features.labels.max() >= len(classnames):
         raise DataError(f"a sample of {folder} has class {features.labels.max()}, classnames.txt has {len(classnames)} lines")
     metrics = zeroshot_metrics(features.images, features.labels, class_embeddings(bundle, classnames, templates))

@@ -28,12 +28,14 @@ def attach(app: typer.Typer, resolve_model: Callable[[str], str], session: Calla
 
         Example: mm serve models:/clip-demo@champion --port 8000
         """
+        from serve.address import check_address
+
+        check_address(host, port)
         from serve.config import ServeConfig
-        from serve.run import check_address, look_at, start
+        from serve.run import look_at, start
 
         console = Console()
         config = ServeConfig(host=host, port=port, replicas=replicas, gpus_per_replica=gpus)
-        check_address(host, port)
         folder = resolve_model(model)
         name = model.removeprefix(_MODELS) if model.startswith(_MODELS) else None
         if not config.is_loopback:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import socket
 import threading
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from ray.serve.config import HTTPOptions
 
 from mm_core.bundle import load_bundle
 from mm_core.errors import ServiceError
+from serve.address import check_address
 from serve.app import Served, build
 from serve.config import ServeConfig
 
@@ -75,25 +75,3 @@ def start(served: Served, config: ServeConfig) -> Server:
         ray.serve.shutdown()
         raise ServiceError(f"the endpoint did not come up: {error}") from None
     return Server(config.url, served.name)
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def check_address(host: str, port: int) -> None:
-    """
-    Raises:
-        ServiceError: nothing can listen there.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        reason = f"port {port} of {host} cannot be used ({error.strerror})"
-        raise ServiceError(f"{reason}: stop what listens there, or give another --port or --host") from None

@@ -12,8 +12,9 @@ import torch
 from mm_core.bundle import Bundle, load_bundle, write_bundle
 from mm_core.models.clip import ClipConfig, TowerConfig, build_clip
 from mm_core.models.tokenizer import special_tokens, train_bpe
+from serve.address import free_port
 from serve.config import ServeConfig
-from serve.run import Server, free_port, look_at, start
+from serve.run import Server, look_at, start
 
 
 @pytest.fixture(scope="session")

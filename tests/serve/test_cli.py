@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from serve.run import free_port
+from serve.address import free_port
 
 _MM = [sys.executable, "-c", "from mm import main; main()"]
 

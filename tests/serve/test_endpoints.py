@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import jsonschema
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer, CLIPModel
 
 from mm_core.bundle import Bundle
 from mm_core.data.image import decode_centre
@@ -45,6 +47,20 @@ def test_an_image_has_the_features_of_the_bundle(client: httpx.Client, bundle: B
     data = picture(1, kind.upper())
     answer = client.post("/v1/embeddings", json={"model": "tiny", "input": data_uri(data, kind)}).json()
     np.testing.assert_allclose(answer["data"][0]["embedding"], expected(bundle, data), atol=1e-5)
+
+
+def test_features_are_those_of_transformers_own_model(client: httpx.Client, bundle: Bundle, bundle_folder: Path) -> None:
+    """On the same pixels and texts, to 1e-5: the bundle's folder is what `CLIPModel.from_pretrained` loads."""
+    model, tokenizer = CLIPModel.from_pretrained(bundle_folder).eval(), AutoTokenizer.from_pretrained(bundle_folder)
+    mean, std = (np.asarray(v, dtype=np.float32) for v in (bundle.towers.mean, bundle.towers.std))
+    pixels = torch.from_numpy((decode_centre(picture(4), bundle.image_size) / np.float32(255) - mean) / std).permute(2, 0, 1)[None]
+    ids = tokenizer([TEXTS[0]], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        image = torch.nn.functional.normalize(model.get_image_features(pixel_values=pixels).pooler_output)
+        text = torch.nn.functional.normalize(model.get_text_features(input_ids=ids).pooler_output)
+    answer = client.post("/v1/embeddings", json={"input": [data_uri(picture(4)), TEXTS[0]]}).json()
+    for row, theirs in zip(answer["data"], (image, text), strict=True):
+        np.testing.assert_allclose(row["embedding"], theirs[0].numpy(), atol=1e-5)
 
 
 def test_texts_and_images_in_one_call_keep_their_order(client: httpx.Client, bundle: Bundle) -> None:

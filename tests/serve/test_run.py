@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mm_core.errors import BundleError, ServiceError
+from serve.address import free_port
 from serve.config import ServeConfig
-from serve.run import Server, free_port, look_at, start
+from serve.run import Server, look_at, start
 
 
 def test_a_port_in_use_is_named_before_the_model_is_looked_at() -> None:

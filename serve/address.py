@@ -1,0 +1,29 @@
+"""Where an endpoint can listen."""
+
+from __future__ import annotations
+
+import socket
+
+from mm_core.errors import ServiceError
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def check_address(host: str, port: int) -> None:
+    """
+    Raises:
+        ServiceError: nothing can listen there.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = f"port {port} of {host} cannot be used ({error.strerror})"
+        raise ServiceError(f"{reason}: stop what listens there, or give another --port or --host") from None
