@@ -1,4 +1,4 @@
-"""`mm data index`: read every shard once, as a Ray Data job, and write an index.
+"""`mm data index`: read every shard once, in Ray tasks, and write an index.
 
 A task reads some shards and writes their part of the tables itself, under names nobody else uses, and a note of it last; so a part
 is there whole or not at all, and the same command given again after a kill takes what is there. A shard that an earlier index
@@ -15,14 +15,15 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray.data
+import ray
 from numpy.typing import NDArray
 
 from mm_core.address import absolute
@@ -188,30 +189,33 @@ def _shards_per_part(out: str, shards: int) -> int:
 
 
 def _run(parts: list[_Part], on_progress: Progress) -> list[dict[str, Any]]:
-    """What every part found, in order. Tasks and results travel as JSON: their columns differ from row to row."""
-    rows = [{"part": json.dumps(asdict(part))} for part in parts]
+    """What every part found, in order. Twice as many tasks as processors are handed out at a time, so that none waits for the next."""
+    at_a_time = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    read, waiting, running = ray.remote(_read_part), iter(parts), list[ray.ObjectRef]()
     done: list[dict[str, Any]] = []
     samples, bad = 0, Counter[str]()
-    for row in ray.data.from_items(rows, override_num_blocks=len(rows)).map(_read_part).iter_rows():
-        result = json.loads(row["result"])
-        if result["error"]:
-            raise DataError(result["error"])
-        done.append(result)
-        samples += sum(shard["samples"] for shard in result["shards"])
-        bad.update(result["bad"])
-        on_progress(len(result["shards"]), f"{samples:,} samples" + (f", {bad.total():,} unusable" if bad else ""))
+    try:
+        while running := running + [read.remote(part) for part in islice(waiting, at_a_time - len(running))]:
+            (first,), running = ray.wait(running)
+            result = ray.get(first)
+            if isinstance(result, DataError):
+                raise result
+            done.append(result)
+            samples += sum(shard["samples"] for shard in result["shards"])
+            bad.update(result["bad"])
+            on_progress(len(result["shards"]), f"{samples:,} samples" + (f", {bad.total():,} unusable" if bad else ""))
+    finally:
+        for task in running:
+            ray.cancel(task)
     return sorted(done, key=lambda result: result["shards"][0]["shard"])
 
 
-def _read_part(task: dict[str, str]) -> dict[str, str]:
+def _read_part(part: _Part) -> dict[str, Any] | DataError:
     """Read some shards and write their rows. An error goes back as a value: Ray's wrapping would bury it."""
-    values = json.loads(task["part"])
-    part = _Part(**values | {"known": [_Known(**known) if known else None for known in values["known"]]})
     try:
-        result = _finished(part) or _write_part(part)
+        return _finished(part) or _write_part(part)
     except DataError as error:
-        return {"result": json.dumps({"error": str(error)})}
-    return {"result": json.dumps(result | {"error": ""})}
+        return error
 
 
 def _finished(part: _Part) -> dict[str, Any] | None:
