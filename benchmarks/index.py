@@ -1,6 +1,6 @@
 """MB/s of `mm data index`, beside `cat` of the same bytes.
 
-    python benchmarks/index.py SHARDS... [--megabytes 600] [--runs 3]
+    python benchmarks/index.py SHARDS... [--megabytes 4000] [--runs 3]
 
 The shards are copied under new names until there are so many bytes that starting a job does not decide. Each run times, one after
 the other: `cat` of all of them and `build_index` with the pages in memory (warm), then both again after the pages were dropped
@@ -59,7 +59,7 @@ def index(paths: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+")
-    parser.add_argument("--megabytes", type=int, default=600)
+    parser.add_argument("--megabytes", type=int, default=4000)
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     times: dict[str, list[float]] = {"cat_warm": [], "index_warm": [], "cat_cold": [], "index_cold": []}
