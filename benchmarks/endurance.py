@@ -1,6 +1,7 @@
 """The stream over many epochs and on more ranks than cores: memory by epoch, and one digest of the order for every number of ranks.
 
-Memory is what the processes of the job hold for themselves, plus Ray's object store, sampled every second.
+Memory is what the processes of the job hold for themselves, by what they are, and Ray's object store, sampled every second. It is measured
+first, in a session that has done nothing else.
 
     python benchmarks/endurance.py SHARDS [--epochs 20] [--ranks 2 4 8]
 """
@@ -67,26 +68,28 @@ def run(spec: ReadSpec, ranks: int, steps: int) -> tuple[str, list[float]]:
 
 @dataclass
 class Memory:
-    """Samples of (time, bytes) until stopped."""
+    """Samples of (time, bytes by part) until stopped."""
 
-    samples: list[tuple[float, int]] = field(default_factory=list)
+    samples: list[tuple[float, dict[str, int]]] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
 
     def watch(self) -> None:
         while not self.stop.wait(1):
-            private = 0
+            parts = {"ranks": 0, "readers": 0, "ray": 0, "store": shutil.disk_usage("/dev/shm").used}
             for process in psutil.Process().children(recursive=True):
                 try:
-                    private += process.memory_full_info().uss
-                except psutil.Error:
+                    name = process.cmdline()[0]
+                    kind = "ranks" if "RayTrainWorker" in name else "readers" if "ReadPlan" in name or "IDLE" in name else "ray"
+                    parts[kind] += process.memory_full_info().uss
+                except (psutil.Error, IndexError):
                     continue
-            self.samples.append((time.time(), private + shutil.disk_usage("/dev/shm").used))
+            self.samples.append((time.time(), parts))
 
-    def during(self, start: float, end: float) -> float:
-        """MB, the mean; of the nearest sample where there is none."""
-        inside = [bytes_ for at, bytes_ in self.samples if start <= at <= end]
+    def during(self, start: float, end: float) -> dict[str, int]:
+        """MB by part, the mean; of the nearest sample where there is none."""
+        inside = [parts for at, parts in self.samples if start <= at <= end]
         inside = inside or [min(self.samples, key=lambda sample: abs(sample[0] - end))[1]]
-        return sum(inside) / len(inside) / 1e6
+        return {part: round(sum(parts[part] for parts in inside) / len(inside) / 1e6) for part in inside[0]}
 
 
 def main() -> None:
@@ -100,11 +103,11 @@ def main() -> None:
         spec = make_spec(build_index(expand_shards(arguments.shards), str(Path(folder) / "index")), arguments.size)
         samples = spec.plan.plans[0].samples
         one_epoch = -(-samples // BATCH) + 1
-        digests = {ranks: run(spec, ranks, one_epoch)[0] for ranks in arguments.ranks}
         memory = Memory()
         threading.Thread(target=memory.watch, daemon=True).start()
         _, ends = run(spec, arguments.ranks[0], arguments.epochs * samples // BATCH + 1)
         memory.stop.set()
+        digests = {ranks: run(spec, ranks, one_epoch)[0] for ranks in arguments.ranks}
     by_epoch = [memory.during(start, end) for start, end in zip([ends[0] - (ends[1] - ends[0]) / 2, *ends], ends, strict=False)]
     result = {
         "benchmark": "endurance",
@@ -112,8 +115,8 @@ def main() -> None:
         "cpus": os.cpu_count(),
         "same_order": len(set(digests.values())) == 1,
         "ranks": arguments.ranks,
-        "memory_mb_by_epoch": [round(mb) for mb in by_epoch],
-        "last_over_first": round(by_epoch[-1] / by_epoch[0], 3),
+        "memory_mb_by_epoch": by_epoch,
+        "last_over_first": round(sum(by_epoch[-1].values()) / sum(by_epoch[0].values()), 3),
     }
     print(json.dumps(result))
 
