@@ -58,13 +58,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def photos_folder() -> Path | None:
+    folder = Path(os.environ.get("MM_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    return folder if folder.is_dir() else None
+
+
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """Real photographs and captions.
 
     Skips where they are absent: they are not ours to ship.
     """
-    folder = Path(os.environ.get("MM_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip(f"no test photos at {folder}: set MM_TEST_DATA")
+    folder = photos_folder()
+    if folder is None:
+        pytest.skip("no test photos: set MM_TEST_DATA")
     return folder

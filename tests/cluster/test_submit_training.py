@@ -1,4 +1,4 @@
-"""`mm submit -- train …` runs the same training as a job of a real Ray head."""
+"""`mm submit -- train … --init MODEL` runs the same training as a job of a real Ray head, from that model's weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
-from mm_core.bundle import read_manifest
+from mm_core.bundle import load_bundle, read_manifest, write_bundle
+from mm_core.models.clip import build_clip, clip_tiny
+from mm_core.models.tokenizer import special_tokens, train_bpe
 from pipelines.index import build_index
 
 if TYPE_CHECKING:
@@ -26,10 +29,23 @@ def mm(head: RunningHead, *arguments: str, folder: Path) -> subprocess.Completed
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def write_model(folder: Path) -> None:
+    tokenizer = train_bpe(["a red circle", "two blue squares"] * 5, vocab_size=320, context_length=32)
+    config = clip_tiny().model_copy(update={"vocab_size": len(tokenizer)})
+    model = build_clip(config, special_tokens(tokenizer))
+    write_bundle(folder, model=model, tokenizer=tokenizer, config=config, recipe="clip-tiny", data_fingerprint="none", metrics={})
+
+
+def weights(bundle: Path) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in load_bundle(str(bundle)).model.parameters()])
+
+
 def test_training_as_a_job(running_head: RunningHead, ray_cluster: None, corpus: Path, tmp_path: Path) -> None:
     build_index([str(corpus / "train")], str(tmp_path / "index"))
-    settings = ["steps=4", "global_batch_size=32", "tracking.system_metrics=false", "tokenizer.vocab_size=320"]
-    train = ["train", "clip-tiny", "--data", "index", "--name", "job", "--workers", "1", *(part for s in settings for part in ("--set", s))]
+    write_model(tmp_path / "start")
+    settings = ["steps=4", "global_batch_size=32", "tracking.system_metrics=false", "optimizer.lr=1e-9"]
+    train = ["train", "clip-tiny", "--data", "index", "--name", "job", "--workers", "1", "--init", "start"]
+    train += [part for setting in settings for part in ("--set", setting)]
 
     submitted = mm(running_head, "submit", "--json", "--", *train, folder=tmp_path)
 
@@ -42,3 +58,4 @@ def test_training_as_a_job(running_head: RunningHead, ray_cluster: None, corpus:
         time.sleep(1)
     assert "train  4/4 steps" in mm(running_head, "jobs", "logs", "-f", job["job_id"], folder=tmp_path).stdout
     assert read_manifest(tmp_path / "runs" / "job" / "bundle").run_id == job["run_id"]
+    torch.testing.assert_close(weights(tmp_path / "runs" / "job" / "bundle"), weights(tmp_path / "start"), atol=1e-6, rtol=0)
