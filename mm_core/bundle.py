@@ -49,11 +49,6 @@ class BundleManifest(Config):
     files: dict[str, str]
     """SHA-256 of every other file of the bundle, by name."""
 
-    @property
-    def digest(self) -> str:
-        """Names the bundle's content: SHA-256 over the files' digests."""
-        return hashlib.sha256("".join(f"{n}{d}" for n, d in sorted(self.files.items())).encode()).hexdigest()
-
 
 @dataclass
 class Bundle:

@@ -6,8 +6,9 @@ set here are defaults that both can override: connections for concurrent reads, 
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import fsspec
@@ -29,6 +30,23 @@ def open_store(url: str) -> tuple[Any, str]:
 def open_file(url: str, mode: str) -> Any:
     """`fsspec.open`, with folders made for a file that is written where the store has folders."""
     return fsspec.open(url, mode, auto_mkdir=_protocol(url) not in _OBJECT_STORES, **_options(url))
+
+
+def write_whole(url: str, data: bytes) -> None:
+    """Write a file whole or not at all: a reader, or who comes after a kill, finds the old content or the new."""
+    fs, path = open_store(url)
+    if _protocol(url) in _OBJECT_STORES:
+        fs.pipe_file(path, data)
+        return
+    make_folder(url.rpartition("/")[0])
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        fs.pipe_file(temporary, data)
+        fs.mv(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            fs.rm(temporary)
+        raise
 
 
 def make_folder(url: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,10 @@ _ROWS_PER_BLOCK = 128
 _MAX_GALLERY_QUERIES = 6
 _GALLERY_COLUMNS = 5
 _TEXTS = 256
+_MAX_SKIPPED_FRACTION = 0.1
 Progress = Callable[[int], None]
+Skipped = Callable[[dict[str, int]], None]
+"""Called with the samples that are left out of the figures, by reason."""
 Measured = dict[str, tuple[float, float]]
 """Metric → its value, and what guessing would give."""
 
@@ -62,7 +66,7 @@ class Features:
     labels: NDArray[np.int64]
     """[n]; -1 where a sample has none."""
     skipped: dict[str, int]
-    """Samples that could not be decoded, by reason."""
+    """Samples that are not usable or could not be decoded, by reason."""
 
 
 def evaluate_model(
@@ -85,14 +89,16 @@ def evaluate_model(
         _classes(zeroshot)
     report: dict[str, Measured] = {}
     with ray_session(), tempfile.TemporaryDirectory(prefix="mm-plots-") as temporary:
-        drawn = plots or Path(temporary)
+        drawn, skipped = plots or Path(temporary), dict[str, int]()
         if zeroshot is not None:
             with console.progress("zero-shot") as tracker:
-                metrics = evaluate_zeroshot(bundle, model, zeroshot, tracker.advance)
+                metrics = evaluate_zeroshot(bundle, model, zeroshot, tracker.advance, skipped.update)
+            _show(console, skipped)
             report["zeroshot"] = _beside_chance(metrics)
         if retrieval:
             with console.progress("retrieval") as tracker:
-                found = evaluate_retrieval(bundle, model, retrieval, ledgers, tracker.advance)
+                found = evaluate_retrieval(bundle, model, retrieval, ledgers, tracker.advance, skipped.update)
+            _show(console, skipped)
             report["retrieval"] = _beside_chance(found.metrics)
             chances = {key: value[1] for key, value in report["retrieval"].items()}
             recall_bars(found.metrics, drawn / "recall.png", chance=chances)
@@ -105,7 +111,15 @@ def evaluate_model(
     return report
 
 
-def evaluate_zeroshot(bundle: Bundle, model: str, folder: str, on_progress: Progress = lambda n: None) -> dict[str, float]:
+def _show(console: Console, skipped: dict[str, int]) -> None:
+    if skipped:
+        console.table(("left out because", "samples"), list(skipped.items()))
+        skipped.clear()
+
+
+def evaluate_zeroshot(
+    bundle: Bundle, model: str, folder: str, on_progress: Progress = lambda n: None, on_skipped: Skipped = lambda reasons: None
+) -> dict[str, float]:
     """Zero-shot top-1, top-5 and mean per class on a folder in CLIP_benchmark's layout.
 
     `folder` holds `classnames.txt`, `zeroshot_classification_templates.txt` and the shards, in `test/` where there is one.
@@ -117,6 +131,7 @@ def evaluate_zeroshot(bundle: Bundle, model: str, folder: str, on_progress: Prog
         if unlabelled := int(((flags & HAS_LABEL) == 0).sum()):
             raise DataError(f"{unlabelled} samples of {folder} have no class: each needs a .cls member beside its image")
         features = encode_images(model, index, on_progress=on_progress)
+    on_skipped(features.skipped)
     if features.labels.max() >= len(classnames):
         raise DataError(f"a sample of {folder} has class {features.labels.max()}, classnames.txt has {len(classnames)} lines")
     metrics = zeroshot_metrics(features.images, features.labels, class_embeddings(bundle, classnames, templates))
@@ -141,11 +156,17 @@ class Retrieval:
 
 
 def evaluate_retrieval(
-    bundle: Bundle, model: str, shards: Sequence[str], ledgers: Sequence[str] = (), on_progress: Progress = lambda n: None
+    bundle: Bundle,
+    model: str,
+    shards: Sequence[str],
+    ledgers: Sequence[str] = (),
+    on_progress: Progress = lambda n: None,
+    on_skipped: Skipped = lambda reasons: None,
 ) -> Retrieval:
     """Recall at 1, 5 and 10 both ways on shards, or on an index; every caption of an image is a query, any counts as found."""
     with _opened(shards, need=("image", "text")) as index:
         features = encode_images(model, index, ledgers=ledgers, on_progress=on_progress)
+        on_skipped(features.skipped)
         texts = [caption for captions in features.captions for caption in captions]
         owners = np.repeat(np.arange(len(features.captions)), [len(captions) for captions in features.captions])
         text_features = np.concatenate([bundle.text_features(texts[i : i + _TEXTS]) for i in range(0, len(texts), _TEXTS)])
@@ -167,7 +188,7 @@ def encode_images(
     """Image features, captions and labels of the kept samples of an index, as a Ray Data job.
 
     Raises:
-        DataError: not one sample can be decoded.
+        DataError: more than a tenth of the samples cannot be decoded.
     """
     kept = compile_kept(index, ledgers).ordinals
     if not len(kept):
@@ -204,14 +225,18 @@ def encode_images(
 def _features(rows: pa.Table, index: Index) -> Features:
     reasons = [r for r in rows["reason"].to_pylist() if r]
     rows = rows.filter(pa.compute.is_null(rows["reason"])).combine_chunks()
-    if not rows.num_rows:
-        raise DataError(f"not one image of {index.url} can be decoded: {', '.join(sorted(set(reasons)))}")
+    if len(reasons) > _MAX_SKIPPED_FRACTION * (rows.num_rows + len(reasons)):
+        why = ", ".join(f"{reason} {n:,}" for reason, n in Counter(reasons).most_common())
+        raise DataError(
+            f"{len(reasons):,} of {rows.num_rows + len(reasons):,} samples of {index.url} cannot be evaluated, above"
+            f" {_MAX_SKIPPED_FRACTION:.0%}: {why}"
+        )
     return Features(
         ordinals=rows["ordinal"].to_numpy(),
         images=np.array(rows_of(rows["features"], (-1,), np.float32)),
         captions=rows["captions"].to_pylist(),
         labels=rows["label"].to_numpy(),
-        skipped={reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        skipped=dict(Counter(index.summary.bad) + Counter(reasons)),
     )
 
 
@@ -276,7 +301,13 @@ def _pictures(index: Index, ordinals: U64, size: int) -> list[NDArray[np.uint8]]
 def _opened(paths: Sequence[str], need: tuple[str, ...]) -> Iterator[Index]:
     """The index that `paths` is, or one of the shards it names, for the length of the evaluation."""
     if len(paths) == 1 and open_store(paths[0])[0].exists(f"{paths[0].rstrip('/')}/index.json"):
-        yield Index.open(paths[0])
+        index = Index.open(paths[0])
+        if missing := [modality for modality in need if modality not in index.summary.need]:
+            raise DataError(
+                f"the index at {paths[0]} was made for {'-'.join(index.summary.need)}, and this needs {' and '.join(missing)}: index the"
+                f" shards with --modality {'-'.join(need)}, or name the shards themselves"
+            )
+        yield index
         return
     with tempfile.TemporaryDirectory(prefix="mm-eval-") as temporary:
         yield build_index(paths, f"{temporary}/index", need=need)

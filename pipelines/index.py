@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from mm_core.errors import ConfigError, DataError
 from mm_core.store import make_folder, open_file, open_store, reaching
 from pipelines.session import ray_session
 from pipelines.shards import expand_shards
+from pipelines.tasks import run_tasks
 
 _PARTS = "_parts"
 _MAX_SHARDS_PER_PART = 32
@@ -168,10 +168,11 @@ def _claim(out: str) -> None:
         raise ConfigError(f"{out} is an index already; an index is never changed: give another --out, or remove it first")
     if fs.exists(folder):
         entries = {posixpath.basename(path.rstrip("/")) for path in fs.ls(folder, detail=False)}
-        if entries - {_PARTS, "samples", "shards.parquet", "locators.npy", "digests.npy"}:
+        own = {_PARTS, "samples", "shards.parquet", "locators.npy", "digests.npy"}
+        if entries and (entries - own or _PARTS not in entries):
             raise ConfigError(f"{out} exists and holds other things ({', '.join(sorted(entries)[:3])}); give another --out")
-    make_folder(f"{out}/samples")
     make_folder(f"{out}/{_PARTS}")
+    make_folder(f"{out}/samples")
 
 
 def _shards_per_part(out: str, shards: int) -> int:
@@ -189,33 +190,20 @@ def _shards_per_part(out: str, shards: int) -> int:
 
 
 def _run(parts: list[_Part], on_progress: Progress) -> list[dict[str, Any]]:
-    """What every part found, in order. Twice as many tasks as processors are handed out at a time, so that none waits for the next."""
-    at_a_time = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    read, waiting, running = ray.remote(_read_part), iter(parts), list[ray.ObjectRef]()
+    """What every part found, in order."""
     done: list[dict[str, Any]] = []
     samples, bad = 0, Counter[str]()
-    try:
-        while running := running + [read.remote(part) for part in islice(waiting, at_a_time - len(running))]:
-            (first,), running = ray.wait(running)
-            result = ray.get(first)
-            if isinstance(result, DataError):
-                raise result
-            done.append(result)
-            samples += sum(shard["samples"] for shard in result["shards"])
-            bad.update(result["bad"])
-            on_progress(len(result["shards"]), f"{samples:,} samples" + (f", {bad.total():,} unusable" if bad else ""))
-    finally:
-        for task in running:
-            ray.cancel(task)
+    for _, result in run_tasks(_read_part, parts):
+        done.append(result)
+        samples += sum(shard["samples"] for shard in result["shards"])
+        bad.update(result["bad"])
+        on_progress(len(result["shards"]), f"{samples:,} samples" + (f", {bad.total():,} unusable" if bad else ""))
     return sorted(done, key=lambda result: result["shards"][0]["shard"])
 
 
-def _read_part(part: _Part) -> dict[str, Any] | DataError:
-    """Read some shards and write their rows. An error goes back as a value: Ray's wrapping would bury it."""
-    try:
-        return _finished(part) or _write_part(part)
-    except DataError as error:
-        return error
+def _read_part(part: _Part) -> dict[str, Any]:
+    """Read some shards and write their rows."""
+    return _finished(part) or _write_part(part)
 
 
 def _finished(part: _Part) -> dict[str, Any] | None:
@@ -315,7 +303,7 @@ def _duplicate_uids(out: str, done: list[dict[str, Any]]) -> int:
 def _assemble(out: str, need: tuple[str, ...], max_pixels: int, done: list[dict[str, Any]]) -> IndexSummary:
     fs, folder = open_store(out)
     shards = [shard for result in done for shard in result["shards"]]
-    for stray in {posixpath.basename(path) for path in fs.find(f"{folder}/samples")} - {shard["file"] for shard in shards}:
+    for stray in {posixpath.basename(path) for path in fs.glob(f"{folder}/samples/part-*.parquet")} - {shard["file"] for shard in shards}:
         fs.rm(f"{folder}/samples/{stray}")
     pq.write_table(pa.Table.from_pylist(shards, schema=SHARD_SCHEMA), f"{folder}/shards.parquet", filesystem=fs)
     rows = write_parts(f"{out}/locators.npy", [f"{out}/{_PARTS}/{result['token']}.locators" for result in done], LOCATOR)

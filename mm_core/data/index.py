@@ -6,6 +6,7 @@ INDEX/samples/*.parquet   one row per sample, for people and filters (columns: `
 INDEX/locators.npy     24 bytes per sample, for machines
 INDEX/digests.npy      16 bytes per sample, for reads that are verified
 INDEX/ledgers/NAME/    decisions (`ledger.py`)
+INDEX/scores/NAME/     what was measured of the samples (`scores.py`)
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pydantic import Field
 from mm_core.address import absolute
 from mm_core.config import Config
 from mm_core.data.locators import Locators, open_mapped
-from mm_core.data.scan import shard_name
+from mm_core.data.scan import SAMPLE_SCHEMA, shard_name
 from mm_core.errors import DataError
 from mm_core.store import open_file, open_store, reaching
 
@@ -118,8 +119,41 @@ class Index:
     def samples(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The sample table, in order, a batch at a time."""
         fs, path = open_store(f"{self.url}/samples")
-        files = [f"{path}/{name}" for name in dict.fromkeys(self.shards["file"].to_pylist())]
+        files = [f"{path}/{name}" for name, _, _ in self._files]
         yield from pads.dataset(files, filesystem=fs, format="parquet").to_batches(columns=columns, fragment_readahead=1)
+
+    def rows(self, first: int, last: int, columns: list[str]) -> pa.Table:
+        """Rows `first` up to `last` of the sample table; of the files only the row groups that hold them are read."""
+        found = []
+        for name, start, end in self._files:
+            if start < last and first < end:
+                with open_file(f"{self.url}/samples/{name}", "rb") as file:
+                    found.append(
+                        _rows_of_file(pq.ParquetFile(file, pre_buffer=True), max(0, first - start), min(end, last) - start, columns)
+                    )
+        return pa.concat_tables(found) if found else SAMPLE_SCHEMA.empty_table().select(columns)
+
+    @cached_property
+    def _files(self) -> list[tuple[str, int, int]]:
+        """Of `samples/`, in order: name, first row, and the first after it."""
+        ends: dict[str, int] = {}
+        total = 0
+        for name, rows in zip(self.shards["file"].to_pylist(), self.shards["rows"].to_pylist(), strict=True):
+            total += rows
+            ends[name] = total
+        return [(name, start, end) for (name, end), start in zip(ends.items(), [0, *ends.values()], strict=False)]
+
+
+def _rows_of_file(file: pq.ParquetFile, first: int, last: int, columns: list[str]) -> pa.Table:
+    groups, before, skipped = [], 0, 0
+    for group in range(file.metadata.num_row_groups):
+        end = before + file.metadata.row_group(group).num_rows
+        if end <= first:
+            skipped = end
+        elif before < last:
+            groups.append(group)
+        before = end
+    return file.read_row_groups(groups, columns=columns).slice(first - skipped, last - first)
 
 
 def changed_shard(url: str, size: int, version: str) -> str | None:

@@ -1,7 +1,8 @@
 """Ledgers: a decision per sample of an index; and the kept set they compile to.
 
-    INDEX/ledgers/NAME/ledger.json       index fingerprint, rule, its hash, counts
-    INDEX/ledgers/NAME/decisions.parquet `repeat` (0 dropped, 1 kept, else a weight) and `reason`, in the index's order
+    INDEX/ledgers/NAME/ledger.json           index fingerprint, rule, counts
+    INDEX/ledgers/NAME/decisions/*.parquet   `repeat` (0 dropped, 1 kept, else a weight) and `reason`, in the index's order;
+                                             of rules also `fails` (a bit per rule) and each rule's `value.RULE`
 
 Several ledgers on one run: what all keep is kept, their weights multiply. A place of an epoch → sample ordinal is one array look-up,
 with weights other than 0 and 1 a binary search in a second array.
@@ -11,23 +12,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import Field
 
 from mm_core.cache import cache_folder
 from mm_core.config import Config
 from mm_core.data.index import Index
 from mm_core.data.permutation import U64, mix
+from mm_core.data.personal import PersonalKind
 from mm_core.data.scan import usable
-from mm_core.errors import DataError
-from mm_core.store import make_folder, open_file, open_store
+from mm_core.data.side_table import SideTable
+from mm_core.errors import ConfigError, DataError
+from mm_core.store import open_file, open_store, write_whole
 
 _ROUNDING = 6
 """Keeps the draw of an epoch's first point apart from the keys of the plan, the reader and the mix."""
@@ -38,10 +43,15 @@ class LedgerSummary(Config):
     """ledger.json."""
 
     index_fingerprint: str
-    rule: str
+    rule: str = Field(description="What decided.")
     kept: int
-    dropped: dict[str, int]
+    dropped: dict[str, int] = Field(description="Usable samples that are dropped, by the first reason.")
     fingerprint: str
+    rules: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Rules with their parameters, by name, in order.")
+    failed: dict[str, int] = Field(default_factory=dict, description="By rule the samples that fail it, whatever else they fail.")
+    bounds: dict[str, float] = Field(default_factory=dict, description="By rule the least value that `top` keeps.")
+    scores: dict[str, str] = Field(default_factory=dict, description="Fingerprints of the scores that the rules read, by name.")
+    mask: tuple[PersonalKind, ...] = Field(default=(), description="Personal data that is masked in captions as they are read.")
 
 
 class Source(Config):
@@ -70,6 +80,8 @@ class Kept:
     fingerprint: str
     ends: NDArray[np.uint64] | None = None
     """Running total of the samples' weights in units of 2^-24, or None where all weigh 1."""
+    mask: tuple[PersonalKind, ...] = ()
+    """Personal data that is masked in captions as they are read."""
 
     def __len__(self) -> int:
         """Places in an epoch: the sum of the weights, rounded down, one at least."""
@@ -92,43 +104,144 @@ class Kept:
         return np.asarray(self.ordinals[np.searchsorted(self.ends, points, side="right")])
 
 
-def write_ledger(index: Index, name: str, *, rule: str, repeat: NDArray[np.floating[Any]], reason: str) -> LedgerSummary:
-    """Write a ledger that drops the usable samples whose `repeat` is 0 for `reason`.
+@dataclass(frozen=True)
+class Decided:
+    """What a chunk of a ledger came to."""
 
-    Args:
-        repeat: one per row of the index: 0 drops, 1 keeps, anything else is a sampling weight: 2 is twice an epoch, 0.5 every second.
+    kept: int
+    dropped: dict[str, int]
+    digest: str
+    """Of its weights."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A ledger of an index, by name: being written, or there."""
+
+    index: Index
+    name: str
+
+    @property
+    def url(self) -> str:
+        return f"{self.index.url}/ledgers/{self.name}"
+
+    @property
+    def decisions(self) -> SideTable:
+        return SideTable(f"{self.url}/decisions", self.index.summary.rows)
+
+    def write_chunk(
+        self, chunk: int, repeat: NDArray[np.floating[Any]], reasons: pa.Array, more: Mapping[str, Any] | None = None
+    ) -> Decided:
+        """Write the decisions on one chunk's rows.
+
+        Args:
+            repeat: one per row: 0 drops, 1 keeps, anything else is a sampling weight: 2 is twice an epoch, 0.5 every second.
+                What is not usable is dropped whatever it says.
+            reasons: strings, why a row is dropped.
+            more: further columns.
+
+        Raises:
+            DataError: a weight that is negative or not finite.
+        """
+        if not (np.isfinite(repeat).all() and (repeat >= 0).all()):
+            raise DataError(f"ledger {self.name!r}: weights must be finite and not negative")
+        first, last = self.decisions.bounds(chunk)
+        good = usable(self.index.locators["flags"][first:last], self.index.summary.need)
+        repeat = np.where(good, repeat, 0).astype(np.float32)
+        reasons = pc.if_else(pa.array(good & (repeat == 0)), reasons, None).cast(pa.string())
+        columns = {"repeat": repeat, "reason": reasons.dictionary_encode()} | dict(more or {})
+        self.decisions.write(chunk, pa.table(columns))
+        counts = {item["values"]: item["counts"] for item in pc.value_counts(reasons.drop_null()).to_pylist()}
+        return Decided(int((repeat > 0).sum()), counts, hashlib.blake2b(repeat.tobytes(), digest_size=16).hexdigest())
+
+    def finish(self, decided: Sequence[Decided], *, rule: str, **facts: Any) -> LedgerSummary:
+        """Write ledger.json, with which the ledger is there. `facts` are more of its fields."""
+        dropped: Counter[str] = Counter()
+        for chunk in decided:
+            dropped.update(chunk.dropped)
+        text = " ".join([self.index.summary.fingerprint, rule, *(chunk.digest for chunk in decided)])
+        summary = LedgerSummary(
+            index_fingerprint=self.index.summary.fingerprint,
+            rule=rule,
+            kept=sum(chunk.kept for chunk in decided),
+            dropped=dict(dropped),
+            fingerprint=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+            **facts,
+        )
+        write_whole(f"{self.url}/ledger.json", summary.model_dump_json(indent=1).encode())
+        return summary
+
+    def exists(self) -> bool:
+        fs, folder = open_store(self.url)
+        return bool(fs.exists(f"{folder}/ledger.json"))
+
+    def remove(self) -> None:
+        """Its summary first: without it the rest is no ledger."""
+        fs, folder = open_store(self.url)
+        if fs.exists(f"{folder}/ledger.json"):
+            fs.rm(f"{folder}/ledger.json")
+        if fs.exists(folder):
+            fs.rm(folder, recursive=True)
+
+    def summary(self) -> LedgerSummary:
+        """
+        Raises:
+            DataError: there is no such ledger, or it is of another index.
+        """
+        try:
+            with open_file(f"{self.url}/ledger.json", "rt") as file:
+                values: dict[str, Any] = json.load(file)
+        except (OSError, ValueError):
+            raise DataError(f"the index at {self.index.url} has no ledger {self.name!r}; it has: {_names(self.index)}") from None
+        summary = LedgerSummary.model_validate(values)
+        if summary.index_fingerprint != self.index.summary.fingerprint:
+            raise DataError(f"ledger {self.name!r} was made for another state of the index at {self.index.url}: make it again")
+        return summary
+
+    def weights(self) -> NDArray[np.float32]:
+        """`repeat` of every row.
+
+        Raises:
+            DataError: the decisions are damaged.
+        """
+        chunks = [table["repeat"].to_numpy() for table in self.decisions.tables(["repeat"])]
+        repeat = np.concatenate(chunks) if chunks else np.zeros(0)
+        if not (np.isfinite(repeat).all() and (repeat >= 0).all()):
+            raise DataError(f"ledger {self.name!r} has sampling weights that are negative or not finite: make it again")
+        return np.asarray(repeat, dtype=np.float32)
+
+
+def write_ledger(index: Index, name: str, *, rule: str, repeat: NDArray[np.floating[Any]], reason: str) -> LedgerSummary:
+    """Write a ledger that drops the usable samples whose `repeat`, one per row of the index, is 0 for `reason`; in place of an earlier one.
 
     Raises:
         DataError: a weight that is negative or not finite.
     """
-    if not (np.isfinite(repeat).all() and (repeat >= 0).all()):
-        raise DataError(f"ledger {name!r}: weights must be finite and not negative")
-    good = usable(index.locators["flags"], index.summary.need)
-    keep = repeat > 0
-    repeat = np.where(good, repeat, 0).astype(np.float32)
-    reasons = pa.array([reason if dropped else None for dropped in good & ~keep], pa.string()).dictionary_encode()
-    digest = hashlib.blake2b(repeat.tobytes(), digest_size=16)
-    digest.update(f"{index.summary.fingerprint} {rule}".encode())
-    summary = LedgerSummary(
-        index_fingerprint=index.summary.fingerprint,
-        rule=rule,
-        kept=int((repeat > 0).sum()),
-        dropped={reason: int((good & ~keep).sum())},
-        fingerprint=digest.hexdigest(),
-    )
-    fs, folder = open_store(f"{index.url}/ledgers/{name}")
-    make_folder(f"{index.url}/ledgers/{name}")
-    pq.write_table(pa.table({"repeat": repeat, "reason": reasons}), f"{folder}/decisions.parquet", filesystem=fs, compression="zstd")
-    with fs.open(f"{folder}/ledger.json", "w") as file:
-        file.write(summary.model_dump_json(indent=1))
-    return summary
+    ledger = Ledger(index, name)
+    ledger.remove()
+    decided = []
+    for chunk in range(len(ledger.decisions)):
+        first, last = ledger.decisions.bounds(chunk)
+        decided.append(ledger.write_chunk(chunk, repeat[first:last], pa.repeat(reason, last - first)))
+    return ledger.finish(decided, rule=rule)
 
 
 def split(index: Index, *, heldout: float, seed: int, names: tuple[str, str] = ("train", "heldout")) -> tuple[LedgerSummary, LedgerSummary]:
     """Two ledgers that divide the usable samples at random; which side a sample falls on depends on
-    the seed and the names and sizes of its members alone, so a re-index of the same shards divides them the same way."""
-    chosen = mix(seed, index.locators["check"].astype(np.uint64)) < np.uint64(int(heldout * 2**64))
+    the seed and the names and sizes of its members alone, so a re-index of the same shards divides them the same way.
+
+    Raises:
+        ConfigError: there are other ledgers of these names.
+    """
+    draws, limit = mix(seed, index.locators["check"].astype(np.uint64)), int(heldout * 2**64)
+    chosen = draws <= np.uint64(limit - 1) if limit else np.zeros(len(draws), dtype=bool)
     rule = f"split heldout={heldout} seed={seed}"
+    for name, side in ((names[0], f"{rule} side={names[0]}"), (names[1], f"{rule} side={names[1]}")):
+        if Ledger(index, name).exists() and (found := Ledger(index, name).summary().rule) != side:
+            raise ConfigError(
+                f"the index at {index.url} has a ledger {name!r} by other rules ({found}), which runs may have been started on:"
+                f" remove {Ledger(index, name).url} first"
+            )
     return (
         write_ledger(index, names[0], rule=f"{rule} side={names[0]}", repeat=(~chosen).astype(np.float32), reason="held_out"),
         write_ledger(index, names[1], rule=f"{rule} side={names[1]}", repeat=chosen.astype(np.float32), reason="not_held_out"),
@@ -141,15 +254,16 @@ def compile_kept(index: Index, ledgers: Sequence[str] = ()) -> Kept:
     Raises:
         DataError: a ledger that is not there, or is of another index.
     """
-    summaries = {name: _summary(index, name) for name in ledgers}
-    text = " ".join([index.summary.fingerprint, *sorted(s.fingerprint for s in summaries.values())])
+    found = [Ledger(index, name) for name in ledgers]
+    summaries = [ledger.summary() for ledger in found]
+    text = " ".join([index.summary.fingerprint, *sorted(summary.fingerprint for summary in summaries)])
     fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     cached = cache_folder() / "kept" / f"{fingerprint}.npy"
     cached_ends = cached.with_suffix(".ends.npy")  # there where weights are, and written first
     if not cached.exists():
         weights = usable(index.locators["flags"], index.summary.need).astype(np.float32)
-        for name in ledgers:
-            weights *= _repeat(index, name)
+        for ledger in found:
+            weights *= ledger.weights()
         chosen = np.flatnonzero(weights).astype(np.uint64)
         weights = weights[chosen.astype(np.int64)]
         if (weights != 1).any():
@@ -157,33 +271,14 @@ def compile_kept(index: Index, ledgers: Sequence[str] = ()) -> Kept:
             _write(cached_ends, np.cumsum(units, dtype=np.uint64))
         _write(cached, chosen)
     ends = np.load(cached_ends, mmap_mode="r", allow_pickle=False) if cached_ends.exists() else None
-    return Kept(np.load(cached, mmap_mode="r", allow_pickle=False), fingerprint, ends)
-
-
-def _repeat(index: Index, name: str) -> NDArray[np.float32]:
-    with open_file(f"{index.url}/ledgers/{name}/decisions.parquet", "rb") as file:
-        repeat = pq.read_table(file, columns=["repeat"])["repeat"].to_numpy()
-    if not (np.isfinite(repeat).all() and (repeat >= 0).all()):
-        raise DataError(f"ledger {name!r} has sampling weights that are negative or not finite: make it again")
-    return np.asarray(repeat, dtype=np.float32)
-
-
-def _summary(index: Index, name: str) -> LedgerSummary:
-    try:
-        with open_file(f"{index.url}/ledgers/{name}/ledger.json", "rt") as file:
-            values: dict[str, Any] = json.load(file)
-    except (OSError, ValueError):
-        raise DataError(f"the index at {index.url} has no ledger {name!r}; it has: {_names(index)}") from None
-    summary = LedgerSummary.model_validate(values)
-    if summary.index_fingerprint != index.summary.fingerprint:
-        raise DataError(f"ledger {name!r} was made for another state of the index at {index.url}: make it again")
-    return summary
+    mask = tuple(kind for kind in PersonalKind if any(kind in summary.mask for summary in summaries))
+    return Kept(np.load(cached, mmap_mode="r", allow_pickle=False), fingerprint, ends, mask)
 
 
 def _names(index: Index) -> str:
     fs, folder = open_store(f"{index.url}/ledgers")
     found = sorted(path.rpartition("/")[2] for path in fs.ls(folder, detail=False)) if fs.exists(folder) else []
-    return ", ".join(found) or "none"
+    return ", ".join(found) or "none (mm data filter and mm data split make some)"
 
 
 def _write(path: Path, array: NDArray[Any]) -> None:

@@ -24,6 +24,7 @@ from mm_core.data.index import Index
 from mm_core.data.ledger import Kept, Source, compile_kept
 from mm_core.data.mix import MixedPlan
 from mm_core.data.permutation import U64, mix
+from mm_core.data.personal import PersonalKind, mask_personal
 from mm_core.data.plan import Places, Plan
 from mm_core.data.problems import Reason, SampleProblem
 from mm_core.data.ranged import GAP_BYTES, RangedReader, Span
@@ -197,11 +198,16 @@ class PlanReader:
             seeds = mix(key, _AUGMENT, places.epochs[rows], ordinals, *again)
             samples = reader.read(ordinals)
             for row, sample, seed in zip(map(int, rows), samples, seeds, strict=True):
-                decoded[row] = self._decode(sample, need, int(seed), pixels[row])
+                decoded[row] = self._decode(sample, need, int(seed), pixels[row], self._kept[source].mask)
         return places, [decoded[row] for row in range(len(positions))]
 
     def _decode(
-        self, sample: Sample | SampleProblem, need: tuple[str, ...], seed: int, pixels: NDArray[np.uint8]
+        self,
+        sample: Sample | SampleProblem,
+        need: tuple[str, ...],
+        seed: int,
+        pixels: NDArray[np.uint8],
+        mask: tuple[PersonalKind, ...],
     ) -> _Decoded | SampleProblem:
         if isinstance(sample, SampleProblem):
             return sample
@@ -209,7 +215,7 @@ class PlanReader:
             return _Decoded(
                 sample.uid,
                 self._views(sample, seed, pixels) if "image" in need else None,
-                self._caption(sample, seed + _CAPTION) if "text" in need else None,
+                self._caption(sample, seed + _CAPTION, mask) if "text" in need else None,
             )
         except SampleProblem as problem:
             return problem
@@ -222,10 +228,11 @@ class PlanReader:
             place[:] = view
         return pixels
 
-    def _caption(self, sample: Sample, seed: int) -> str:
+    def _caption(self, sample: Sample, seed: int, mask: tuple[PersonalKind, ...]) -> str:
         if not sample.captions:
             raise SampleProblem(Reason.NO_TEXT)
-        return choose_caption(sample.captions, seed, self.spec.prompt_templates)
+        caption = choose_caption(sample.captions, seed, self.spec.prompt_templates)
+        return mask_personal(caption, mask) if mask else caption
 
     def _replace(self, decoded: list[_Decoded | SampleProblem], positions: U64) -> list[_Decoded]:
         """The next usable sample of the chunk, going round at its end."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Int32
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -87,8 +85,3 @@ def caption_tokenizer(tokenizer: PreTrainedTokenizerFast, context_length: int) -
             "the tokenizer does not end a text with its end-of-text token, at which CLIP pools: use CLIP's own or one like it"
         )
     return light
-
-
-def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], context_length: int) -> Int32[np.ndarray, "b l"]:
-    """Token ids, cut or padded to `context_length`; the end mark survives the cut."""
-    return caption_tokenizer(tokenizer, context_length)(texts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mm_core.store import make_folder, open_store
+from mm_core.store import make_folder, open_store, write_whole
 from pipelines.stream import StepBatch
 
 
@@ -17,7 +17,7 @@ class Audit:
     """Collects one rank's rows; `flush` before a checkpoint is reported, so no step before a checkpoint is without rows."""
 
     def __init__(self, folder: str, *, rank: int, attempt: int) -> None:
-        self._fs, self._folder = open_store(folder)
+        self._folder = folder.rstrip("/")
         make_folder(folder)
         self._rank, self._attempt = rank, attempt
         self._rows: list[pa.Table] = []
@@ -37,7 +37,9 @@ class Audit:
             return
         name = f"attempt{self._attempt:05d}-rank{self._rank:05d}-step{self._first_step:08d}.parquet"
         table = pa.concat_tables(self._rows).select(["epoch", "step", "position", "source", "rank", "uid", "attempt"])
-        pq.write_table(table, f"{self._folder}/{name}", filesystem=self._fs)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(table, buffer)
+        write_whole(f"{self._folder}/{name}", buffer.getvalue().to_pybytes())
         self._rows = []
 
 

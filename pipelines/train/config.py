@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -94,7 +92,3 @@ class TrainRun(Config):
         """The part that decides what is learned: two runs equal in it, on equal data, are the same run."""
         whole = {"log_every_steps", "checkpoint", "stream", "resources", "tracking", "storage"}
         return self.model_dump(mode="json", exclude=dict.fromkeys(whole, True) | {"data": {"gap_bytes", "verify"}})
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.blake2b(json.dumps(self.identity(), sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -184,6 +184,8 @@ def _claim(request: TrainRequest, run: TrainRun, data: RunData) -> tuple[RunFold
     folder = RunFolder.of(run.storage, name)
     if folder.exists():
         raise ConfigError(f"run {folder.url} exists: continue it with --resume, or give another --name")
+    if folder.holds_something():
+        raise ConfigError(f"{folder.url} exists and holds no run: give another --name, or remove it first")
     return folder, None
 
 

@@ -29,7 +29,7 @@ from mm_core.distributed import gather_features
 from mm_core.models.clip import ImageTextBatch, SpecialTokens, TwoTower, attend_for, build_clip
 from mm_core.objectives.contrastive import ContrastiveObjective
 from mm_core.optim import build_optimizer
-from mm_core.store import open_store
+from mm_core.store import open_store, write_whole
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, read_state, save_checkpoint, seed_step
 from mm_core.training.clock import Phase, StepClock, timed_all_reduce
 from mm_core.training.step import TrainStep
@@ -222,7 +222,7 @@ def _next_attempt(folder: str, rank: int) -> int:
     if rank == 0:
         fs, path = open_store(f"{folder}/attempt")
         shared[0] = int(fs.cat_file(path)) + 1 if fs.exists(path) else 1
-        fs.pipe_file(path, str(shared[0]).encode())
+        write_whole(f"{folder}/attempt", str(shared[0]).encode())
     dist.broadcast_object_list(shared)
     return shared[0]
 

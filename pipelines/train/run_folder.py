@@ -55,8 +55,14 @@ class RunFolder:
         return f"{self.storage.rstrip('/')}/{self.name}"
 
     def exists(self) -> bool:
+        """Whether there is a run in it."""
         fs, path = open_store(self.url)
         return bool(fs.exists(f"{path}/run.json"))
+
+    def holds_something(self) -> bool:
+        """Whether there is anything in it: what is not a run is not ours to write over or remove."""
+        fs, path = open_store(self.url)
+        return bool(fs.exists(path) and fs.ls(path, detail=False))
 
     def read(self) -> RunRecord:
         try:

@@ -246,6 +246,14 @@ def test_init_from_a_bundle_of_another_shape_is_refused(undisturbed: tuple[Train
     assert not (tmp_path / "runs" / "misfit").exists()
 
 
+def test_a_folder_that_is_no_run_is_left_alone(index: Index, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and holds no run: give another --name"):
+        run(index, tmp_path, 1, tmp_path / "audit")
+    assert (tmp_path / "runs" / "tiny" / "thesis.txt").read_text() == "mine"
+
+
 def test_a_batch_for_too_many_workers_is_refused_before_anything_starts(index: Index, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="5 chunks of 8 for 6 workers"):
         run(index, tmp_path, 6, tmp_path / "audit")

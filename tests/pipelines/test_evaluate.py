@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from mm_core.errors import DataError
 from mm_core.models.clip import SpecialTokens, build_clip, clip_tiny
 from mm_core.models.tokenizer import special_tokens, train_bpe
 from pipelines.evaluate import chance, evaluate_retrieval, evaluate_zeroshot
+from pipelines.index import build_index
 from tests.conftest import photos_folder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -78,6 +80,36 @@ def test_folders_that_are_no_benchmark_are_named(model: str, corpus: Path, tmp_p
     (tmp_path / "0.tar").write_bytes((corpus / "heldout" / "00000.tar").read_bytes())
     with pytest.raises(DataError, match=r"have no class: each needs a \.cls member"):
         evaluate_zeroshot(bundle, model, str(tmp_path))
+
+
+def test_what_is_left_out_is_counted_and_too_much_of_it_stops(model: str, corpus: Path, tmp_path: Path) -> None:
+    bundle = load_bundle(model)
+    data = bytearray((corpus / "heldout" / "00000.tar").read_bytes())
+    shard = tmp_path / "0.tar"
+    shard.write_bytes(data)
+    index = build_index([str(shard)], str(tmp_path / "index"))
+    times = shard.stat()
+
+    def damage(every: int) -> int:
+        for row in index.locators[::every]:
+            data[row["start"] : row["start"] + 512] = bytes(512)
+        shard.write_bytes(data)
+        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return len(index.locators[::every])
+
+    count, found = damage(30), dict[str, int]()
+    metrics = evaluate_retrieval(bundle, model, [index.url], on_skipped=found.update).metrics
+    assert found == {"changed": count}
+    assert metrics["images"] == index.summary.samples - count
+    damage(2)
+    with pytest.raises(DataError, match=r"samples of .* cannot be evaluated, above 10%: changed \d+"):
+        evaluate_retrieval(bundle, model, [index.url])
+
+
+def test_an_index_without_captions_is_refused(model: str, corpus: Path, tmp_path: Path) -> None:
+    pictures = build_index([str(corpus / "heldout")], str(tmp_path / "index"), need=("image",))
+    with pytest.raises(DataError, match=r"was made for image, and this needs text.*--modality image-text"):
+        evaluate_retrieval(load_bundle(model), model, [pictures.url])
 
 
 def test_chance_is_what_guessing_gives() -> None:

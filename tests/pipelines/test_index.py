@@ -332,3 +332,13 @@ def test_a_shard_is_reopened_where_the_store_failed(corpus: Path) -> None:
     (local,) = scan_shard(str(path), 0, ("image", "text"))
     assert FlakyStore.reads > 300
     assert read.table == local.table
+
+
+def test_folders_that_are_not_an_index_under_way_are_left_alone(corpus: Path, tmp_path: Path) -> None:
+    """Not even one that has a part's name: shards that lie in OUT/samples are the user's."""
+    shard = tmp_path / "data" / "samples" / "00000.tar"
+    shard.parent.mkdir(parents=True)
+    shutil.copy(corpus / "train" / "00000.tar", shard)
+    with pytest.raises(ConfigError, match="exists and holds other things"):
+        build_index([str(shard.parent)], str(tmp_path / "data"))
+    assert shard.exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mm_core.errors import ConfigError
-from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, tokenise, train_bpe
+from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
 
 CAPTIONS = ["a red circle above a blue square", "three green stars", "a Red ring"] * 5
 
@@ -22,7 +22,7 @@ def test_the_same_captions_give_the_same_tokenizer_and_it_survives_a_folder(tmp_
 def test_texts_are_marked_cut_and_padded() -> None:
     tokenizer = train_bpe(CAPTIONS, vocab_size=320, context_length=8)
     tokens = special_tokens(tokenizer)
-    ids = tokenise(tokenizer, ["red", "a red circle above a blue square " * 9, "", "äöü 漢字 🙂"], 8)
+    ids = caption_tokenizer(tokenizer, 8)(["red", "a red circle above a blue square " * 9, "", "äöü 漢字 🙂"])
     assert ids.shape == (4, 8)
     assert (ids[:, 0] == tokens.bos).all()
     assert all((row == tokens.eos).sum() == 1 for row in ids)
@@ -33,7 +33,7 @@ def test_texts_are_marked_cut_and_padded() -> None:
 
 def test_case_and_spacing_do_not_matter() -> None:
     tokenizer = train_bpe(CAPTIONS, vocab_size=320, context_length=8)
-    assert (tokenise(tokenizer, ["RED Circle", " red\n\tcircle "], 8) == tokenise(tokenizer, ["red circle"], 8)).all()
+    assert (caption_tokenizer(tokenizer, 8)(["RED Circle", " red\n\tcircle "]) == caption_tokenizer(tokenizer, 8)(["red circle"])).all()
 
 
 def test_the_order_of_the_captions_does_not_matter() -> None:

@@ -1,0 +1,94 @@
+"""Scores: numbers measured of an index's samples that its columns do not hold, beside it and in its order.
+
+    INDEX/scores/NAME/scores.json      what measured them, of which index
+    INDEX/scores/NAME/values/*.parquet columns of numbers; null where a sample is not usable or could not be read
+
+Measuring goes on after a stop: a chunk that is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from mm_core.config import Config
+from mm_core.data.index import Index
+from mm_core.data.side_table import SideTable
+from mm_core.errors import ConfigError, DataError
+from mm_core.store import open_file, write_whole
+
+
+class ScoresSummary(Config):
+    """scores.json."""
+
+    index_fingerprint: str
+    kind: str = Field(description="What measured.")
+    settings: dict[str, Any] = Field(description="With what.")
+    columns: tuple[str, ...]
+    unreadable: dict[str, int] = Field(default_factory=dict, description="Samples that could not be read or decoded, by reason.")
+    complete: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what was measured, and how."""
+        text = json.dumps([self.index_fingerprint, self.kind, self.settings, self.columns], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of an index, by name."""
+
+    index: Index
+    name: str
+
+    @property
+    def url(self) -> str:
+        return f"{self.index.url}/scores/{self.name}"
+
+    @property
+    def values(self) -> SideTable:
+        return SideTable(f"{self.url}/values", self.index.summary.rows)
+
+    def summary(self) -> ScoresSummary | None:
+        """None where there are none of this name.
+
+        Raises:
+            DataError: they are of another index.
+        """
+        try:
+            with open_file(f"{self.url}/scores.json", "rt") as file:
+                summary = ScoresSummary.model_validate(json.load(file))
+        except (OSError, ValueError):
+            return None
+        if summary.index_fingerprint != self.index.summary.fingerprint:
+            raise DataError(f"scores {self.name!r} were measured of another state of the index at {self.index.url}: remove {self.url}")
+        return summary
+
+    def complete(self) -> ScoresSummary:
+        """
+        Raises:
+            DataError: they are not there, or not all.
+        """
+        summary = self.summary()
+        if summary is None or not summary.complete:
+            raise DataError(f"scores {self.name!r} of {self.index.url} are not there or not finished")
+        return summary
+
+    def begin(self, summary: ScoresSummary) -> None:
+        """
+        Raises:
+            ConfigError: there are others of this name.
+        """
+        found = self.summary()
+        if found is not None and found.fingerprint != summary.fingerprint:
+            raise ConfigError(f"{self.url} holds scores by other settings ({found.kind} {found.settings}): remove it first")
+        if found is None:
+            self.save(summary)
+
+    def save(self, summary: ScoresSummary) -> None:
+        write_whole(f"{self.url}/scores.json", summary.model_dump_json(indent=1).encode())

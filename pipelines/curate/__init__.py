@@ -1,0 +1,1 @@
+"""Ray jobs that decide what is trained on: scores, filters, duplicates, exports."""
