@@ -99,7 +99,7 @@ def commands(command: typer.core.TyperCommand | typer.core.TyperGroup, path: str
 
 
 def test_the_demo_passes_only_where_every_figure_is_three_times_chance() -> None:
-    report = {"zeroshot": {"top1": (0.3, 0.1)}, "retrieval": {"t2i_r5": (0.16, 0.05), "i2t_r5": (0.5, 0.05)}}
+    report = {"zeroshot": {"top1": (0.31, 0.1)}, "retrieval": {"t2i_r5": (0.16, 0.05), "i2t_r5": (0.5, 0.05)}}
     assert mm.above_chance(report)
     for kind, key in (("zeroshot", "top1"), ("retrieval", "t2i_r5"), ("retrieval", "i2t_r5")):
         value, chance = report[kind][key]
