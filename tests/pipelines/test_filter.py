@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,15 @@ from mm_core.curation.picture import measure_picture
 from mm_core.curation.ruleset import RuleSet
 from mm_core.data import ledger as ledgers
 from mm_core.data import side_table
+from mm_core.data.augment import AugmentConfig
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, compile_kept, split, write_ledger
-from mm_core.data.reader import IndexReader
+from mm_core.data.ledger import Ledger, Source, compile_kept, split, write_ledger
+from mm_core.data.plan import Plan
+from mm_core.data.reader import IndexReader, PlanReader, ReadSpec
 from mm_core.data.sample import Sample
 from mm_core.data.scores import Scores
 from mm_core.errors import ConfigError, DataError
+from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from pipelines.curate import filter as filtering
 from pipelines.curate.filter import filter_index
 from pipelines.curate.score import score_images
@@ -192,3 +197,27 @@ def test_a_split_by_other_settings_is_not_overwritten(corpus: Path, tmp_path: Pa
     with pytest.raises(ConfigError, match="has a ledger 'train' by other rules"):
         split(index, heldout=0.5, seed=0)
     assert Ledger(index, "train").summary() == first[0]
+
+
+def test_training_reads_masked_captions(corpus: Path, tmp_path: Path) -> None:
+    with tarfile.open(corpus / "train" / "00000.tar") as source, tarfile.open(tmp_path / "0.tar", "w") as target:
+        picture = source.extractfile("00000000.jpg")
+        assert picture is not None
+        for name, data in (("a.jpg", picture.read()), ("a.txt", b"mail jane@example.org")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            target.addfile(entry, io.BytesIO(data))
+    index = build_index([str(tmp_path / "0.tar")], str(tmp_path / "index"))
+    filter_index(index, rule_set(who={"rule": "personal", "kinds": ["email"], "action": "mask"}), "masked")
+    tokenizer = caption_tokenizer(train_bpe(["mail [email]"] * 3, vocab_size=300, context_length=48), 48)
+
+    def read(*names: str) -> list[int]:
+        kept = compile_kept(index, names)
+        plan = Plan(len(kept), 0, 1, 1, kept.fingerprint)
+        table = PlanReader(ReadSpec((Source(index=index.url, ledgers=names),), plan, 24, AugmentConfig(), tokenizer)).read(
+            np.zeros(1, dtype=np.uint64)
+        )
+        return np.frombuffer(table["input_ids"][0].as_py(), dtype=np.int32).tolist()
+
+    assert read("masked") == tokenizer(["mail [email]"])[0].tolist()
+    assert read() == tokenizer(["mail jane@example.org"])[0].tolist()
