@@ -56,6 +56,5 @@ def test_training_as_a_job(running_head: RunningHead, ray_cluster: None, corpus:
     while not (tmp_path / "runs" / "job" / "bundle" / "mm.json").exists():
         assert time.monotonic() < until, mm(running_head, "jobs", "logs", job["job_id"], folder=tmp_path).stdout
         time.sleep(1)
-    assert "train  4/4 steps" in mm(running_head, "jobs", "logs", "-f", job["job_id"], folder=tmp_path).stdout
     assert read_manifest(tmp_path / "runs" / "job" / "bundle").run_id == job["run_id"]
     torch.testing.assert_close(weights(tmp_path / "runs" / "job" / "bundle"), weights(tmp_path / "start"), atol=1e-6, rtol=0)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from mm_core.bundle import load_bundle, write_bundle
@@ -13,6 +14,7 @@ from mm_core.data.tar import walk
 from mm_core.errors import DataError
 from mm_core.models.clip import SpecialTokens, build_clip, clip_tiny
 from mm_core.models.tokenizer import special_tokens, train_bpe
+from pipelines import evaluate
 from pipelines.evaluate import chance, evaluate_retrieval, evaluate_zeroshot
 from pipelines.index import build_index
 from tests.conftest import photos_folder
@@ -90,20 +92,17 @@ def test_what_is_left_out_is_counted_and_too_much_of_it_stops(model: str, corpus
     index = build_index([str(shard)], str(tmp_path / "index"))
     times = shard.stat()
 
-    def damage(every: int) -> int:
-        for row in index.locators[::every]:
-            data[row["start"] : row["start"] + 512] = bytes(512)
-        shard.write_bytes(data)
-        os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-        return len(index.locators[::every])
-
-    count, found = damage(30), dict[str, int]()
+    for row in index.locators[::30]:
+        data[row["start"] : row["start"] + 512] = bytes(512)
+    shard.write_bytes(data)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    count, found = len(index.locators[::30]), dict[str, int]()
     metrics = evaluate_retrieval(bundle, model, [index.url], on_skipped=found.update).metrics
     assert found == {"changed": count}
     assert metrics["images"] == index.summary.samples - count
-    damage(2)
-    with pytest.raises(DataError, match=r"samples of .* cannot be evaluated, above 10%: changed \d+"):
-        evaluate_retrieval(bundle, model, [index.url])
+    rows = pa.table({"reason": pa.array(["changed"] * 2 + [None] * 8)})
+    with pytest.raises(DataError, match=r"2 of 10 samples of .* cannot be evaluated, above 10%: changed 2"):
+        evaluate._features(rows, index)
 
 
 def test_an_index_without_captions_is_refused(model: str, corpus: Path, tmp_path: Path) -> None:
