@@ -131,18 +131,19 @@ def _decode_jpeg(data: bytes, header: ImageHeader, spare: int, *, grey: bool = F
     """`spare` is how many times the crop covers the output; `grey` decodes the luma alone.
 
     Only 1/2, 1/4 and 1/8 have a SIMD inverse DCT: other scales are slower than a full decode (measured: 980 against 1,500 images/s at 5/8).
+    Colours come with a fourth, unused byte: libjpeg-turbo writes such pixels in a sixth less time than three bytes.
     """
     factor = next((f for f in (8, 4, 2) if f <= spare), 1)
     height, width = -(-header.height // factor), -(-header.width // factor)
     return simplejpeg.decode_jpeg(
         data,
-        "GRAY" if grey else "RGB",
+        "GRAY" if grey else "RGBX",
         fastdct=True,
         fastupsample=True,
         min_height=height if factor > 1 else 0,
         min_width=width if factor > 1 else 0,
         min_factor=factor,
-        buffer=_scratch(height * width * (1 if grey else 3)),
+        buffer=_scratch(height * width * (1 if grey else 4)),
         strict=False,
     )
 
@@ -206,18 +207,29 @@ def _orient(pixels: UInt8[np.ndarray, "h w *c"], orientation: int) -> UInt8[np.n
     return pixels
 
 
-def _resize(pixels: UInt8[np.ndarray, "h w 3"], full: tuple[int, int], box: Box, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Crop `box`, given in pixels of the `full` (width, height), out of the decoded image, which may be smaller."""
+def _resize(pixels: UInt8[np.ndarray, "h w c"], full: tuple[int, int], box: Box, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Crop `box`, given in pixels of the `full` (width, height), out of the decoded image, which may be smaller. Of c channels the
+    first three count."""
     height, width = pixels.shape[:2]
     left, top = min(width - 1, round(box[0] * width / full[0])), min(height - 1, round(box[1] * height / full[1]))
     w = max(1, min(width - left, round(box[2] * width / full[0])))
     h = max(1, min(height - top, round(box[3] * height / full[1])))
     crop = pixels[top : top + h, left : left + w]
     if (w, h) == (size, size):
-        return crop.copy()
+        return crop[..., :3].copy()
     import torch
 
     # The batch axis first: only then are the strides channels-last ones, for which torch has a kernel twice as fast.
     channels_last = torch.from_numpy(np.ascontiguousarray(crop))[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(channels_last, (size, size), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).contiguous().numpy()
+    return _packed(resized[0].permute(1, 2, 0).numpy())
+
+
+def _packed(pixels: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The first three channels, contiguous. Channel by channel: a quarter of the time of copying them at once (0.04 against 0.18 ms)."""
+    if pixels.shape[2] == 3:
+        return np.ascontiguousarray(pixels)
+    packed = np.empty((*pixels.shape[:2], 3), dtype=np.uint8)
+    for channel in range(3):
+        packed[..., channel] = pixels[..., channel]
+    return packed
