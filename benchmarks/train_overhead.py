@@ -22,8 +22,11 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from mm_core.models.clip import ImageTextBatch, SpecialTokens, TwoTower, attend_for, build_clip
-from mm_core.objectives.contrastive import ContrastiveObjective
+from mm_core.models.family import build_model
+from mm_core.models.sizes import SpecialTokens
+from mm_core.models.two_tower import ImageTextBatch, TwoTower
+from mm_core.objectives.config import ObjectiveConfig
+from mm_core.objectives.contrastive import build_objective
 from mm_core.optim import build_optimizer, clamp_logit_scale
 from mm_core.schedule import lr_at
 from pipelines.recipes import recipe
@@ -40,8 +43,8 @@ def make_batches(run: TrainRun) -> list[StepBatch]:
     size, count, length = run.model.image_size, run.global_batch_size, run.model.context_length
     batches = []
     for _ in range(_BATCHES):
-        ids = draw.integers(5, run.model.vocab_size, (count, length), dtype=np.int32)
-        ids[:, length // 2] = _TOKENS.eos
+        ids = draw.integers(5, run.model.vocab_size, (count, 1, length), dtype=np.int32)
+        ids[..., length // 2] = _TOKENS.eos
         rows = pa.table({"epoch": [0] * count, "uid": [str(i) for i in range(count)], "replaced": pa.array([None] * count, pa.string())})
         images = draw.integers(0, 256, (count, 1, size, size, 3), dtype=np.uint8)
         batches.append(StepBatch(0, images, ids, np.arange(count, dtype=np.uint64), rows))
@@ -50,7 +53,7 @@ def make_batches(run: TrainRun) -> list[StepBatch]:
 
 def fresh(run: TrainRun) -> TwoTower:
     torch.manual_seed(0)
-    return TwoTower(build_clip(run.model, _TOKENS))
+    return TwoTower(build_model(run.model, _TOKENS))
 
 
 def ours(run: TrainRun, batches: list[StepBatch]) -> float:
@@ -62,8 +65,8 @@ def ours(run: TrainRun, batches: list[StepBatch]) -> float:
 
 
 def bare(run: TrainRun, batches: list[StepBatch]) -> float:
-    model, objective = fresh(run), ContrastiveObjective()
-    attend_for(model.clip, torch.device("cpu"))
+    model, objective = fresh(run), build_objective(ObjectiveConfig())
+    model.attend_for(torch.device("cpu"))
     optimizer = build_optimizer(model, run.optimizer)
     inputs = [ImageTextBatch(torch.from_numpy(b.images), torch.from_numpy(b.input_ids).long()) for b in batches]
     bf16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
@@ -73,7 +76,7 @@ def bare(run: TrainRun, batches: list[StepBatch]) -> float:
             group["lr"] = lr_at(run.schedule, run.optimizer.lr, step, run.steps)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             output = model(inputs[step % _BATCHES])
-        loss = objective(output, [run.global_batch_size]).total
+        loss = objective(output, inputs[step % _BATCHES], [run.global_batch_size]).total
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.grad_clip_norm)

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 from pydantic import Field, ValidationError
-from transformers import CLIPModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mm_core.config import Config
 from mm_core.errors import BundleError, ConfigError
-from mm_core.models.clip import ClipConfig, TwoTower
-from mm_core.models.pretrained import architecture, check_pooling, load_clip, load_normalisation, no_progress_bars
+from mm_core.models.family import ModelConfig
+from mm_core.models.pretrained import architecture, check_pooling, joint_width, load_normalisation, load_two_tower, no_progress_bars
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer
+from mm_core.models.two_tower import TwoTower
 
 FORMAT = 1
 MANIFEST = "mm.json"
@@ -45,7 +46,7 @@ class BundleManifest(Config):
     data_fingerprint: str
     run_id: str | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
-    model: ClipConfig
+    model: ModelConfig
     files: dict[str, str]
     """SHA-256 of every other file of the bundle, by name."""
 
@@ -66,12 +67,12 @@ class Bundle:
         self._tokenise = caption_tokenizer(self.tokenizer, int(self.model.config.text_config.max_position_embeddings))
 
     @property
-    def model(self) -> CLIPModel:
-        return self.towers.clip
+    def model(self) -> PreTrainedModel:
+        return self.towers.model
 
     @property
     def embed_dim(self) -> int:
-        return int(self.model.config.projection_dim)
+        return joint_width(self.model)
 
     @property
     def logit_scale(self) -> float:
@@ -93,9 +94,9 @@ class Bundle:
 def write_bundle(
     folder: Path,
     *,
-    model: CLIPModel,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    config: ClipConfig,
+    config: ModelConfig,
     recipe: str,
     data_fingerprint: str,
     metrics: Mapping[str, float],
@@ -174,7 +175,7 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
     manifest = read_manifest(folder, verify=verify) if (folder / MANIFEST).is_file() else None
     if manifest is None and not folder.is_dir() and (folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1):
         raise BundleError(f"no bundle at {source}: give a bundle's folder, models:/NAME@ALIAS, or a hub id")
-    model = load_clip(str(source))
+    model = load_two_tower(str(source))
     mean, std = (manifest.model.image_mean, manifest.model.image_std) if manifest else load_normalisation(str(source))
     towers = TwoTower(model, mean=mean, std=std).to(device).eval()
     image_size = int(model.config.vision_config.image_size)
@@ -186,7 +187,7 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
         raise BundleError(f"the model {source} cannot be used: {error}") from None
 
 
-def init_from(model: CLIPModel, source: str, *, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
+def init_from(model: PreTrainedModel, source: str, *, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
     """Start `model` from the weights of a bundle, folder or hub id. `tokenizer`: what feeds `model`; None leaves it unchecked.
 
     Raises:
@@ -207,7 +208,29 @@ def init_from(model: CLIPModel, source: str, *, tokenizer: PreTrainedTokenizerFa
     model.load_state_dict(start.model.state_dict())
 
 
-def _preprocessor(config: ClipConfig) -> dict[str, Any]:
+def load_teacher(source: str, student: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> TwoTower:
+    """The model a distillation learns from: it is shown what the student is shown.
+
+    Raises:
+        BundleError: no such model, or one that takes other images or token ids than the student.
+    """
+    teacher = load_bundle(source)
+    if teacher.image_size != student.image_size:
+        raise BundleError(
+            f"the teacher {source} takes images of {teacher.image_size} pixels, the model {student.image_size}:"
+            f" --set model.image_size={teacher.image_size}, or take another teacher"
+        )
+    context = int(teacher.model.config.text_config.max_position_embeddings)
+    if context < student.context_length:
+        raise BundleError(
+            f"the teacher {source} takes {context} tokens, the model {student.context_length}: --set model.context_length={context}"
+        )
+    if teacher.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise BundleError(f"the teacher {source} has another tokenizer than the model: --set tokenizer.source={source} takes its own")
+    return teacher.towers
+
+
+def _preprocessor(config: ModelConfig) -> dict[str, Any]:
     """What `decode_centre` and `normalise` do, in transformers' words."""
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -226,7 +249,7 @@ def _preprocessor(config: ClipConfig) -> dict[str, Any]:
 
 
 def _card(
-    name: str, config: ClipConfig, recipe: str, data_fingerprint: str, metrics: Mapping[str, float], weights_sha256: str | None
+    name: str, config: ModelConfig, recipe: str, data_fingerprint: str, metrics: Mapping[str, float], weights_sha256: str | None
 ) -> str:
     """A model card in the hub's form. The same model gives the same card: no dates, no host names."""
     rows = "".join(f"| {key} | {value:.4f} |\n" for key, value in sorted(metrics.items()))
@@ -234,12 +257,12 @@ def _card(
     return f"""---
 library_name: transformers
 pipeline_tag: zero-shot-image-classification
-tags: [clip, mm]
+tags: [{config.family}, mm]
 ---
 
 # {name}
 
-A CLIP model trained with mm, recipe `{recipe}`: images of {config.image_size} pixels in patches of {config.patch_size}, captions of up
+A {config.family} model trained with mm, recipe `{recipe}`: images of {config.image_size} pixels in patches of {config.patch_size}, captions of up
 to {config.context_length} tokens, features of {config.embed_dim} dimensions.
 
 | | |
@@ -255,9 +278,9 @@ With mm: `mm serve FOLDER`, `mm eval FOLDER`. With transformers, where FOLDER is
 
 ```python
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor
 
-model = CLIPModel.from_pretrained(FOLDER)
+model = AutoModel.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 images = CLIPImageProcessor.from_pretrained(FOLDER)
 

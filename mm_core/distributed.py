@@ -57,5 +57,48 @@ class _Gather(torch.autograd.Function):
         return summed[: ctx.own], None, None, None
 
 
+def exchange_in_ring(
+    own: Float[Tensor, "b d"],
+    visit: Callable[[Tensor, bool], Tensor],
+    *,
+    counts: Sequence[int],
+    group: dist.ProcessGroup | None = None,
+    around: Around = nullcontext,
+) -> Float[Tensor, "b d"]:
+    """Show every rank's rows to every rank, one block at a time, and bring home the sum of what `visit` returned for the own ones.
+
+    Blocks go from each rank to the next, with what was added up for them so far. A rank holds its own, one of another rank's, and the next
+    one as it comes.
+
+    Args:
+        visit: of a block, and whether it is the rank's own, to a tensor of the block's shape.
+        counts: rows of each rank; they may differ.
+        around: entered for the messages; for a clock.
+    """
+    sums = visit(own, True)
+    if len(counts) == 1:
+        return sums
+    rank, ranks, block = dist.get_rank(group), len(counts), own
+    for hop in range(1, ranks):
+        with around():
+            carried = _to_next(_pad(torch.cat([block, sums], dim=1), max(counts)), group)
+        block, sums = carried[: counts[(rank - hop) % ranks]].chunk(2, dim=1)
+        sums = sums + visit(block, False)
+    with around():
+        return _to_next(_pad(sums, max(counts)), group)[: counts[rank]]
+
+
+def _to_next(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Send to the next rank of the ring, and return what the one before sent."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    after, before = ((rank + step) % ranks for step in (1, -1))
+    if group is not None:
+        after, before = (dist.get_global_rank(group, peer) for peer in (after, before))
+    received = torch.empty_like(rows)
+    for request in dist.batch_isend_irecv([dist.P2POp(dist.isend, rows, after, group), dist.P2POp(dist.irecv, received, before, group)]):
+        request.wait()
+    return received
+
+
 def _pad(rows: Float[Tensor, "b d"], length: int) -> Float[Tensor, "length d"]:
     return functional.pad(rows, (0, 0, 0, length - rows.shape[0])).contiguous()

@@ -28,14 +28,17 @@ class OptimizerConfig(Config):
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Two groups, as in open_clip: matrices and embedding tables decay; gains, biases, the class token and `logit_scale` do not.
+    """As in open_clip matrices and embedding tables decay; gains, biases, the class token and `logit_scale` do not. Scalars,
+    which a sharded model does not divide, have a group of their own: one fused call takes tensors of one kind.
 
     The fused kernel takes a quarter of the time of the loop over parameters, on a CPU too (1.7 against 6.5 ms for clip-tiny).
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decays = [p for name, p in named if _decays(name, p)]
-    others = [p for name, p in named if not _decays(name, p)]
-    groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    others = [p for name, p in named if not _decays(name, p) and p.ndim]
+    scalars = [p for _, p in named if not p.ndim]
+    groups = [{"params": decays, "weight_decay": config.weight_decay}]
+    groups += [{"params": some, "weight_decay": 0.0} for some in (others, scalars) if some]
     fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
 

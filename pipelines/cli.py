@@ -260,7 +260,7 @@ def config_recipes(as_json: Json = False) -> None:
 
     Example: mm config recipes
     """
-    from mm_core.models.clip import parameter_count
+    from mm_core.models.family import parameter_count
     from pipelines.recipes import RECIPES
 
     console = Console(as_json)

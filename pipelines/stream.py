@@ -75,7 +75,7 @@ class StepBatch:
     images: NDArray[np.uint8] | None
     """[b, views, size, size, 3]; None in a step of a source without images."""
     input_ids: NDArray[np.int32] | None
-    """[b, context_length]; None in a step of a source without texts."""
+    """[b, captions, context_length]; None in a step of a source without texts."""
     positions: NDArray[np.uint64]
     rows: pa.Table
     """`source`, `epoch`, `uid`, `replaced` and `replaced_shard` of the samples."""
@@ -140,13 +140,13 @@ def _segments(spec: ReadSpec, share: Share, first: int, last: int, config: Strea
         yield blocks
 
 
-def row_bytes(views: int, image_size: int, context_length: int) -> int:
+def row_bytes(views: int, image_size: int, captions: int, context_length: int) -> int:
     """Decoded bytes of a sample."""
-    return views * image_size**2 * 3 + context_length * 4 + 64
+    return views * image_size**2 * 3 + captions * context_length * 4 + 64
 
 
 def _row_bytes(spec: ReadSpec) -> int:
-    return row_bytes(spec.augment.views, spec.image_size, spec.tokenizer.context_length)
+    return row_bytes(spec.augment.views, spec.image_size, spec.captions, spec.tokenizer.context_length)
 
 
 class _SegmentSource(Datasource):
@@ -323,7 +323,7 @@ def _split(spec: ReadSpec, share: Share, block: pa.Table, step: int) -> Iterator
         yield StepBatch(
             step=step,
             images=rows_of(rows["image"], (spec.augment.views, size, size, 3), np.uint8),
-            input_ids=rows_of(rows["input_ids"], (context_length,), np.int32),
+            input_ids=rows_of(rows["input_ids"], (spec.captions, context_length), np.int32),
             positions=positions,
             rows=rows.select(["source", "epoch", "uid", "replaced", "replaced_shard"]),
         )

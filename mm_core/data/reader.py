@@ -29,7 +29,7 @@ from mm_core.data.plan import Places, Plan
 from mm_core.data.problems import Reason, SampleProblem
 from mm_core.data.ranged import GAP_BYTES, RangedReader, Span
 from mm_core.data.sample import Sample, read_span
-from mm_core.data.text import CaptionTokenizer, choose_caption
+from mm_core.data.text import CaptionTokenizer, choose_captions
 from mm_core.errors import DataError
 
 _AUGMENT, _CAPTION = 3, 4
@@ -50,6 +50,8 @@ class ReadSpec:
     image_size: int
     augment: AugmentConfig
     tokenizer: CaptionTokenizer
+    captions: int = 1
+    """Texts of each image."""
     prompt_templates: tuple[str, ...] = ()
     max_pixels: int = MAX_PIXELS
     gap_bytes: int = GAP_BYTES
@@ -123,7 +125,7 @@ class _Decoded:
     uid: str
     pixels: NDArray[np.uint8] | None
     """[views, size, size, 3]; None where the source is not read for images."""
-    caption: str | None
+    captions: list[str] | None
     """None where the source is not read for texts."""
 
 
@@ -151,8 +153,9 @@ class PlanReader:
         return sets
 
     def read(self, positions: U64) -> pa.Table:
-        """One row per position: `position, source, epoch, uid, image` (views x size x size x 3 bytes), `input_ids`, `replaced` (a reason or
-        null) and `replaced_shard` (of the sample that could not be used, or null). Image or token ids are empty where a source has none.
+        """One row per position: `position, source, epoch, uid, image` (views x size x size x 3 bytes), `input_ids` (captions x length),
+        `replaced` (a reason or null) and `replaced_shard` (of the sample that could not be used, or null). Image or token ids are empty
+        where a source has none.
 
         Args:
             positions: whole chunks of the plan.
@@ -215,7 +218,7 @@ class PlanReader:
             return _Decoded(
                 sample.uid,
                 self._views(sample, seed, pixels) if "image" in need else None,
-                self._caption(sample, seed + _CAPTION, mask) if "text" in need else None,
+                self._captions(sample, seed + _CAPTION, mask) if "text" in need else None,
             )
         except SampleProblem as problem:
             return problem
@@ -228,11 +231,11 @@ class PlanReader:
             place[:] = view
         return pixels
 
-    def _caption(self, sample: Sample, seed: int, mask: tuple[PersonalKind, ...]) -> str:
+    def _captions(self, sample: Sample, seed: int, mask: tuple[PersonalKind, ...]) -> list[str]:
         if not sample.captions:
             raise SampleProblem(Reason.NO_TEXT)
-        caption = choose_caption(sample.captions, seed, self.spec.prompt_templates)
-        return mask_personal(caption, mask) if mask else caption
+        captions = choose_captions(sample.captions, seed, self.spec.captions, self.spec.prompt_templates)
+        return [mask_personal(caption, mask) for caption in captions] if mask else captions
 
     def _replace(self, decoded: list[_Decoded | SampleProblem], positions: U64) -> list[_Decoded]:
         """The next usable sample of the chunk, going round at its end."""
@@ -269,7 +272,8 @@ class PlanReader:
         lost = [row for row, reason in enumerate(reasons) if reason is not None]
         shards = dict(zip(lost, self._shards(places, lost), strict=True))
         seen = np.array([s.pixels is not None for s in samples])
-        captions = [s.caption for s in samples if s.caption is not None]
+        captions = [caption for s in samples for caption in s.captions or ()]
+        input_ids = self.spec.tokenizer(captions).reshape(-1, self.spec.captions, self.spec.tokenizer.context_length)
         return pa.table(
             {
                 "position": positions,
@@ -277,7 +281,7 @@ class PlanReader:
                 "epoch": places.epochs,
                 "uid": pa.array([s.uid for s in samples], pa.string()),
                 "image": column_of(pixels if seen.all() else pixels[seen], seen),
-                "input_ids": column_of(self.spec.tokenizer(captions), np.array([s.caption is not None for s in samples])),
+                "input_ids": column_of(input_ids, np.array([s.captions is not None for s in samples])),
                 "replaced": pa.array(reasons, pa.string()),
                 "replaced_shard": pa.array([shards.get(row) for row in range(len(samples))], pa.string()),
             }

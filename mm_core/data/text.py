@@ -37,10 +37,13 @@ TEMPLATE_MARK = "{c}"
 """Where a prompt template takes the caption: the mark of CLIP_benchmark's templates."""
 
 
-def choose_caption(captions: Sequence[str], seed: int, templates: Sequence[str] = ()) -> str:
-    """One of several captions in one of several prompt templates, drawn from `seed` alone."""
+def choose_captions(captions: Sequence[str], seed: int, count: int = 1, templates: Sequence[str] = ()) -> list[str]:
+    """`count` of several captions, each in one of several prompt templates, drawn from `seed` alone. None comes
+    twice before each has once."""
     if len(captions) == 1 and not templates:
-        return captions[0]
+        return [captions[0]] * count
     draw = random.Random(seed)
-    caption = captions[0] if len(captions) == 1 else draw.choice(captions)
-    return draw.choice(templates).replace(TEMPLATE_MARK, caption) if templates else caption
+    chosen: list[str] = []
+    while len(chosen) < count:
+        chosen += draw.sample(captions, min(len(captions), count - len(chosen)))
+    return [draw.choice(templates).replace(TEMPLATE_MARK, caption) for caption in chosen] if templates else chosen

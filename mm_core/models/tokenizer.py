@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mm_core.data.text import CaptionTokenizer
 from mm_core.errors import ConfigError
-from mm_core.models.clip import SpecialTokens
+from mm_core.models.sizes import SpecialTokens
 
 PAD, BOS, EOS = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 _SPECIALS = [PAD, "<|unused|>", "<|unused2|>", BOS, EOS]

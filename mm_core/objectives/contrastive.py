@@ -1,39 +1,175 @@
-"""The contrastive objective of CLIP over the global batch."""
+"""Objectives of two towers over the global batch: what one rank computes of them, with the features of all ranks.
+
+Several views of an image count as the mean of their losses (DeCLIP's multi-view supervision: Li et al. 2021, arXiv 2110.05208).
+`LossOutput` says how a share is scaled.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from mm_core.distributed import gather_features
+from mm_core.distributed import Around, exchange_in_ring, gather_features
+from mm_core.errors import ConfigError
+from mm_core.losses.blocks import BLOCK_BYTES
 from mm_core.losses.contrastive import contrastive_loss
-from mm_core.models.clip import TwoTowerOutput
+from mm_core.losses.distillation import distillation_loss
+from mm_core.losses.sigmoid import sigmoid_loss
+from mm_core.losses.triplet import triplet_loss
+from mm_core.models.two_tower import ImageTextBatch, TwoTowerOutput
+from mm_core.objectives.config import ObjectiveConfig, ObjectiveKind
 from mm_core.objectives.output import LossOutput
 
 Gather = Callable[[Tensor, Sequence[int]], Tensor]
 
 
-class ContrastiveObjective:
-    """InfoNCE with the features of all ranks, gradients flowing back to each."""
+class Objective(Protocol):
+    """From one rank's outputs to its share of the global batch's loss."""
 
-    def __init__(self, *, rank: int = 0, gather: Gather = gather_features) -> None:
+    def __call__(self, output: TwoTowerOutput, batch: ImageTextBatch, counts: Sequence[int]) -> LossOutput:
+        """`counts`: samples of each rank in this step; `batch`: what `output` was made of."""
+        ...
+
+
+def build_objective(
+    config: ObjectiveConfig,
+    *,
+    rank: int = 0,
+    teacher: nn.Module | None = None,
+    around: Around = nullcontext,
+    block_bytes: int = BLOCK_BYTES,
+) -> Objective:
+    """
+    Args:
+        teacher: of distillation, a `TwoTower` on the batch's device.
+        around: entered for the messages between ranks; for a clock.
+        block_bytes: the largest part of a similarity matrix that is held at a time.
+    """
+    gather = partial(gather_features, around=around)
+    match config.kind:
+        case ObjectiveKind.CONTRASTIVE:
+            return ContrastiveObjective(config.label_smoothing, rank=rank, gather=gather, block_bytes=block_bytes)
+        case ObjectiveKind.SIGMOID:
+            return SigmoidObjective(around=around, block_bytes=block_bytes)
+        case ObjectiveKind.TRIPLET:
+            return TripletObjective(config.margin, rank=rank, gather=gather, block_bytes=block_bytes)
+        case ObjectiveKind.DISTILLATION:
+            assert teacher is not None, "the driver loads it"
+            return DistillationObjective(config, teacher, rank=rank, gather=gather, block_bytes=block_bytes)
+
+
+class _Everyone(NamedTuple):
+    """Features of all ranks, in rank order."""
+
+    images: Float[Tensor, "B v d"]
+    texts: Float[Tensor, "B c d"]
+
+
+def _gather(output: TwoTowerOutput, counts: Sequence[int], gather: Gather) -> _Everyone:
+    """One message for both modalities."""
+    views, texts = output.image_features.shape[1], output.text_features.shape[1]
+    features = torch.cat([output.image_features, output.text_features], dim=1)
+    return _Everyone(*gather(features.flatten(1), counts).unflatten(1, (views + texts, -1)).split([views, texts], dim=1))
+
+
+class ContrastiveObjective:
+    """InfoNCE with the features of all ranks, gradients flowing back to each. On one rank, with one view and text, CLIP's own loss."""
+
+    def __init__(
+        self, label_smoothing: float = 0.0, *, rank: int = 0, gather: Gather = gather_features, block_bytes: int = BLOCK_BYTES
+    ) -> None:
+        self._loss = partial(contrastive_loss, label_smoothing=label_smoothing, block_bytes=block_bytes)
         self._rank, self._gather = rank, gather
 
-    def __call__(self, output: TwoTowerOutput, counts: Sequence[int]) -> LossOutput:
-        """`counts`: samples of each rank in this step. One gather serves both modalities.
-
-        With one rank and one view this is CLIP's own loss; with several views their mean, as DeCLIP's multi-view supervision of images
-        (Li et al. 2021, arXiv 2110.05208). `LossOutput` says how it is scaled with several ranks.
-        """
-        images, text = output.image_features, output.text_features
-        everyone = self._gather(torch.cat([images, text[:, None]], dim=1).flatten(1), counts)
-        *all_images, all_text = everyone.unflatten(1, (images.shape[1] + 1, -1)).unbind(1)
-        first = sum(counts[: self._rank])
+    def __call__(self, output: TwoTowerOutput, batch: ImageTextBatch, counts: Sequence[int]) -> LossOutput:
+        everyone, first = _gather(output, counts, self._gather), sum(counts[: self._rank])
         shares = [
-            contrastive_loss(image, text, all_image, all_text, output.logit_scale, first)
-            for image, all_image in zip(images.unbind(1), all_images, strict=True)
+            self._loss(image, output.text_features, all_image, everyone.texts, output.logit_scale, first)
+            for image, all_image in zip(output.image_features.unbind(1), everyone.images.unbind(1), strict=True)
         ]
-        share = torch.stack(shares).mean()
-        return LossOutput(total=share * len(counts), terms={"contrastive": share})
+        return LossOutput.of({"contrastive": torch.stack(shares).mean()}, len(counts))
+
+
+class SigmoidObjective:
+    """SigLIP's loss: texts travel from rank to rank, and no rank holds those of more than one other."""
+
+    def __init__(self, *, around: Around = nullcontext, block_bytes: int = BLOCK_BYTES) -> None:
+        self._around, self._block_bytes = around, block_bytes
+
+    def __call__(self, output: TwoTowerOutput, batch: ImageTextBatch, counts: Sequence[int]) -> LossOutput:
+        """
+        Raises:
+            ConfigError: the model has no logit bias.
+        """
+        if output.logit_bias is None:
+            raise ConfigError("objective.kind=sigmoid needs a model with a logit bias: take a siglip recipe, or kind=contrastive")
+        texts = output.text_features.shape[1]
+        exchange = partial(exchange_in_ring, counts=[count * texts for count in counts], around=self._around)
+        shares = [
+            sigmoid_loss(
+                image,
+                output.text_features,
+                output.logit_scale,
+                output.logit_bias,
+                sum(counts),
+                exchange=exchange,
+                block_bytes=self._block_bytes,
+            )
+            for image in output.image_features.unbind(1)
+        ]
+        return LossOutput.of({"sigmoid": torch.stack(shares).mean()}, len(counts))
+
+
+class TripletObjective:
+    """Semi-hard triplets, mined in the global batch. The temperature has no part in it."""
+
+    def __init__(self, margin: float, *, rank: int = 0, gather: Gather = gather_features, block_bytes: int = BLOCK_BYTES) -> None:
+        self._loss = partial(triplet_loss, margin=margin, block_bytes=block_bytes)
+        self._rank, self._gather = rank, gather
+
+    def __call__(self, output: TwoTowerOutput, batch: ImageTextBatch, counts: Sequence[int]) -> LossOutput:
+        everyone, first = _gather(output, counts, self._gather), sum(counts[: self._rank])
+        shares = [
+            self._loss(image, output.text_features, all_image, everyone.texts, first)
+            for image, all_image in zip(output.image_features.unbind(1), everyone.images.unbind(1), strict=True)
+        ]
+        # DDP waits for a gradient of every parameter, of the unused temperature too.
+        unused = 0 * (output.logit_scale if output.logit_bias is None else output.logit_scale + output.logit_bias)
+        return LossOutput.of({"triplet": torch.stack(shares).mean() + unused}, len(counts))
+
+
+class DistillationObjective:
+    """InfoNCE, and the divergence from a teacher's similarities of the same global batch."""
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        teacher: nn.Module,
+        *,
+        rank: int = 0,
+        gather: Gather = gather_features,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self._contrastive = partial(contrastive_loss, label_smoothing=config.label_smoothing, block_bytes=block_bytes)
+        self._distillation = partial(distillation_loss, block_bytes=block_bytes)
+        self._weight, self._teacher = config.teacher_weight, teacher.eval().requires_grad_(False)
+        self._rank, self._gather = rank, gather
+
+    def __call__(self, output: TwoTowerOutput, batch: ImageTextBatch, counts: Sequence[int]) -> LossOutput:
+        with torch.no_grad():
+            teacher: TwoTowerOutput = self._teacher(batch)
+            all_teacher = _gather(teacher, counts, self._gather)
+        everyone, first = _gather(output, counts, self._gather), sum(counts[: self._rank])
+        shares: dict[str, list[Tensor]] = {"contrastive": [], "distillation": []}
+        for view, (image, all_image) in enumerate(zip(output.image_features.unbind(1), everyone.images.unbind(1), strict=True)):
+            student = (image, output.text_features, all_image, everyone.texts, output.logit_scale)
+            theirs = (teacher.image_features[:, view], teacher.text_features, all_teacher.images[:, view], all_teacher.texts)
+            shares["contrastive"].append(self._contrastive(*student, first))
+            shares["distillation"].append(self._weight * self._distillation(*student, *theirs, teacher.logit_scale))
+        return LossOutput.of({name: torch.stack(each).mean() for name, each in shares.items()}, len(counts))

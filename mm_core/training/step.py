@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mm_core.errors import ConfigError
-from mm_core.models.clip import ImageTextBatch
-from mm_core.objectives.contrastive import ContrastiveObjective
+from mm_core.models.two_tower import ImageTextBatch
+from mm_core.objectives.contrastive import Objective
+from mm_core.objectives.output import LossOutput
 from mm_core.optim import OptimizerConfig, clamp_logit_scale
 from mm_core.schedule import ScheduleConfig, lr_at
 from mm_core.training.clock import Phase, StepClock
+from mm_core.training.gradient_cache import cached_backward, pieces_for
+from mm_core.training.parallel import Parallel, clip_gradients
 
 
 class Precision(StrEnum):
@@ -45,8 +49,8 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module,
-        objective: ContrastiveObjective,
+        model: Parallel,
+        objective: Objective,
         optimizer: torch.optim.Optimizer,
         *,
         optimizer_config: OptimizerConfig,
@@ -56,34 +60,53 @@ class TrainStep:
         device: torch.device,
         precision: Precision,
         clock: StepClock,
+        micro_batch_size: int | None = None,
     ) -> None:
-        """`counts`: samples per rank of a global step; `model` is wrapped for data parallelism already."""
+        """
+        Args:
+            counts: samples per rank of a global step.
+            micro_batch_size: samples that go through the model at a time; None for all of a rank's.
+        """
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self._optimizer_config, self._schedule, self._total_steps = optimizer_config, schedule, total_steps
         self._counts, self.device, self.clock = list(counts), device, clock
         self._bf16 = _use_bf16(precision, device)
+        self._pieces = 1 if micro_batch_size is None else pieces_for(self._counts, micro_batch_size)
 
     def __call__(self, batch: ImageTextBatch, step: int) -> StepResult:
         lr = lr_at(self._schedule, self._optimizer_config.lr, step, self._total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._backward(batch) if self._pieces == 1 else self._backward_in_pieces(batch)
+        with self.clock.phase(Phase.OPTIMIZER):
+            self.model.finish_gradients()
+            grad_norm = clip_gradients(self.model.module.parameters(), self._optimizer_config.grad_clip_norm)
+            self.optimizer.step()
+            clamp_logit_scale(self.model.module)
+        return StepResult({name: term.detach() for name, term in loss.terms.items()}, grad_norm.detach(), lr)
+
+    def _backward(self, batch: ImageTextBatch) -> LossOutput:
         with self.clock.phase(Phase.FORWARD):
             with self._autocast():
                 output = self.model(batch)
-            loss = self.objective(output, self._counts)
+            loss = self.objective(output, batch, self._counts)
         with self.clock.phase(Phase.BACKWARD):
-            self.optimizer.zero_grad(set_to_none=True)
             loss.total.backward()
-        with self.clock.phase(Phase.OPTIMIZER):
-            grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._optimizer_config.grad_clip_norm)
-            self.optimizer.step()
-            clamp_logit_scale(self.model)
-        return StepResult({name: term.detach() for name, term in loss.terms.items()}, grad_norm.detach(), lr)
+        return loss
+
+    def _backward_in_pieces(self, batch: ImageTextBatch) -> LossOutput:
+        """Its time counts as backward: the second forward of each piece belongs to it, and the first is the smaller part."""
+        with self.clock.phase(Phase.BACKWARD):
+            return cached_backward(
+                self.model, batch, lambda output: self.objective(output, batch, self._counts), self._pieces, forward=self._autocast
+            )
 
     @property
     def logit_scale(self) -> Tensor:
-        """The model's temperature factor, as it is now."""
-        return next(p for name, p in self.model.named_parameters() if name.endswith("logit_scale")).detach().exp()
+        """The model's temperature factor, as it is now. A collective where the model is sharded."""
+        scale = next(p for name, p in self.model.module.named_parameters() if name.endswith("logit_scale")).detach()
+        return (scale.full_tensor() if isinstance(scale, DTensor) else scale).exp()
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from mm_core.config import nearest
 from mm_core.errors import ConfigError
 from pipelines.recipes.clip import clip_tiny, clip_tiny_photo, clip_vit_b16, clip_vit_b32, clip_vit_l14
+from pipelines.recipes.siglip import siglip_tiny, siglip_vit_b16
 from pipelines.train.config import TrainRun
 
 RECIPES: dict[str, Callable[[], TrainRun]] = {
@@ -15,6 +16,8 @@ RECIPES: dict[str, Callable[[], TrainRun]] = {
     "clip-vit-b32": clip_vit_b32,
     "clip-vit-b16": clip_vit_b16,
     "clip-vit-l14": clip_vit_l14,
+    "siglip-tiny": siglip_tiny,
+    "siglip-vit-b16": siglip_vit_b16,
 }
 
 

@@ -12,9 +12,11 @@ from mm_core.data.image import MAX_PIXELS
 from mm_core.data.mix import MixConfig
 from mm_core.data.ranged import GAP_BYTES
 from mm_core.data.text import TEMPLATE_MARK
-from mm_core.models.clip import ClipConfig
+from mm_core.models.family import ModelConfig
+from mm_core.objectives.config import ObjectiveConfig
 from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig
+from mm_core.training.parallel import Parallelism
 from mm_core.training.step import Precision
 from pipelines.stream import StreamConfig
 from pipelines.tracking import TrackingConfig
@@ -29,6 +31,7 @@ class DataConfig(Config):
     )
     mix: MixConfig = Field(default=MixConfig(), description="Proportions of several indexes.")
     augment: AugmentConfig = AugmentConfig()
+    captions: int = Field(default=1, ge=1, le=16, description="Texts of each image in a step, each one of its captions.")
     prompt_templates: tuple[str, ...] = Field(default=(), description="Texts with {c} for the caption; one is drawn each time.")
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="Images above this are not decoded.")
     gap_bytes: int = Field(
@@ -59,6 +62,19 @@ class CheckpointConfig(Config):
     keep: int = Field(default=2, gt=0, description="Checkpoints kept, the newest.")
 
 
+class ParallelConfig(Config):
+    """How a step is computed. Changes neither the samples nor, but for rounding, the mathematics."""
+
+    kind: Parallelism = Field(default=Parallelism.DDP, description="ddp: every rank holds the model; fsdp: the ranks divide it.")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Samples of a rank that go through the model at a time; by default all. Less memory, a second forward.",
+    )
+    activation_checkpointing: bool = Field(default=False, description="Keep only a block's input and compute the rest again: less memory.")
+    logit_block_mb: int = Field(default=128, ge=1, description="The largest part of the similarity matrix that is held at a time, MB.")
+
+
 class ResourceConfig(Config):
     """What the run may use. Changes neither the samples nor the mathematics."""
 
@@ -71,16 +87,18 @@ class TrainRun(Config):
     """A complete training run."""
 
     recipe: str = Field(description="Name of the recipe this came from.")
-    model: ClipConfig
+    model: ModelConfig
     init: str | None = Field(default=None, description="Bundle folder or hub id whose weights training starts from.")
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     steps: int = Field(gt=0, description="Optimiser steps of the whole run.")
     global_batch_size: int = Field(gt=0, description="Samples per optimiser step, over all ranks.")
     seed: int = Field(default=0, ge=0)
     precision: Precision = Precision.AUTO
+    parallel: ParallelConfig = ParallelConfig()
     log_every_steps: int = Field(default=10, gt=0)
     checkpoint: CheckpointConfig = CheckpointConfig()
     stream: StreamConfig = StreamConfig()
@@ -90,5 +108,5 @@ class TrainRun(Config):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides what is learned: two runs equal in it, on equal data, are the same run."""
-        whole = {"log_every_steps", "checkpoint", "stream", "resources", "tracking", "storage"}
+        whole = {"parallel", "log_every_steps", "checkpoint", "stream", "resources", "tracking", "storage"}
         return self.model_dump(mode="json", exclude=dict.fromkeys(whole, True) | {"data": {"gap_bytes", "verify"}})

@@ -19,13 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mm_core.address import absolute
-from mm_core.bundle import BundleManifest, init_from, write_bundle
+from mm_core.bundle import BundleManifest, init_from, load_teacher, write_bundle
 from mm_core.console import Console
 from mm_core.data.ledger import Source
 from mm_core.data.reader import ReadSpec
 from mm_core.errors import CheckpointError, ConfigError, MMError, TrainingError
-from mm_core.models.clip import TwoTower, build_clip
+from mm_core.models.family import build_model
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
+from mm_core.models.two_tower import TwoTower
 from mm_core.training.checkpoint import load_weights
 from pipelines.metric_log import MetricLog, spool_folder
 from pipelines.plots import loss_curve
@@ -148,12 +149,12 @@ def export_bundle(folder: RunFolder, name: str = "bundle") -> BundleManifest:
     if checkpoint is None:
         raise CheckpointError(f"the run {folder.url} has no checkpoint to export yet")
     tokenizer = load_tokenizer(str(folder.get("tokenizer")))
-    model = TwoTower(build_clip(run.model, special_tokens(tokenizer)), mean=run.model.image_mean, std=run.model.image_std)
+    model = TwoTower(build_model(run.model, special_tokens(tokenizer)), mean=run.model.image_mean, std=run.model.image_std)
     load_weights(folder.get(checkpoint), model)
     with tempfile.TemporaryDirectory(prefix="mm-bundle-") as temporary:
         manifest = write_bundle(
             Path(temporary) / name,
-            model=model.clip,
+            model=model.model,
             tokenizer=tokenizer,
             config=run.model,
             recipe=run.recipe,
@@ -198,10 +199,12 @@ def _identity(run: TrainRun) -> dict[str, Any]:
 
 def _begin(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder) -> RunRecord:
     """Make the tokenizer, the run's folder and the tracking run."""
-    source = run.tokenizer.source or run.init  # the weights of another model belong to its token ids
+    source = run.tokenizer.source or run.init or run.objective.teacher  # the weights of another model belong to its token ids
     tokenizer = load_tokenizer(source) if source else _train_tokenizer(run, data)
     run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
     _initial_state(run, tokenizer)
+    if run.objective.teacher is not None:
+        load_teacher(run.objective.teacher, run.model, tokenizer)
     try:
         with tempfile.TemporaryDirectory(prefix="mm-tokenizer-") as local:
             tokenizer.save_pretrained(local)
@@ -251,6 +254,7 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
         image_size=run.model.image_size,
         augment=run.data.augment,
         tokenizer=caption_tokenizer(tokenizer, run.model.context_length),
+        captions=run.data.captions,
         prompt_templates=run.data.prompt_templates,
         max_pixels=run.data.max_pixels,
         gap_bytes=run.data.gap_bytes,
@@ -266,6 +270,7 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
         code_revision=code_revision(),
         tracking_run_id=record.tracking_run_id,
         initial_weights=None if initial is None else ray.put(initial),
+        teacher=None if run.objective.teacher is None else ray.put(load_teacher(run.objective.teacher, run.model, tokenizer)),
         board=start_board(),
     )
 
@@ -276,7 +281,7 @@ def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> dict[st
     Raises:
         ConfigError, BundleError: sizes or tokenizer that do not fit the model.
     """
-    model = build_clip(run.model, special_tokens(tokenizer))
+    model = build_model(run.model, special_tokens(tokenizer))
     if run.init is None:
         return None
     init_from(model, run.init, tokenizer=tokenizer)

@@ -7,7 +7,8 @@ from typing import Any
 
 from mm_core.data.ledger import Source
 from mm_core.data.plan import chunks_per_step
-from mm_core.models.clip import ClipConfig, TowerConfig, parameter_count
+from mm_core.models.family import parameter_count
+from mm_core.models.sizes import TowerConfig, TwoTowerConfig
 from pipelines.train.config import TrainRun
 from pipelines.train.read_cost import Prices, read_cost
 from pipelines.train.run_data import RunData
@@ -55,7 +56,7 @@ def describe(
     }
 
 
-def activation_bytes(model: ClipConfig) -> int:
+def activation_bytes(model: TwoTowerConfig) -> int:
     """Of one sample, both towers, in 16 bits; twice that in fp32."""
     patches = (model.image_size // model.patch_size) ** 2 + 1
     return _tower_bytes(model.vision, patches) + _tower_bytes(model.text, model.context_length)

@@ -21,17 +21,18 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from mm_core.data.plan import chunks_per_step, rank_counts
 from mm_core.data.reader import ReadSpec
-from mm_core.distributed import gather_features
-from mm_core.models.clip import ImageTextBatch, SpecialTokens, TwoTower, attend_for, build_clip
-from mm_core.objectives.contrastive import ContrastiveObjective
+from mm_core.models.family import build_model
+from mm_core.models.sizes import SpecialTokens
+from mm_core.models.two_tower import ImageTextBatch, TwoTower
+from mm_core.objectives.contrastive import build_objective
 from mm_core.optim import build_optimizer
 from mm_core.store import open_store, write_whole
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, read_state, save_checkpoint, seed_step
-from mm_core.training.clock import Phase, StepClock, timed_all_reduce
+from mm_core.training.clock import Phase, StepClock
+from mm_core.training.parallel import parallelise
 from mm_core.training.step import TrainStep
 from mm_core.training.transfer import Transfer
 from pipelines.metric_log import MetricLog, spool_folder, system_metrics
@@ -58,6 +59,8 @@ class WorkerTask:
     tracking_run_id: str
     initial_weights: ray.ObjectRef | None
     """A state dict for `--init`, used where there is no checkpoint yet."""
+    teacher: ray.ObjectRef | None
+    """The `TwoTower` that a distillation learns from."""
     board: ray.actor.ActorHandle
     """Where rank 0 shows its progress to the driver."""
 
@@ -83,10 +86,10 @@ def _train(task: WorkerTask) -> Outcome:
 
     # 2. Model, objective, optimiser: equal on every rank, since the seed is.
     torch.manual_seed(run.seed)
-    model = TwoTower(build_clip(run.model, task.tokens), mean=run.model.image_mean, std=run.model.image_std)
+    model = TwoTower(build_model(run.model, task.tokens), mean=run.model.image_mean, std=run.model.image_std)
     if task.initial_weights is not None:
-        model.clip.load_state_dict(ray.get(task.initial_weights))
-    train_step = build_step(run, model, device)
+        model.model.load_state_dict(ray.get(task.initial_weights))
+    train_step = build_step(run, model, device, ray.get(task.teacher) if task.teacher else None)
 
     # 3. Where an earlier attempt stopped: weights, optimiser, step. The step gives schedule, random state and data cursor.
     first_step = _restore(model, train_step.optimizer)
@@ -114,18 +117,24 @@ def _train(task: WorkerTask) -> Outcome:
         return run_steps(run, train_step, batches, first_step, log=log, save=save, audit=audit)
 
 
-def build_step(run: TrainRun, model: TwoTower, device: torch.device) -> TrainStep:
-    """`model` on its device, wrapped for data parallelism, with its objective and optimiser."""
+def build_step(run: TrainRun, model: TwoTower, device: torch.device, teacher: TwoTower | None = None) -> TrainStep:
+    """`model` on its device, over all ranks, with its objective and optimiser."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     clock = StepClock(device)
-    attend_for(model.clip, device)
-    device_ids = [device.index] if device.type == "cuda" else None
-    parallel = DistributedDataParallel(model.to(device), device_ids=device_ids, broadcast_buffers=False)
-    if world_size > 1:
-        parallel.register_comm_hook(clock, timed_all_reduce)
+    model.attend_for(device)
+    if run.parallel.activation_checkpointing:
+        model.checkpoint_activations()
+    parallel = parallelise(model, run.parallel.kind, device, clock, blocks=model.blocks())
+    objective = build_objective(
+        run.objective,
+        rank=rank,
+        teacher=None if teacher is None else teacher.to(device),
+        around=partial(clock.phase, Phase.COLLECTIVE),
+        block_bytes=run.parallel.logit_block_mb << 20,
+    )
     return TrainStep(
         parallel,
-        ContrastiveObjective(rank=rank, gather=partial(gather_features, around=partial(clock.phase, Phase.COLLECTIVE))),
+        objective,
         build_optimizer(model, run.optimizer),
         optimizer_config=run.optimizer,
         schedule=run.schedule,
@@ -134,6 +143,7 @@ def build_step(run: TrainRun, model: TwoTower, device: torch.device) -> TrainSte
         device=device,
         precision=run.precision,
         clock=clock,
+        micro_batch_size=run.parallel.micro_batch_size,
     )
 
 

@@ -63,7 +63,9 @@ def read_cost(data: RunData, run: TrainRun, *, blocks: int = _BLOCKS) -> ReadCos
     readers = [IndexReader(index) for index in data.indexes]
     plan, chunks = data.plan(run), chunks_per_step(run.global_batch_size, run.data.chunk, run.resources.workers)
     share = Share(0, run.resources.workers, chunks)
-    step_bytes = len(share.positions(0, run.data.chunk)) * row_bytes(run.data.augment.views, run.model.image_size, run.model.context_length)
+    step_bytes = len(share.positions(0, run.data.chunk)) * row_bytes(
+        run.data.augment.views, run.model.image_size, run.data.captions, run.model.context_length
+    )
     steps = run.stream.steps_per_block(step_bytes)
     samples = requests = read = needed = 0
     for first in np.unique(np.linspace(0, max(0, run.steps - steps), blocks).astype(int) // steps * steps).tolist():

@@ -19,8 +19,10 @@ from transformers import AutoTokenizer, BertConfig, CLIPImageProcessorPil, CLIPM
 from mm_core.bundle import MANIFEST, init_from, load_bundle, read_manifest, write_bundle
 from mm_core.data.image import decode_centre
 from mm_core.errors import BundleError
-from mm_core.models.clip import ClipConfig, TowerConfig, build_clip, normalise
+from mm_core.models.clip import ClipConfig, build_clip
+from mm_core.models.sizes import TowerConfig
 from mm_core.models.tokenizer import special_tokens, train_bpe
+from mm_core.models.two_tower import normalise
 
 CAPTIONS = ["a red circle above a blue square", "three green stars", "one small white ring"] * 3
 TEXTS = ["a Red  circle", "three stars", "one " * 40]
@@ -184,7 +186,7 @@ def drop_tensor(folder: Path) -> None:
         (drop_tensor, r"lacks 1 of the model's tensors, visual_projection\.weight first"),
         (lambda b: (b / "model.safetensors").write_bytes(b"\0" * 64), "no model that can be loaded at"),
         (lambda b: (b / "model.safetensors").unlink(), "no model that can be loaded at"),
-        (lambda b: BertConfig().save_pretrained(b), "is a bert model; this command takes CLIP models"),
+        (lambda b: BertConfig().save_pretrained(b), "is a bert model; this command takes clip and siglip models"),
         (lambda b: (b / "tokenizer.json").write_text("{}"), "cannot be used: no tokenizer at"),
         (lambda b: rewrite(b / "config.json", lambda v: v["text_config"].update(eos_token_id=3)), "pools at token 3, .* with 4"),
         (lambda b: rewrite(b / "config.json", lambda v: v["text_config"].update(hidden_size=48)), "no model that can be loaded at"),
@@ -214,7 +216,7 @@ def test_training_starts_from_a_bundles_weights(written: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"embed_dim": 24}, "projection_dim is 16 there, 24 here"),
+        ({"embed_dim": 24}, "embed_dim is 16 there, 24 here"),
         ({"hidden_act": "gelu"}, r"text_config\.hidden_act is quick_gelu there, gelu here"),
         ({"vision": TowerConfig(width=32, layers=1, heads=2)}, r"vision_config\.num_hidden_layers is 2 there, 1 here"),
         ({"vision": TowerConfig(width=32, layers=2, heads=4)}, r"vision_config\.num_attention_heads is 2 there, 4 here"),

@@ -6,7 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mm_core.models.clip import ClipConfig, SpecialTokens, TowerConfig, TwoTower, build_clip
+from mm_core.models.clip import ClipConfig, build_clip
+from mm_core.models.sizes import SpecialTokens, TowerConfig
+from mm_core.models.two_tower import TwoTower
 from mm_core.optim import OptimizerConfig, build_optimizer, clamp_logit_scale
 
 TOWER = TowerConfig(width=16, layers=1, heads=2)
@@ -19,18 +21,18 @@ def model() -> TwoTower:
 
 
 def test_gains_biases_and_the_temperature_do_not_decay(model: TwoTower) -> None:
-    decays, others = build_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.2)).param_groups
+    decays, others, scalars = build_optimizer(model, OptimizerConfig(lr=1e-3, weight_decay=0.2)).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
-    assert (decays["weight_decay"], others["weight_decay"]) == (0.2, 0.0)
-    assert len(decays["params"]) + len(others["params"]) == len(names)
-    spared = {names[id(p)] for p in others["params"]}
-    assert "clip.logit_scale" in spared
+    assert (decays["weight_decay"], others["weight_decay"], scalars["weight_decay"]) == (0.2, 0.0, 0.0)
+    assert [names[id(p)] for p in scalars["params"]] == ["model.logit_scale"]
+    spared = {names[id(p)] for group in (others, scalars) for p in group["params"]}
+    assert len(decays["params"]) + len(spared) == len(names)
     assert all(("norm" in name) <= (name in spared) and ("bias" in name) <= (name in spared) for name in names.values())
     assert all("proj" in name or "fc" in name or "embedding" in name for name in set(names.values()) - spared)
 
 
 def test_frozen_parameters_are_left_out(model: TwoTower) -> None:
-    model.clip.vision_model.requires_grad_(False)
+    model.model.vision_model.requires_grad_(False)
     groups = build_optimizer(model, OptimizerConfig(lr=1e-3)).param_groups
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
 
@@ -38,9 +40,9 @@ def test_frozen_parameters_are_left_out(model: TwoTower) -> None:
 @pytest.mark.parametrize(("value", "kept"), [(9.0, math.log(100)), (-1.0, 0.0), (2.5, 2.5)])
 def test_the_temperature_is_kept_in_its_bounds(model: TwoTower, value: float, kept: float) -> None:
     with torch.no_grad():
-        model.clip.logit_scale.fill_(value)
+        model.model.logit_scale.fill_(value)
     clamp_logit_scale(torch.nn.ModuleDict({"module": model}))
-    assert model.clip.logit_scale.item() == pytest.approx(kept)
+    assert model.model.logit_scale.item() == pytest.approx(kept)
 
 
 def test_an_infinite_bound_is_refused() -> None:

@@ -12,7 +12,8 @@ from mm_core.data.image import decode_centre
 from mm_core.data.sample import Group, groups, read_group
 from mm_core.data.tar import walk
 from mm_core.errors import DataError
-from mm_core.models.clip import SpecialTokens, build_clip, clip_tiny
+from mm_core.models.clip import build_clip, clip_tiny
+from mm_core.models.sizes import SpecialTokens
 from mm_core.models.tokenizer import special_tokens, train_bpe
 from pipelines import evaluate
 from pipelines.evaluate import chance, evaluate_retrieval, evaluate_zeroshot

@@ -11,7 +11,8 @@ from transformers import CLIPModel
 
 from mm_core.bundle import load_bundle, write_bundle
 from mm_core.errors import BundleError, ConfigError, ServiceError
-from mm_core.models.clip import ClipConfig, TowerConfig, build_clip
+from mm_core.models.clip import ClipConfig, build_clip
+from mm_core.models.sizes import TowerConfig
 from mm_core.models.tokenizer import special_tokens, train_bpe
 from pipelines.registry import RegisteredModel, register_bundle, resolve_model
 from pipelines.tracking import TrackingConfig, create_run, log_artifacts, open_client

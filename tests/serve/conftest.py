@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mm_core.bundle import Bundle, load_bundle, write_bundle
-from mm_core.models.clip import ClipConfig, TowerConfig, build_clip
+from mm_core.models.clip import ClipConfig, build_clip
+from mm_core.models.sizes import TowerConfig
 from mm_core.models.tokenizer import special_tokens, train_bpe
 from serve.address import free_port
 from serve.config import ServeConfig

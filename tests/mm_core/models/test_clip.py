@@ -5,8 +5,11 @@ import torch
 
 from mm_core.errors import ConfigError
 from mm_core.models import clip
-from mm_core.models.clip import ImageTextBatch, SpecialTokens, TwoTower, build_clip, parameter_count
+from mm_core.models.clip import build_clip
+from mm_core.models.family import parameter_count
+from mm_core.models.sizes import SpecialTokens
 from mm_core.models.tokenizer import caption_tokenizer, special_tokens, train_bpe
+from mm_core.models.two_tower import ImageTextBatch, TwoTower
 
 
 @pytest.mark.parametrize(
@@ -54,12 +57,12 @@ def test_features_are_unit_vectors_whatever_the_attention() -> None:
     torch.manual_seed(0)
     config = clip.clip_tiny()
     model = TwoTower(build_clip(config, SpecialTokens(bos=3, eos=4, pad=0))).eval()
-    ids = torch.randint(5, 100, (3, config.context_length))
-    ids[:, 9] = 4
+    ids = torch.randint(5, 100, (3, 2, config.context_length))
+    ids[..., 9] = 4
     batch = ImageTextBatch(torch.randint(0, 256, (3, 1, 64, 64, 3), dtype=torch.uint8), ids)
     with torch.no_grad():
         sdpa = model(batch)
-        model.clip.set_attn_implementation("eager")
+        model.model.set_attn_implementation("eager")
         eager = model(batch)
     torch.testing.assert_close(sdpa.image_features.norm(dim=2), torch.ones(3, 1))
     torch.testing.assert_close(sdpa.image_features, eager.image_features, atol=1e-5, rtol=1e-4)
