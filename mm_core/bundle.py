@@ -262,8 +262,8 @@ tags: [{config.family}, mm]
 
 # {name}
 
-A {config.family} model trained with mm, recipe `{recipe}`: images of {config.image_size} pixels in patches of {config.patch_size}, captions of up
-to {config.context_length} tokens, features of {config.embed_dim} dimensions.
+A {config.family} model trained with mm, recipe `{recipe}`: images of {config.image_size} pixels in patches of {config.patch_size},
+captions of up to {config.context_length} tokens, features of {config.embed_dim} dimensions.
 
 | | |
 |---|---|

@@ -6,17 +6,25 @@ The wrapped transformers model (`CLIPModel`, `SiglipModel`) is the model: what i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from mm_core.models.patch_dropout import drop_patches
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Tower(StrEnum):
+    VISION = "vision"
+    TEXT = "text"
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,17 @@ class TwoTower(nn.Module):
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def freeze(self, tower: Tower) -> None:
+        """Train the other tower alone, with the temperature (LiT: Zhai et al. 2022, arXiv 2111.07991, freezes the image tower)."""
+        names = {Tower.VISION: ("vision_model", "visual_projection"), Tower.TEXT: ("text_model", "text_projection")}[tower]
+        for name in names:
+            if hasattr(self.model, name):  # SigLIP has no projections
+                getattr(self.model, name).requires_grad_(False)
+
+    def drop_patches(self, share: float) -> None:
+        """In training, leave a random `share` of an image's patches out."""
+        drop_patches(self.model.vision_model.embeddings, share)
 
     def checkpoint_activations(self) -> None:
         """Keep only each block's input, and compute the rest again in backward."""

@@ -58,7 +58,8 @@ def cached_backward(
         with model.gradients_stay_local(number < pieces):
             with forward():
                 output = _tensors(model(part))
-            torch.autograd.backward([output[name] for name in wanted], [*wanted.values()])
+            trained = [name for name in wanted if output[name].requires_grad]  # a frozen tower's are not
+            torch.autograd.backward([output[name] for name in trained], [wanted[name] for name in trained])
     return loss
 
 

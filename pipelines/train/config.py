@@ -13,6 +13,7 @@ from mm_core.data.mix import MixConfig
 from mm_core.data.ranged import GAP_BYTES
 from mm_core.data.text import TEMPLATE_MARK
 from mm_core.models.family import ModelConfig
+from mm_core.models.two_tower import Tower
 from mm_core.objectives.config import ObjectiveConfig
 from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig
@@ -62,6 +63,13 @@ class CheckpointConfig(Config):
     keep: int = Field(default=2, gt=0, description="Checkpoints kept, the newest.")
 
 
+class TowersConfig(Config):
+    """How the towers take part in training."""
+
+    frozen: Tower | None = Field(default=None, description="A tower that is not trained: vision, with --init, is LiT.")
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of an image's patches that is left out at random (FLIP).")
+
+
 class ParallelConfig(Config):
     """How a step is computed. Changes neither the samples nor, but for rounding, the mathematics."""
 
@@ -88,6 +96,7 @@ class TrainRun(Config):
 
     recipe: str = Field(description="Name of the recipe this came from.")
     model: ModelConfig
+    towers: TowersConfig = TowersConfig()
     init: str | None = Field(default=None, description="Bundle folder or hub id whose weights training starts from.")
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()

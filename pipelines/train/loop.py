@@ -122,6 +122,10 @@ def build_step(run: TrainRun, model: TwoTower, device: torch.device, teacher: Tw
     rank, world_size = dist.get_rank(), dist.get_world_size()
     clock = StepClock(device)
     model.attend_for(device)
+    if run.towers.frozen is not None:
+        model.freeze(run.towers.frozen)
+    if run.towers.patch_dropout:
+        model.drop_patches(run.towers.patch_dropout)
     if run.parallel.activation_checkpointing:
         model.checkpoint_activations()
     parallel = parallelise(model, run.parallel.kind, device, clock, blocks=model.blocks())
