@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipelines.train.config import TrainRun
 
 data = typer.Typer(no_args_is_help=True, help="Make, index and divide image-text shards.")
+imports = typer.Typer(no_args_is_help=True, help="Turn models of other programs into bundles.")
 config = typer.Typer(no_args_is_help=True, help="Show recipes and resolved configurations.")
 
 
@@ -32,6 +33,7 @@ def attach(app: typer.Typer) -> None:
     app.add_typer(data, name="data")
     app.command("train")(train)
     app.command("eval")(evaluate)
+    app.add_typer(imports, name="import")
     app.command("register")(register)
     app.add_typer(config, name="config")
 
@@ -227,6 +229,30 @@ def register(
     )
     console.say(f"{folder} is version {model.version} of {name}; use it as {model.reference}")
     console.result({"name": model.name, "version": model.version, "alias": model.alias})
+
+
+@imports.command("open_clip")
+def import_open_clip(
+    file: Annotated[Path, typer.Argument(help="Weights, .safetensors; open_clip_config.json is read where it lies beside them.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle to write.")],
+    tokenizer: Annotated[str, typer.Option(help="Folder or hub id of the tokenizer it was trained with.")] = "openai/clip-vit-base-patch32",
+    activation: Annotated[
+        Literal["gelu", "quick_gelu"] | None, typer.Option(help="Of the MLPs, where no configuration lies beside the file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a ViT CLIP model of open_clip as a bundle of equal features.
+
+    Example: mm import open_clip open_clip_model.safetensors --out bundle
+    """
+    from mm_core.models.family import parameter_count
+    from mm_core.models.open_clip import import_open_clip as convert
+    from mm_core.models.tokenizer import load_tokenizer
+
+    console = Console(as_json)
+    config = convert(file, out, load_tokenizer(tokenizer), activation=activation)
+    console.say(f"{out} holds {parameter_count(config) / 1e6:.1f} M parameters; next: mm eval {out} --retrieval SHARDS, mm serve {out}")
+    console.result({"bundle": str(out), "parameters": parameter_count(config)})
 
 
 @config.command("show")

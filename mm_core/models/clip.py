@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import CLIPConfig as HFClipConfig
     from transformers import CLIPModel
 
+Activation = Literal["quick_gelu", "gelu"]
+"""Of the MLPs: OpenAI's models have the first."""
 LEGACY_EOS = 2
 """With this `eos_token_id`, which the first CLIP exports state whatever their tokenizer's, transformers pools at the largest token id."""
 
@@ -23,7 +25,7 @@ class ClipConfig(TwoTowerConfig):
     """Sizes of both towers, and how images are fed."""
 
     family: Literal["clip"] = "clip"
-    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    hidden_act: Activation = "quick_gelu"
     image_mean: tuple[float, float, float] = OPENAI_MEAN
     image_std: tuple[float, float, float] = OPENAI_STD
 
