@@ -16,7 +16,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Name another: make setup PYTHON=python3.12"; exit 1; }
 	@echo "Installing into $(VENV): some minutes, and gigabytes where torch brings CUDA."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) cannot make environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $(READY)
 
 demo: $(READY)  ## the main job, end to end, on this machine; DATA="path/*.tar" for your own shards
@@ -41,7 +42,7 @@ chaos: $(READY)  ## tests that kill processes for minutes
 lock: ## write constraints.txt anew from what pyproject.toml allows today
 	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	@.venv-lock/bin/python -m pip install --quiet 'torch==2.13.0' '.[dev]'
-	@{ sed -n '/^#/p' constraints.txt; .venv-lock/bin/python -m pip freeze --exclude mm-pretrain | sed 's/+cpu$$//'; } > constraints.new
+	@{ sed -n '/^#/p' constraints.txt; .venv-lock/bin/python -m pip freeze --all --exclude mm-pretrain --exclude pip | sed 's/+cpu$$//'; } > constraints.new
 	@mv constraints.new constraints.txt && rm -rf .venv-lock build
 
 clean:  ## remove the environment and caches; runs and data stay

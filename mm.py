@@ -64,8 +64,11 @@ def demo(
     Example: mm demo; mm demo --data "shards/*.tar"
     """
     from mm_core.console import Console
+    from pipelines.shards import expand_shards
 
     console = Console(as_json)
+    if data is not None:
+        expand_shards(glob(data) or [data])  # what is wrong with them is told before anything starts
     with ray_session():
         result = _run_demo(console, data, Path(folder) / f"{datetime.now():%Y%m%d-%H%M%S}", keep)
     console.result(result)

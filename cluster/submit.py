@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from cluster.head import Head
+from mm_core import revision as revisions
 from mm_core.errors import ConfigError
 
 RUN_LINE = re.compile(r"mlflow run ([0-9a-f]{32})")
@@ -132,7 +133,8 @@ def _runtime_env(place: Place, variables: Mapping[str, str]) -> Iterator[dict[st
         case Elsewhere():
             with TemporaryDirectory() as staged:
                 _stage(Path(staged))
-                yield env | {"working_dir": staged}
+                revision = {revisions.VARIABLE: revisions.code_revision()}
+                yield env | {"env_vars": dict(variables) | revision, "working_dir": staged}
 
 
 def _stage(folder: Path) -> None:

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from mm_core.config import Config
 from mm_core.errors import BundleError, ConfigError
 from mm_core.models.family import ModelConfig
-from mm_core.models.pretrained import architecture, check_pooling, joint_width, load_normalisation, load_two_tower, no_progress_bars
+from mm_core.models.pretrained import architecture, check_pooling, joint_width, load_normalisation, load_two_tower
+from mm_core.models.quiet import quiet
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer
 from mm_core.models.two_tower import TwoTower
 
@@ -114,7 +115,7 @@ def write_bundle(
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     temporary.mkdir(parents=True)
     try:
-        with no_progress_bars():
+        with quiet():
             model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         _make_portable(temporary / "tokenizer_config.json")
@@ -173,8 +174,10 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
     """
     folder = Path(source)
     manifest = read_manifest(folder, verify=verify) if (folder / MANIFEST).is_file() else None
-    if manifest is None and not folder.is_dir() and (folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1):
-        raise BundleError(f"no bundle at {source}: give a bundle's folder, models:/NAME@ALIAS, or a hub id")
+    if manifest is None and not folder.is_dir() and not _may_be_hub_id(source):
+        raise BundleError(
+            f"no bundle at {source}: give a bundle's folder, models:/NAME@ALIAS, or a hub id like openai/clip-vit-base-patch32"
+        )
     model = load_two_tower(str(source))
     mean, std = (manifest.model.image_mean, manifest.model.image_std) if manifest else load_normalisation(str(source))
     towers = TwoTower(model, mean=mean, std=std).to(device).eval()
@@ -185,6 +188,12 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
         return Bundle(folder.resolve().name, manifest, towers, tokenizer, image_size, torch.device(device))
     except ConfigError as error:
         raise BundleError(f"the model {source} cannot be used: {error}") from None
+
+
+def _may_be_hub_id(source: str | Path) -> bool:
+    """`OWNER/NAME`, and no folder OWNER is here, in which NAME would be meant."""
+    owner, slash, name = str(source).partition("/")
+    return bool(slash and owner and name) and "/" not in name and not owner.startswith((".", "~")) and not Path(owner).is_dir()
 
 
 def init_from(model: PreTrainedModel, source: str, *, tokenizer: PreTrainedTokenizerFast | None = None) -> None:

@@ -7,6 +7,7 @@ Without a terminal, progress is a plain line every few seconds, so that logs sta
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,7 +99,7 @@ class Console:
     def result(self, values: Mapping[str, Any]) -> None:
         """With `--json`: the last line of standard output."""
         if self.json:
-            sys.stdout.write(json.dumps(values, default=str) + "\n")
+            sys.stdout.write(json.dumps(_finite(values), default=str, allow_nan=False) + "\n")
             sys.stdout.flush()
 
     @contextmanager
@@ -119,6 +120,15 @@ class Console:
             tracker = _LineTracker(self._err, label, total, unit)
             yield tracker
             tracker.finish()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for a number that is none."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Rate(ProgressColumn):

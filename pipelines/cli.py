@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pipelines.tracking import TrackingConfig
     from pipelines.train.config import TrainRun
 
+_CUT_SHOWN = 5
+
 data = typer.Typer(no_args_is_help=True, help="Make, index and divide image-text shards.")
 imports = typer.Typer(no_args_is_help=True, help="Turn models of other programs into bundles.")
 config = typer.Typer(no_args_is_help=True, help="Show recipes and resolved configurations.")
@@ -93,6 +95,10 @@ def index(
         ).summary
     if summary.bad:
         console.table(("cannot be used because", "samples"), list(summary.bad.items()))
+    for url, start in list(summary.cut.items())[:_CUT_SHOWN]:
+        console.note(
+            f"{url} was cut off at byte {start:,}, and what came behind is missing: copy it again, and index it anew with --base {out}"
+        )
     if summary.duplicate_uids:
         console.note(f"{summary.duplicate_uids:,} samples have the uid of another one")
     console.say(f"{summary.samples:,} samples of {summary.shards:,} shards ({summary.bytes / 1e6:,.1f} MB) are indexed in {out}")
@@ -320,8 +326,11 @@ def bundle_of(source: str) -> Path:
         BundleError: it is neither.
     """
     from mm_core.bundle import MANIFEST
+    from mm_core.bundle_cache import bundle_at
     from mm_core.errors import BundleError
 
+    if "://" in source:
+        return bundle_at(source)
     for folder in (Path(source), Path(source) / "bundle"):
         if (folder / MANIFEST).is_file():
             return folder

@@ -7,6 +7,7 @@ samples x embedding dimension. The metrics themselves are pure functions of `mm_
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 import warnings
 from collections import Counter
@@ -41,7 +42,7 @@ from mm_core.store import open_store
 from pipelines.index import build_index
 from pipelines.plots import recall_bars, retrieval_gallery
 from pipelines.session import ray_session
-from pipelines.tracking import TrackingConfig, log_artifacts, log_metrics
+from pipelines.tracking import TrackingConfig, has_run, log_artifacts, log_metrics, log_tags
 
 _ROWS_PER_BLOCK = 128
 _MAX_GALLERY_QUERIES = 6
@@ -89,7 +90,7 @@ def evaluate_model(
         _classes(zeroshot)
     report: dict[str, Measured] = {}
     with ray_session(), tempfile.TemporaryDirectory(prefix="mm-plots-") as temporary:
-        drawn, skipped = plots or Path(temporary), dict[str, int]()
+        drawn, skipped = Path(temporary), dict[str, int]()
         if zeroshot is not None:
             with console.progress("zero-shot") as tracker:
                 metrics = evaluate_zeroshot(bundle, model, zeroshot, tracker.advance, skipped.update)
@@ -103,11 +104,19 @@ def evaluate_model(
             chances = {key: value[1] for key, value in report["retrieval"].items()}
             recall_bars(found.metrics, drawn / "recall.png", chance=chances)
             retrieval_gallery(found.queries, found.results, found.correct, drawn / "retrieval.png")
+        if plots is not None:
+            shutil.copytree(drawn, plots, dirs_exist_ok=True)
         run_id = bundle.manifest.run_id if bundle.manifest else None
-        if run_id is not None:
-            values = {f"eval/{kind}/{key}": value for kind, metrics in report.items() for key, (value, _) in metrics.items()}
-            log_metrics(tracking, run_id, values)
-            log_artifacts(tracking, run_id, drawn, "plots")
+        if run_id is None:
+            return report
+        if not has_run(tracking, run_id):
+            console.note(f"the run {run_id} that this model was trained in is not in {tracking.uri}: the figures were not logged")
+            return report
+        values = {f"eval/{kind}/{key}": value for kind, metrics in report.items() for key, (value, _) in metrics.items()}
+        log_metrics(tracking, run_id, values)
+        measured_on = {"zeroshot": zeroshot, "retrieval": " ".join([*retrieval, *(f"--ledger {name}" for name in ledgers)])}
+        log_tags(tracking, run_id, {f"eval.{kind}.data": str(measured_on[kind]) for kind in report})
+        log_artifacts(tracking, run_id, drawn, "plots")
     return report
 
 

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from mm_core.address import absolute
 from mm_core.data.image import MAX_PIXELS
 from mm_core.data.index import SHARD_SCHEMA, Index, IndexSummary, shard_version
 from mm_core.data.locators import DIGEST, LOCATOR, write_parts
+from mm_core.data.problems import Reason
 from mm_core.data.scan import SAMPLE_SCHEMA, Batch, scan_shard, shard_name
 from mm_core.errors import ConfigError, DataError
 from mm_core.store import make_folder, open_file, open_store, reaching
@@ -38,6 +40,7 @@ from pipelines.tasks import run_tasks
 
 _PARTS = "_parts"
 _MAX_SHARDS_PER_PART = 32
+_MAX_CUT = 100
 _UID_RANGES, _UIDS_AT_ONCE = 64, 1 << 23
 Progress = Callable[[int, str], None]
 """Called with the number of shards done since the last call, and a note."""
@@ -130,10 +133,12 @@ def build_index(
             )
             for number, first in enumerate(range(0, len(urls), per_part))
         ]
-        found = _run(parts, on_progress)
+        found = _run(out, parts, on_progress)
     summary = _assemble(out, need, max_pixels, found)
-    _check_bad(summary, max_bad_fraction)
     fs, folder = open_store(out)
+    if not summary.samples:
+        fs.rm(folder, recursive=True)
+    _check_bad(summary, max_bad_fraction)
     fs.pipe_file(f"{folder}/{_PARTS}/index.json", summary.model_dump_json(indent=1).encode())
     fs.mv(f"{folder}/{_PARTS}/index.json", f"{folder}/index.json")
     fs.rm(f"{folder}/{_PARTS}", recursive=True)
@@ -189,15 +194,22 @@ def _shards_per_part(out: str, shards: int) -> int:
         return per_part
 
 
-def _run(parts: list[_Part], on_progress: Progress) -> list[dict[str, Any]]:
-    """What every part found, in order."""
+def _run(out: str, parts: list[_Part], on_progress: Progress) -> list[dict[str, Any]]:
+    """What every part found, in order. Where one cannot be read, the others stay for the next call; where there are none, nothing does."""
     done: list[dict[str, Any]] = []
     samples, bad = 0, Counter[str]()
-    for _, result in run_tasks(_read_part, parts):
-        done.append(result)
-        samples += sum(shard["samples"] for shard in result["shards"])
-        bad.update(result["bad"])
-        on_progress(len(result["shards"]), f"{samples:,} samples" + (f", {bad.total():,} unusable" if bad else ""))
+    try:
+        for _, result in run_tasks(_read_part, parts):
+            done.append(result)
+            samples += sum(shard["samples"] for shard in result["shards"])
+            bad.update(result["bad"])
+            on_progress(len(result["shards"]), f"{samples:,} samples" + (f", {bad.total():,} unusable" if bad else ""))
+    except DataError as error:
+        fs, folder = open_store(out)
+        if not fs.glob(f"{folder}/{_PARTS}/*.json"):
+            fs.rm(folder, recursive=True)
+            raise
+        raise DataError(f"{error}; what was read of other shards is kept in {out}, and the same command goes on from there") from None
     return sorted(done, key=lambda result: result["shards"][0]["shard"])
 
 
@@ -221,7 +233,7 @@ def _write_part(part: _Part) -> dict[str, Any]:
     token = f"{part.number:05d}-{uuid.uuid4().hex[:8]}"
     bad: Counter[str] = Counter()
     uids: list[NDArray[np.uint64]] = [np.zeros(0, dtype=np.uint64)]
-    shards, digests = [], []
+    shards, digests, cut = [], [], dict[str, int]()
     with (
         open_file(f"{part.out}/samples/part-{token}.parquet", "wb") as file,
         open_file(f"{part.out}/{_PARTS}/{token}.locators", "wb") as locators,
@@ -239,6 +251,8 @@ def _write_part(part: _Part) -> dict[str, Any]:
                 good = batch.table.filter(pc.is_null(batch.table["reason"]))
                 rows, samples = rows + len(batch.table), samples + len(good)
                 bad.update(batch.table["reason"].drop_null().to_pylist())
+                for row in batch.table.filter(pc.equal(batch.table["reason"], Reason.TRUNCATED.value)).to_pylist():
+                    cut[url] = row["start"]
                 uids.append(np.fromiter(map(_hash64, good["uid"].to_pylist()), dtype=np.uint64, count=len(good)))
                 digest.update(_listing(batch.table))
             if _version(url) != version:
@@ -249,7 +263,7 @@ def _write_part(part: _Part) -> dict[str, Any]:
                 | {"file": f"part-{token}.parquet"}
             )
     bounds = _write_uids(f"{part.out}/{_PARTS}/{token}.uids", np.concatenate(uids))
-    result = {"task": part.task, "token": token, "bad": dict(bad), "shards": shards, "digests": digests, "uid_bounds": bounds}
+    result = {"task": part.task, "token": token, "bad": dict(bad), "shards": shards, "digests": digests, "uid_bounds": bounds, "cut": cut}
     with open_file(part.note, "wt") as note:
         note.write(json.dumps(result))
     return result
@@ -320,6 +334,7 @@ def _assemble(out: str, need: tuple[str, ...], max_pixels: int, done: list[dict[
         need=need,
         max_pixels=max_pixels,
         bad=dict(bad.most_common()),
+        cut=dict(islice(((url, start) for result in done for url, start in result["cut"].items()), _MAX_CUT)),
         duplicate_uids=_duplicate_uids(out, done),
     )
 
@@ -328,7 +343,9 @@ def _check_bad(summary: IndexSummary, max_bad_fraction: float) -> None:
     bad = sum(summary.bad.values())
     reasons = ", ".join(f"{reason} {n:,}" for reason, n in summary.bad.items())
     if not summary.samples:
-        raise DataError(f"the shards hold no usable sample ({summary.rows:,} rows{': ' + reasons if reasons else ''})")
+        unpaired = {Reason.NO_IMAGE, Reason.NO_TEXT} & set(summary.bad)
+        way_out = "; for texts or images alone give --modality text or --modality image" if unpaired else ""
+        raise DataError(f"the shards hold no usable sample ({summary.rows:,} rows{': ' + reasons if reasons else ''}){way_out}")
     if bad > max_bad_fraction * summary.rows:
         raise DataError(
             f"{bad:,} of {summary.rows:,} samples ({bad / summary.rows:.0%}) cannot be used, above --max-bad-fraction {max_bad_fraction}:"

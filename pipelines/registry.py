@@ -6,9 +6,7 @@ tags. What `resolve_model` returns was compared with that digest; nothing is eve
 
 from __future__ import annotations
 
-import hashlib
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm_core.bundle import MANIFEST, BundleManifest, read_manifest
+from mm_core.bundle_cache import bundle_at, bundle_digest, keep_bundle
 from mm_core.cache import cache_folder
 from mm_core.config import nearest
 from mm_core.errors import BundleError, ConfigError
@@ -78,7 +77,7 @@ def register_bundle(
     status = RunStatus.FAILED
     try:
         with store_errors(tracking, f"registering {bundle_folder} as {name!r}"):
-            tags = _tags(manifest, _digest(bundle_folder), metrics or {})
+            tags = _tags(manifest, bundle_digest(bundle_folder), metrics or {})
             version = _create_version(client, name, bundle_folder, owner, tags)
             if alias is not None:
                 client.set_registered_model_alias(name, alias, str(version))
@@ -90,7 +89,7 @@ def register_bundle(
 
 
 def resolve_model(reference: str, tracking: TrackingConfig) -> Path | str:
-    """The local folder of `models:/NAME@ALIAS` or `models:/NAME/VERSION`; any other reference as it came.
+    """The local folder of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a URL; any other reference as it came.
 
     Versions are kept under `models/` in `$MM_CACHE` (default `~/.cache/mm`); one damaged there is fetched again.
 
@@ -99,6 +98,8 @@ def resolve_model(reference: str, tracking: TrackingConfig) -> Path | str:
         BundleError: no such model, alias or version (what exists is named), or its files are not those registered.
         ServiceError: the store does not answer.
     """
+    if "://" in reference:
+        return bundle_at(reference)
     if not reference.startswith("models:"):
         return reference
     parts = _REFERENCE.fullmatch(reference)
@@ -112,10 +113,14 @@ def resolve_model(reference: str, tracking: TrackingConfig) -> Path | str:
     if digest is None or not _NAME.fullmatch(version.name):
         raise BundleError(f"{reference} was not registered with `mm register`, so it cannot be checked; pass a downloaded folder")
     folder = cache_folder() / "models" / version.name / f"{version.version}-{digest[:16]}"
-    if not _holds(folder, digest):
-        with store_errors(tracking, f"downloading {reference}"):
-            _download(source, folder, digest, tracking)
-    return folder
+
+    def fetch(target: Path) -> Path:
+        import mlflow.artifacts
+
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=str(target), tracking_uri=tracking.resolved().uri))
+
+    with store_errors(tracking, f"downloading {reference}"):
+        return keep_bundle(folder, digest, source, fetch)
 
 
 def _existing_run(client: MlflowClient, run_id: str | None) -> str | None:
@@ -137,9 +142,9 @@ def _create_version(client: MlflowClient, name: str, folder: Path, run_id: str, 
 
 def _upload(client: MlflowClient, run_id: str, folder: Path) -> str:
     """The artifact path of this very bundle in the run, uploaded unless it is there."""
-    for path in (ARTIFACT, f"{ARTIFACT}-{_digest(folder)[:16]}"):
+    for path in (ARTIFACT, f"{ARTIFACT}-{bundle_digest(folder)[:16]}"):
         held = _artifact_sizes(client, run_id, path)
-        if held and (held != _file_sizes(folder) or _artifact_digest(client, run_id, path) != _digest(folder)):
+        if held and (held != _file_sizes(folder) or _artifact_digest(client, run_id, path) != bundle_digest(folder)):
             continue  # Another bundle of this run.
         if not held:
             client.log_artifacts(run_id, str(folder), path)
@@ -166,11 +171,7 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 
 def _artifact_digest(client: MlflowClient, run_id: str, path: str) -> str:
     with tempfile.TemporaryDirectory() as temporary:
-        return _digest(Path(client.download_artifacts(run_id, f"{path}/{MANIFEST}", temporary)).parent)
-
-
-def _digest(folder: Path) -> str:
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+        return bundle_digest(Path(client.download_artifacts(run_id, f"{path}/{MANIFEST}", temporary)).parent)
 
 
 def _tags(manifest: BundleManifest, digest: str, metrics: Mapping[str, float]) -> dict[str, str]:
@@ -216,34 +217,3 @@ def _find(client: MlflowClient, name: str, alias: str | None, version: str | Non
     versions = ", ".join(map(str, sorted(numbers))) or "none"
     missing = f"alias {alias!r}" if alias else f"version {version}"
     raise BundleError(f"model {name!r} has no {missing}; its aliases: {aliases}; its versions: {versions}")
-
-
-def _holds(folder: Path, digest: str) -> bool:
-    """Whether `folder` is the bundle with this digest, undamaged."""
-    if not (folder / MANIFEST).is_file() or _digest(folder) != digest:
-        return False
-    try:
-        read_manifest(folder, verify=True)
-    except BundleError:
-        return False
-    return True
-
-
-def _download(source: str, folder: Path, digest: str, tracking: TrackingConfig) -> None:
-    """Fetch beside `folder`, check, then move into place, so that other processes see all of it or nothing."""
-    import mlflow.artifacts
-
-    uri = tracking.resolved().uri
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as temporary:
-        fetched = Path(mlflow.artifacts.download_artifacts(artifact_uri=source, dst_path=temporary, tracking_uri=uri))
-        if not (fetched / MANIFEST).is_file() or _digest(fetched) != digest:
-            raise BundleError(f"what is stored at {source} is not the bundle that was registered; register it again")
-        read_manifest(fetched, verify=True)
-        if folder.exists() and not _holds(folder, digest):
-            shutil.move(folder, Path(temporary) / "damaged")
-        try:
-            fetched.rename(folder)
-        except OSError:
-            if not _holds(folder, digest):  # Unless another process was first.
-                raise

@@ -267,6 +267,33 @@ def log_metrics(config: TrackingConfig, run_id: str, metrics: Mapping[str, float
     return True
 
 
+def log_tags(config: TrackingConfig, run_id: str, tags: Mapping[str, str]) -> bool:
+    """Set tags of a run. False, and a warning, when the store refuses."""
+    try:
+        client = open_client(config)
+        with store_errors(config, f"tagging run {run_id}"):
+            for name, value in _cut_tags(tags).items():
+                client.set_tag(run_id, name, value)
+    except ServiceError as error:
+        log.warning("tags were not stored: %s", error)
+        return False
+    return True
+
+
+def has_run(config: TrackingConfig, run_id: str) -> bool:
+    """Whether the store has the run; a local store that is not there is not made."""
+    database = sqlite_file(resolve_uri(config.uri))
+    if database is not None and not database.exists():
+        return False
+    try:
+        client = open_client(config)
+        with store_errors(config, f"looking up run {run_id}"):
+            client.get_run(run_id)
+    except ServiceError:
+        return False
+    return True
+
+
 def final_metrics(config: TrackingConfig, run_id: str, prefix: str) -> dict[str, float]:
     """The last value of every metric of a run whose name starts with `prefix`, which is left out; {} for an unknown run."""
     client = open_client(config)

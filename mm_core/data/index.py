@@ -57,6 +57,7 @@ class IndexSummary(Config):
     need: tuple[str, ...] = Field(description="The modalities a usable sample has.")
     max_pixels: int = Field(description="Larger pictures are counted as `too_many_pixels`.")
     bad: dict[str, int] = Field(description="Rows that are not usable, by reason.")
+    cut: dict[str, int] = Field(default_factory=dict, description="Shards that end too early, a hundred at most: from which byte on.")
     duplicate_uids: int = 0
 
 

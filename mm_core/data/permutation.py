@@ -58,7 +58,7 @@ def _feistel(values: U64, keys: list[U64], half_bits: int, forward: bool) -> U64
     return (left << shift) | right
 
 
-def _scramble(state: U64) -> U64:
+def _scramble(state: U64 | np.uint64) -> U64:
     with np.errstate(over="ignore"):
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

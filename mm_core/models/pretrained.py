@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, CLIPModel, PreTrainedModel, PreTrainedTokenizerFast, SiglipModel
 from transformers.image_processing_base import ImageProcessingMixin
-from transformers.utils import logging as hf_logging
 
 from mm_core.errors import BundleError, ConfigError
 from mm_core.models.clip import LEGACY_EOS
+from mm_core.models.quiet import quiet
 from mm_core.models.tokenizer import special_tokens
 from mm_core.models.two_tower import OPENAI_MEAN, OPENAI_STD
 
@@ -30,10 +27,11 @@ def load_two_tower(source: str) -> PreTrainedModel:
         BundleError: there is no such model, it is of another kind, or it is not whole.
     """
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type not in _CLASSES:
             raise BundleError(f"{source} is a {config.model_type} model; this command takes {' and '.join(_CLASSES)} models")
-        with no_progress_bars():
+        with quiet():
             model, report = _CLASSES[config.model_type].from_pretrained(
                 source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
@@ -80,15 +78,3 @@ def check_pooling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) ->
         pooled = max(tokenizer.get_vocab().values())
     if pooled != eos:
         raise ConfigError(f"it pools at token {pooled}, and its tokenizer ends a text with {eos}: the two do not belong together")
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Commands show their own progress."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()

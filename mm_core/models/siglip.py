@@ -59,8 +59,10 @@ def build_siglip(config: SiglipConfig, tokens: SpecialTokens) -> SiglipModel:
     from transformers import SiglipConfig as HFSiglipConfig
     from transformers import SiglipModel
 
-    model = SiglipModel(
-        HFSiglipConfig(
+    from mm_core.models.quiet import quiet
+
+    with quiet():  # its defaults, made first, name tokens of another vocabulary
+        hf_config = HFSiglipConfig(
             text_config={
                 **tower_settings(config.text),
                 "projection_size": config.embed_dim,
@@ -72,7 +74,7 @@ def build_siglip(config: SiglipConfig, tokens: SpecialTokens) -> SiglipModel:
             },
             vision_config={**tower_settings(config.vision), "image_size": config.image_size, "patch_size": config.patch_size},
         )
-    )
+    model = SiglipModel(hf_config)
     with torch.no_grad():
         model.logit_scale.fill_(INITIAL_LOGIT_SCALE)
         model.logit_bias.fill_(INITIAL_LOGIT_BIAS)

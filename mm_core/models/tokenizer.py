@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mm_core.data.text import CaptionTokenizer
 from mm_core.errors import ConfigError
+from mm_core.models.quiet import quiet
 from mm_core.models.sizes import SpecialTokens
 
 PAD, BOS, EOS = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
@@ -48,7 +49,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
         ConfigError: there is none, or it is not a fast one.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, trust_remote_code=False)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower for a damaged file
         reason = next(iter(str(error).splitlines()), repr(error))
         raise ConfigError(f"no tokenizer at {source}: give a folder with tokenizer.json, or a hub id ({reason})") from None

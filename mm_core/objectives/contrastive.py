@@ -93,7 +93,7 @@ class ContrastiveObjective:
             self._loss(image, output.text_features, all_image, everyone.texts, output.logit_scale, first)
             for image, all_image in zip(output.image_features.unbind(1), everyone.images.unbind(1), strict=True)
         ]
-        return LossOutput.of({"contrastive": torch.stack(shares).mean()}, len(counts))
+        return LossOutput.of({"contrastive": torch.stack(shares).mean() + _unused(output.logit_bias)}, len(counts))
 
 
 class SigmoidObjective:
@@ -139,8 +139,7 @@ class TripletObjective:
             self._loss(image, output.text_features, all_image, everyone.texts, first)
             for image, all_image in zip(output.image_features.unbind(1), everyone.images.unbind(1), strict=True)
         ]
-        # DDP waits for a gradient of every parameter, of the unused temperature too.
-        unused = 0 * (output.logit_scale if output.logit_bias is None else output.logit_scale + output.logit_bias)
+        unused = _unused(output.logit_scale, output.logit_bias)
         return LossOutput.of({"triplet": torch.stack(shares).mean() + unused}, len(counts))
 
 
@@ -172,4 +171,10 @@ class DistillationObjective:
             theirs = (teacher.image_features[:, view], teacher.text_features, all_teacher.images[:, view], all_teacher.texts)
             shares["contrastive"].append(self._contrastive(*student, first))
             shares["distillation"].append(self._weight * self._distillation(*student, *theirs, teacher.logit_scale))
-        return LossOutput.of({name: torch.stack(each).mean() for name, each in shares.items()}, len(counts))
+        unused = _unused(output.logit_bias)
+        return LossOutput.of({name: torch.stack(each).mean() + unused for name, each in shares.items()}, len(counts))
+
+
+def _unused(*parameters: Tensor | None) -> Tensor | float:
+    """Nothing, but with a gradient for each: DDP waits for one of every parameter, of those the objective does not read too."""
+    return sum(0 * parameter for parameter in parameters if parameter is not None)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 
 from mm_core.config import Config
@@ -96,9 +97,13 @@ def _load(state: dict[str, Any], folder: Path, *, alone: bool = False) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `alone` says
             state_dict_loader.load(state, checkpoint_id=folder, no_dist=alone)
-    except Exception as error:  # torch wraps whatever each rank met into a CheckpointException, and others pass through
-        raise CheckpointError(f"the checkpoint {folder} does not fit this model or is damaged: {_first_line(error)}") from error
+    except (Exception, CheckpointException) as error:  # CheckpointException, what each rank met, is no Exception
+        raise CheckpointError(f"the checkpoint {folder} is damaged or of another model: {_cause(error)}") from None
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _cause(error: BaseException) -> str:
+    """One line: what went wrong on one of the ranks."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}{': ' if line else ''}{line}"

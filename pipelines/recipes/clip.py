@@ -48,10 +48,12 @@ def clip_vit_b32() -> TrainRun:
 
 
 def clip_vit_b16() -> TrainRun:
+    """ViT-B/16, the rest as clip-vit-b32."""
     return _vit("clip-vit-b16", models.clip_vit_b16())
 
 
 def clip_vit_l14() -> TrainRun:
+    """ViT-L/14, the rest as clip-vit-b32 but for a lower rate."""
     run = _vit("clip-vit-l14", models.clip_vit_l14())
     return run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"lr": 4e-4})})
 

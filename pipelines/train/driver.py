@@ -7,8 +7,9 @@ first step leaves no folder behind.
 from __future__ import annotations
 
 import json
-import subprocess
+import math
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,12 +28,23 @@ from mm_core.errors import CheckpointError, ConfigError, MMError, TrainingError
 from mm_core.models.family import build_model
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
 from mm_core.models.two_tower import TwoTower
+from mm_core.revision import code_revision
 from mm_core.training.checkpoint import load_weights
 from pipelines.metric_log import MetricLog, spool_folder
 from pipelines.plots import loss_curve
 from pipelines.session import ray_session
 from pipelines.shards import check_shards
-from pipelines.tracking import DatasetInput, RunStatus, continue_run, create_run, finish_run, log_artifacts, metric_history
+from pipelines.tracking import (
+    DatasetInput,
+    RunStatus,
+    TrackingConfig,
+    continue_run,
+    create_run,
+    final_metrics,
+    finish_run,
+    log_artifacts,
+    metric_history,
+)
 from pipelines.train.board import start_board
 from pipelines.train.config import TrainRun
 from pipelines.train.launch import check_resources, launch
@@ -42,6 +54,7 @@ from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
 
 _CURVES = ("loss", "loss/contrastive")
+_BUNDLE_METRICS = ("loss", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,12 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
     data.plan(run)
     folder, record = _claim(request, run, data)
+    if record is not None:
+        if request.run.tracking == TrackingConfig():  # nobody named another store than the one it began in
+            run = run.model_copy(update={"tracking": TrackingConfig.model_validate(record.config["tracking"])})
+        if folder.is_finished(run.steps):
+            console.note(f"{folder.url} has taken all of its {run.steps:,} steps: there is nothing to continue")
+            return _result(run, folder, record, run.steps, final_metrics(run.tracking, record.tracking_run_id, ""))
     with ray_session():
         return _train(request, run, data, folder, record, console)
 
@@ -107,10 +126,10 @@ def _train(
     status = RunStatus.FAILED
     try:
         outcome = launch(_task(request, run, data, folder, record), folder, console)
-        _log_replaced(run, record.tracking_run_id, outcome)
+        _log_data(run, record.tracking_run_id, outcome)
         if outcome.failure:
             raise TrainingError(outcome.failure)
-        export_bundle(folder)
+        export_bundle(folder, metrics={name: value for name, value in outcome.metrics.items() if name in _BUNDLE_METRICS})
         _log_results(run, folder, record.tracking_run_id)
         status = RunStatus.FINISHED
     except KeyboardInterrupt:
@@ -124,21 +143,26 @@ def _train(
     finally:
         MetricLog(run.tracking.uri, record.tracking_run_id, spool_folder()).close(5)  # what a killed rank 0 on this machine left
         finish_run(run.tracking, record.tracking_run_id, status)
+    return _result(run, folder, record, outcome.steps, outcome.metrics)
+
+
+def _result(run: TrainRun, folder: RunFolder, record: RunRecord, steps: int, metrics: Mapping[str, float]) -> TrainResult:
+    """`metrics`: the last that were logged; what is not among them is NaN."""
     return TrainResult(
         run_id=record.tracking_run_id,
         name=folder.name,
-        steps=outcome.steps,
-        samples_seen=outcome.steps * run.global_batch_size,
-        samples_per_s=outcome.metrics.get("samples_per_s", 0.0),
-        data_wait_fraction=outcome.metrics.get("time_fraction/data_wait", 0.0),
-        final_loss=outcome.metrics.get("loss", float("nan")),
+        steps=steps,
+        samples_seen=steps * run.global_batch_size,
+        samples_per_s=metrics.get("samples_per_s", math.nan),
+        data_wait_fraction=metrics.get("time_fraction/data_wait", math.nan),
+        final_loss=metrics.get("loss", math.nan),
         checkpoint=f"{folder.url}/{folder.latest_checkpoint()}",
         bundle=f"{folder.url}/bundle",
     )
 
 
-def export_bundle(folder: RunFolder, name: str = "bundle") -> BundleManifest:
-    """Write the newest checkpoint of a run as a bundle below its folder.
+def export_bundle(folder: RunFolder, name: str = "bundle", *, metrics: Mapping[str, float] | None = None) -> BundleManifest:
+    """Write the newest checkpoint of a run as a bundle below its folder. `metrics` go into its card.
 
     Raises:
         CheckpointError: the run has no checkpoint, or it does not fit.
@@ -159,7 +183,7 @@ def export_bundle(folder: RunFolder, name: str = "bundle") -> BundleManifest:
             config=run.model,
             recipe=run.recipe,
             data_fingerprint=record.data_fingerprint,
-            metrics={},
+            metrics=metrics or {},
             run_id=record.tracking_run_id,
         )
         folder.put(Path(temporary) / name, name)
@@ -289,12 +313,16 @@ def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> dict[st
     return state
 
 
-def _log_replaced(run: TrainRun, run_id: str, outcome: Outcome) -> None:
-    """`data/replaced.json`: how many samples of which shard were replaced, and why, since the workers were last started."""
+def _log_data(run: TrainRun, run_id: str, outcome: Outcome) -> None:
+    """`data/replaced.json`: how many samples of which shard were replaced, and why, since the workers were last started;
+    `data/not_finite.json`: the samples of a batch whose gradient was not finite."""
+    found: dict[str, list[Any]] = {"replaced": [count._asdict() for count in outcome.replaced]}
+    if outcome.failed_uids:
+        found["not_finite"] = [*outcome.failed_uids]
     with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "replaced.json"
-        file.write_text(json.dumps([count._asdict() for count in outcome.replaced], indent=1))
-        log_artifacts(run.tracking, run_id, file, "data")
+        for name, rows in found.items():
+            Path(temporary, f"{name}.json").write_text(json.dumps(rows, indent=1))
+        log_artifacts(run.tracking, run_id, Path(temporary), "data")
 
 
 def _log_results(run: TrainRun, folder: RunFolder, run_id: str) -> None:
@@ -303,13 +331,3 @@ def _log_results(run: TrainRun, folder: RunFolder, run_id: str) -> None:
     history = metric_history(run.tracking, run_id, _CURVES)
     with tempfile.TemporaryDirectory() as temporary:
         log_artifacts(run.tracking, run_id, loss_curve(history, Path(temporary) / "loss.png"), "plots")
-
-
-def code_revision() -> str:
-    """The commit of the code that runs, `-dirty` where files differ from it; `unknown` outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from mm_core.data.plan import chunks_per_step, rank_counts
 from mm_core.data.reader import ReadSpec
+from mm_core.errors import CheckpointError
 from mm_core.models.family import build_model
 from mm_core.models.sizes import SpecialTokens
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
@@ -92,7 +93,7 @@ def _train(task: WorkerTask) -> Outcome:
     train_step = build_step(run, model, device, ray.get(task.teacher) if task.teacher else None)
 
     # 3. Where an earlier attempt stopped: weights, optimiser, step. The step gives schedule, random state and data cursor.
-    first_step = _restore(model, train_step.optimizer)
+    first_step = _restore(model, train_step.optimizer, task, chunks)
     attempt = _next_attempt(task.folder, rank)
 
     # 4. The samples from there on, and the steps.
@@ -180,7 +181,7 @@ def run_steps(
             audit.add(batch)
         # The norm of the step before is read while this one's kernels run, so looking at it holds nothing up.
         if unchecked and (failure := _not_finite(*unchecked)):
-            return Outcome(step, metrics, failure)
+            return Outcome(step, metrics, *failure)
         unchecked = (batch, result.grad_norm)
 
         done = step + 1
@@ -188,13 +189,13 @@ def run_steps(
         save_due = done % run.checkpoint.every_steps == 0 or done == run.steps
         # Before anything leaves the loop the last step is looked at too.
         if (log_due or save_due) and (failure := _not_finite(*unchecked)):
-            return Outcome(done, metrics, failure)
+            return Outcome(done, metrics, *failure)
         if log_due:
             with clock.phase(Phase.LOGGING):
                 metrics = meter.read(result)
                 log(done, metrics)
-            if failure := _too_many_replaced(metrics, (done - first_step) * run.global_batch_size, run.data.max_bad_fraction):
-                return Outcome(done, metrics, failure, tuple(meter.top_shards()))
+            if (reason := _too_many_replaced(metrics, (done - first_step) * run.global_batch_size, run.data.max_bad_fraction)) is not None:
+                return Outcome(done, metrics, reason, replaced=tuple(meter.top_shards()))
         if save_due:
             with clock.phase(Phase.CHECKPOINT):
                 save(done, metrics)
@@ -207,14 +208,24 @@ def _inputs(batch: StepBatch, to_device: Transfer) -> ImageTextBatch:
     return ImageTextBatch(to_device(batch.images), to_device(batch.input_ids).long())
 
 
-def _restore(model: TwoTower, optimizer: torch.optim.Optimizer) -> int:
-    """Load the latest checkpoint, if there is one, and return the step to take next."""
+def _restore(model: TwoTower, optimizer: torch.optim.Optimizer, task: WorkerTask, chunks_per_step: int) -> int:
+    """Load the latest checkpoint, if there is one, and return the step to take next.
+
+    Raises:
+        CheckpointError: it is damaged, or its data cursor is of another plan than this run's.
+    """
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as folder:
+        state = read_state(Path(folder))
+        if (state.plan_fingerprint, state.chunks_consumed) != (task.spec.plan.fingerprint, state.step * chunks_per_step):
+            raise CheckpointError(
+                f"the newest checkpoint of {task.folder} stopped at chunk {state.chunks_consumed:,} of another order of samples than this"
+                " run's: it was written for other data, seed or batch size"
+            )
         load_checkpoint(Path(folder), model, optimizer)
-        return read_state(Path(folder)).step
+        return state.step
 
 
 def _save(model: TwoTower, optimizer: torch.optim.Optimizer, state: CheckpointState, rank: int, metrics: dict[str, float]) -> None:
@@ -241,17 +252,23 @@ def _next_attempt(folder: str, rank: int) -> int:
     return shared[0]
 
 
-def _not_finite(batch: StepBatch, grad_norm: torch.Tensor) -> str | None:
-    """What to tell of a step whose gradient is not finite, or None. All ranks see the same norm, so all take the same way."""
+_UIDS_SHOWN = 8
+
+
+def _not_finite(batch: StepBatch, grad_norm: torch.Tensor) -> tuple[str, tuple[str, ...]] | None:
+    """What to tell of a step whose gradient is not finite, with the uids of its batch, or None. All ranks see the same norm, so all take
+    the same way."""
     if math.isfinite(grad_norm.item()):
         return None
     uids: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(uids, batch.rows["uid"].to_pylist())
-    listed = ", ".join(uid for of_rank in uids for uid in of_rank)
-    return (
+    every = [uid for of_rank in uids for uid in of_rank]
+    listed = ", ".join(every[:_UIDS_SHOWN]) + (" …" if len(every) > _UIDS_SHOWN else "")
+    failure = (
         f"the gradient of step {batch.step} is not finite, training stopped before it reached a checkpoint; lower optimizer.lr, or look at"
-        f" the samples of that batch: {listed}"
+        f" the samples of that batch, {len(every):,} listed in data/not_finite.json of its MLflow run: {listed}"
     )
+    return failure, tuple(every)
 
 
 def _too_many_replaced(metrics: dict[str, float], samples: int, bound: float) -> str | None:

@@ -21,5 +21,7 @@ class Outcome:
     steps: int
     metrics: dict[str, float]
     failure: str | None = None
+    failed_uids: tuple[str, ...] = ()
+    """The samples of the batch whose gradient was not finite."""
     replaced: tuple[ShardCount, ...] = ()
     """The shards whose samples had to be replaced most often since the workers were started, the worst first."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
+
+import numpy as np
+import pyarrow as pa
 
 from mm_core.data.index import Index
 from mm_core.data.ledger import Kept, Source, compile_kept
 from mm_core.data.mix import MixedPlan, mixed_plan, source_seed
+from mm_core.data.personal import mask_personal
 from mm_core.data.plan import Plan, chunks_per_step
 from mm_core.errors import ConfigError
 from pipelines.train.config import TrainRun
@@ -66,17 +70,16 @@ class RunData:
         return mixed_plan(plans, run.data.mix, chunks)
 
     def captions(self, limit: int) -> Iterator[str]:
-        """About `limit` captions, an equal share from each index."""
+        """About `limit` captions of the samples that are kept, as training reads them, an equal share from each index."""
         share = -(-limit // len(self.indexes))
-        return chain.from_iterable(_captions(index, share) for index in self.indexes)
+        return chain.from_iterable(islice(_captions(index, kept), share) for index, kept in zip(self.indexes, self.kept, strict=True))
 
 
-def _captions(index: Index, limit: int) -> Iterator[str]:
-    count = 0
+def _captions(index: Index, kept: Kept) -> Iterator[str]:
+    first = 0
     for batch in index.samples(["captions"]):
-        for captions in batch["captions"].to_pylist():
-            for caption in captions or ():
-                yield caption
-                count += 1
-                if count >= limit:
-                    return
+        last = first + batch.num_rows
+        begin, end = np.searchsorted(kept.ordinals, [first, last])
+        for captions in batch["captions"].take(pa.array(kept.ordinals[begin:end] - np.uint64(first))).to_pylist():
+            yield from (mask_personal(caption, kept.mask) for caption in captions or ())
+        first = last

@@ -9,6 +9,7 @@ STORAGE/NAME/bundle/       the finished model
 from __future__ import annotations
 
 import json
+import logging
 import posixpath
 import re
 import shutil
@@ -21,8 +22,9 @@ from mm_core.address import absolute, is_local
 from mm_core.config import Config, flatten
 from mm_core.data.ledger import Source
 from mm_core.errors import CheckpointError, ConfigError
-from mm_core.store import make_folder, open_file, open_store
+from mm_core.store import make_folder, open_file, open_store, write_whole
 
+logger = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -68,12 +70,12 @@ class RunFolder:
         try:
             with open_file(f"{self.url}/run.json", "rt") as file:
                 return RunRecord.model_validate(json.load(file))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.url} holds no run that can be continued: {error}") from None
+        except (OSError, ValueError) as error:  # of pydantic, the first line says which class, and the others which fields
+            why = " ".join(str(error).split())
+            raise CheckpointError(f"{self.url} holds no run that can be continued: {why[:200]}") from None
 
     def write(self, record: RunRecord) -> None:
-        with open_file(f"{self.url}/run.json", "wt") as file:
-            file.write(record.model_dump_json(indent=1))
+        write_whole(f"{self.url}/run.json", record.model_dump_json(indent=1).encode())
 
     def remove(self) -> None:
         fs, path = open_store(self.url)
@@ -105,6 +107,11 @@ class RunFolder:
             raise
         return local
 
+    def is_finished(self, steps: int) -> bool:
+        """Whether its last step has a checkpoint and the model was exported."""
+        fs, path = open_store(self.url)
+        return bool(fs.exists(f"{path}/checkpoint_{steps:08d}/state.json") and fs.exists(f"{path}/bundle/mm.json"))
+
     def latest_checkpoint(self) -> str | None:
         """Name of the newest checkpoint."""
         fs, path = open_store(self.url)
@@ -119,7 +126,11 @@ def newest_run(storage: str, identity: dict[str, Any], data_fingerprint: str) ->
     matches: list[tuple[float, RunFolder]] = []
     for file in fs.glob(f"{path}/*/run.json"):
         folder = RunFolder(base, posixpath.basename(posixpath.dirname(file)))
-        record = folder.read()
+        try:
+            record = folder.read()
+        except CheckpointError as error:
+            logger.warning("passed over: %s", error)
+            continue
         if record.identity == identity and record.data_fingerprint == data_fingerprint:
             matches.append((fs.modified(file).timestamp(), folder))
     return max(matches, key=lambda match: match[0])[1] if matches else None

@@ -27,9 +27,11 @@ from mm_core.data.ledger import Source
 from mm_core.errors import BundleError, CheckpointError, ConfigError, TrainingError
 from pipelines.index import build_index
 from pipelines.recipes import recipe
+from pipelines.tracking import TrackingConfig
 from pipelines.train.audit import read_audit
 from pipelines.train.config import TrainRun
 from pipelines.train.driver import TrainRequest, TrainResult, train
+from pipelines.train.run_folder import RunFolder, newest_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 STEPS = 50
@@ -215,11 +217,36 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(undisturbed: tuple[Tr
         run(data, folder, 1, folder / "audit2", resume=True)
 
 
+def test_a_finished_run_is_not_continued(undisturbed: tuple[TrainResult, Path], index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, folder = undisturbed
+    before = (folder / "runs" / "tiny" / "bundle" / "mm.json").stat().st_mtime_ns
+    elsewhere = tiny_run(folder, 1).model_copy(update={"tracking": TrackingConfig()})  # by default a store in the working folder
+    monkeypatch.chdir(folder / "runs")
+    again = train(TrainRequest(elsewhere, (Source(index=index.url),), name="tiny", resume=True), Console(json=True))
+    assert again == result
+    assert (folder / "runs" / "tiny" / "bundle" / "mm.json").stat().st_mtime_ns == before
+    assert not (folder / "runs" / "mlflow.db").exists()
+
+
+def test_a_run_that_cannot_be_read_is_passed_over(
+    undisturbed: tuple[TrainResult, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(undisturbed[1] / "runs" / "tiny", tmp_path / "tiny")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "run.json").write_text('{"name": "of another program"}')
+    record = RunFolder.of(str(tmp_path), "tiny").read()
+    assert newest_run(str(tmp_path), record.identity, record.data_fingerprint) == RunFolder.of(str(tmp_path), "tiny")
+    assert "foreign holds no run that can be continued" in caplog.text
+    assert "\n" not in caplog.records[-1].getMessage()
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_batch(index: Index, tmp_path: Path) -> None:
     broken = tiny_run(tmp_path, 1)
     broken = broken.model_copy(update={"steps": 12, "optimizer": broken.optimizer.model_copy(update={"lr": 1e30})})
-    with pytest.raises(TrainingError, match=r"the gradient of step \d+ is not finite.*synth-0-train-"):
+    with pytest.raises(TrainingError, match=r"the gradient of step \d+ is not finite.*synth-0-train-[^ ]+ …$"):
         train(TrainRequest(broken, (Source(index=index.url),), name="nan"), Console(json=True))
+    (listed,) = (tmp_path / "mlartifacts").rglob("not_finite.json")
+    assert len(json.loads(listed.read_text())) == broken.global_batch_size
     assert not list((tmp_path / "runs" / "nan").glob("checkpoint_*"))
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from mm_core.bundle import load_bundle, write_bundle
+from mm_core.console import Console
 from mm_core.data.image import decode_centre
 from mm_core.data.sample import Group, groups, read_group
 from mm_core.data.tar import walk
@@ -18,6 +19,7 @@ from mm_core.models.tokenizer import special_tokens, train_bpe
 from pipelines import evaluate
 from pipelines.evaluate import chance, evaluate_retrieval, evaluate_zeroshot
 from pipelines.index import build_index
+from pipelines.tracking import TrackingConfig, create_run, open_client
 from tests.conftest import photos_folder
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -104,6 +106,31 @@ def test_what_is_left_out_is_counted_and_too_much_of_it_stops(model: str, corpus
     rows = pa.table({"reason": pa.array(["changed"] * 2 + [None] * 8)})
     with pytest.raises(DataError, match=r"2 of 10 samples of .* cannot be evaluated, above 10%: changed 2"):
         evaluate._features(rows, index)
+
+
+def test_plots_are_copied_and_nothing_else_of_their_folder_is_logged(
+    model: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db").resolved()
+    run_id = create_run(tracking, run_name="trained", params={})
+    named = load_bundle(model)
+    assert named.manifest is not None
+    named.manifest = named.manifest.model_copy(update={"run_id": run_id})
+    monkeypatch.setattr(evaluate, "load_bundle", lambda *a, **k: named)
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "thesis.txt").write_text("mine")
+
+    def evaluated(store: TrackingConfig) -> None:
+        arguments = {"zeroshot": None, "retrieval": [str(corpus / "heldout")], "plots": tmp_path / "plots"}
+        evaluate.evaluate_model(model, **arguments, tracking=store, console=Console(json=True))  # type: ignore[arg-type]
+
+    evaluated(tracking)
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"thesis.txt", "recall.png", "retrieval.png"}
+    assert {path.name for path in (tmp_path / "mlartifacts").rglob("plots/*")} == {"recall.png", "retrieval.png"}
+    assert open_client(tracking).get_run(run_id).data.tags["eval.retrieval.data"] == str(corpus / "heldout")
+
+    evaluated(TrackingConfig(uri=f"sqlite:///{tmp_path}/elsewhere/mlflow.db"))
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_an_index_without_captions_is_refused(model: str, corpus: Path, tmp_path: Path) -> None:

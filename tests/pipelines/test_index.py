@@ -117,6 +117,9 @@ def test_a_truncated_shard_keeps_what_is_whole(corpus: Path, tmp_path: Path) -> 
     assert 40 < summary.samples < 60
     assert sum(summary.bad.values()) in (1, 2)
     assert "truncated" in summary.bad
+    ((url, start),) = summary.cut.items()
+    assert url == str(tmp_path / "cut.tar")
+    assert start <= len(data) // 2 < start + 20_000
 
 
 @pytest.mark.parametrize(
@@ -127,7 +130,17 @@ def test_what_is_no_shard_is_named(content: bytes, message: str, tmp_path: Path)
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(DataError, match=message):
         build_index([str(tmp_path / "x.tar")], str(tmp_path / "index"))
-    assert not (tmp_path / "index" / "index.json").exists()
+    assert not (tmp_path / "index").exists()
+
+
+def test_what_was_read_before_an_unreadable_shard_is_kept_for_the_next_call(corpus: Path, tmp_path: Path) -> None:
+    for number in range(40):  # more than one part, on the session's four processors
+        shutil.copy(corpus / "train" / "00003.tar", tmp_path / f"{number:02d}.tar")
+    (tmp_path / "39.tar").write_bytes(b"")
+    with pytest.raises(DataError, match=r"39\.tar is empty.*what was read of other shards is kept in .*index, and the same"):
+        build_index([f"{tmp_path}/*.tar"], str(tmp_path / "index"))
+    shutil.copy(corpus / "train" / "00003.tar", tmp_path / "39.tar")
+    assert build_index([f"{tmp_path}/*.tar"], str(tmp_path / "index")).summary.shards == 40
 
 
 def test_missing_shards_and_taken_folders_are_refused(index: Index, corpus: Path, tmp_path: Path) -> None:
