@@ -31,6 +31,7 @@ from mm_core.models.pretrained import architecture, check_pooling, joint_width, 
 from mm_core.models.quiet import quiet
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer
 from mm_core.models.two_tower import TwoTower
+from mm_core.models.warm_start import InitMatch, WarmStart, take_over
 
 FORMAT = 1
 MANIFEST = "mm.json"
@@ -196,25 +197,31 @@ def _may_be_hub_id(source: str | Path) -> bool:
     return bool(slash and owner and name) and "/" not in name and not owner.startswith((".", "~")) and not Path(owner).is_dir()
 
 
-def init_from(model: PreTrainedModel, source: str, *, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
+def init_from(
+    model: PreTrainedModel, source: str, *, tokenizer: PreTrainedTokenizerFast | None = None, match: InitMatch = InitMatch.EXACT
+) -> WarmStart:
     """Start `model` from the weights of a bundle, folder or hub id. `tokenizer`: what feeds `model`; None leaves it unchecked.
 
     Raises:
-        BundleError: no such model, or one of another architecture or vocabulary; the message names the first difference.
+        BundleError: no such model, or, where it has to match exactly, one of another architecture or vocabulary; the message names the
+            first difference.
     """
     start = load_bundle(source)
+    if match is InitMatch.PARTIAL:
+        return take_over(model, start.model)
     theirs, ours = architecture(start.model), architecture(model)
     for key in ours:
         if theirs.get(key) != ours[key]:
             raise BundleError(
                 f"{source} does not fit the recipe's model: {key} is {theirs.get(key)} there, {ours[key]} here;"
-                f" choose the recipe it was trained with, and its tokenizer with --set tokenizer.source={source}"
+                f" choose the recipe it was trained with, and its tokenizer with --set tokenizer.source={source}, or take what fits with"
+                " --set init_match=partial"
             )
     if tokenizer is not None and start.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise BundleError(
             f"{source} was trained with another tokenizer, to which its token ids belong: --set tokenizer.source={source} takes its own"
         )
-    model.load_state_dict(start.model.state_dict())
+    return take_over(model, start.model)
 
 
 def load_teacher(source: str, student: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> TwoTower:

@@ -53,10 +53,11 @@ def load_normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...
 
 
 def architecture(model: PreTrainedModel) -> dict[str, object]:
-    """What two models must agree on for the weights of one to work in the other: sizes, and what changes no shape."""
+    """What two models must agree on for the weights of one to work in the other: sizes, and what changes no shape. Not the image size:
+    position embeddings can be resized."""
     config = model.config
     text = {f"text_config.{key}": getattr(config.text_config, key) for key in (*_TOWER_KEYS, "vocab_size", "max_position_embeddings")}
-    vision = {f"vision_config.{key}": getattr(config.vision_config, key) for key in (*_TOWER_KEYS, "image_size", "patch_size")}
+    vision = {f"vision_config.{key}": getattr(config.vision_config, key) for key in (*_TOWER_KEYS, "patch_size")}
     return {"model_type": config.model_type, "embed_dim": joint_width(model)} | text | vision
 
 

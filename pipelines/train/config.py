@@ -14,6 +14,7 @@ from mm_core.data.ranged import GAP_BYTES
 from mm_core.data.text import TEMPLATE_MARK
 from mm_core.models.family import ModelConfig
 from mm_core.models.two_tower import Tower
+from mm_core.models.warm_start import InitMatch
 from mm_core.objectives.config import ObjectiveConfig
 from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig
@@ -98,6 +99,7 @@ class TrainRun(Config):
     model: ModelConfig
     towers: TowersConfig = TowersConfig()
     init: str | None = Field(default=None, description="Bundle folder or hub id whose weights training starts from.")
+    init_match: InitMatch = Field(default=InitMatch.EXACT, description="exact, or partial: take what fits, and leave the rest fresh.")
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

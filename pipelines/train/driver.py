@@ -115,7 +115,7 @@ def _train(
     check_resources(run)
     resumed = record is not None
     if record is None:
-        record = _begin(request, run, data, folder)
+        record = _begin(request, run, data, folder, console)
     elif folder.latest_checkpoint() is None:
         console.note(f"{folder.url} has no checkpoint yet: starting from step 0")
     if resumed:
@@ -221,12 +221,12 @@ def _identity(run: TrainRun) -> dict[str, Any]:
     return identity
 
 
-def _begin(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder) -> RunRecord:
+def _begin(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, console: Console) -> RunRecord:
     """Make the tokenizer, the run's folder and the tracking run."""
     source = run.tokenizer.source or run.init or run.objective.teacher  # the weights of another model belong to its token ids
     tokenizer = load_tokenizer(source) if source else _train_tokenizer(run, data)
     run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
-    _initial_state(run, tokenizer)
+    _initial_state(run, tokenizer, console)
     if run.objective.teacher is not None:
         load_teacher(run.objective.teacher, run.model, tokenizer)
     try:
@@ -299,8 +299,8 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
     )
 
 
-def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor] | None:
-    """The weights that `--init` names.
+def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast, console: Console | None = None) -> dict[str, Tensor] | None:
+    """The weights that `--init` names; what was taken of them is shown.
 
     Raises:
         ConfigError, BundleError: sizes or tokenizer that do not fit the model.
@@ -308,7 +308,9 @@ def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> dict[st
     model = build_model(run.model, special_tokens(tokenizer))
     if run.init is None:
         return None
-    init_from(model, run.init, tokenizer=tokenizer)
+    taken = init_from(model, run.init, tokenizer=tokenizer, match=run.init_match)
+    if console is not None:
+        console.note(f"--init {run.init}: {taken}")
     state: dict[str, Tensor] = model.state_dict()
     return state
 
