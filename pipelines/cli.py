@@ -128,7 +128,9 @@ def split(
 
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe's name, or a YAML file with `recipe:` and changes.")],
-    data: Annotated[list[str], typer.Option(help="The index to train on, or INDEX#LEDGER; again for several, mixed as `data.mix` says.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="The index to train on, or INDEX#LEDGER; again for several, mixed as `data.mix` says.")
+    ] = None,
     ledger: Ledgers = None,
     init: Annotated[str | None, typer.Option(help="Start from the weights of a bundle or hub id.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Ranks.")] = None,
@@ -141,6 +143,11 @@ def train(
     samples_per_s: Annotated[float | None, typer.Option(min=0, help="Of the dry run: the rate for which requests/s are given.")] = None,
     request_price: Annotated[float, typer.Option(min=0, help="Of the dry run: dollars for 1,000 GET requests.")] = 0.0004,
     gb_price: Annotated[float, typer.Option(min=0, help="Of the dry run: dollars for a GB read; 0 in the store's own region.")] = 0.0,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Of the dry run: what a step would cost on so many GPUs.")] = None,
+    gpu_type: Annotated[str, typer.Option(help="Of --gpus: a100-40, a100-80, h100 or h200.")] = "h100",
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Of --gpus: share of a GPU's operations that training is taken to reach.")
+    ] = 0.4,
     as_json: Json = False,
 ) -> None:
     """Train a model; every restart continues the same run.
@@ -157,6 +164,15 @@ def train(
     overrides += [f"init={init}"] if init else []
     overrides += ["data.verify=true"] if verify else []
     run, origins = resolve_run(recipe, overrides)
+    if dry_run and gpus is not None:
+        from pipelines.train.scale import describe_scale
+
+        report = describe_scale(run, gpus, gpu_type, mfu=mfu)
+        console.table(("", ""), list(report.items()))
+        console.result(report)
+        return
+    if not data:
+        raise ConfigError("nothing to train on: give --data INDEX")
     sources = tuple(Source.parse(text, ledger or ()) for text in data)
     if dry_run:
         from pipelines.train.dry_run import describe

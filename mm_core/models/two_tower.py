@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mm_core.models.patch_dropout import drop_patches
 
@@ -102,7 +104,8 @@ class TwoTower(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep only each block's input, and compute the rest again in backward."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for block in self.blocks():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def normalise(images: UInt8[Tensor, "b h w 3"], mean: Float[Tensor, " 3"], std: Float[Tensor, " 3"]) -> Float[Tensor, "b 3 h w"]:

@@ -46,7 +46,9 @@ class Replicated:
 
     def __init__(self, model: nn.Module, device: torch.device, clock: StepClock) -> None:
         device_ids = [device.index] if device.type == "cuda" else None
-        self._parallel = DistributedDataParallel(model.to(device), device_ids=device_ids, broadcast_buffers=False)
+        self._parallel = DistributedDataParallel(
+            model.to(device), device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
         if dist.get_world_size() > 1:
             self._parallel.register_comm_hook(clock, timed_all_reduce)
         self.module = model

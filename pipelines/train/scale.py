@@ -1,0 +1,133 @@
+"""`mm train RECIPE --dry-run --gpus N`: memory, work, messages and time of a step on GPUs that are not here.
+
+Work and activations are counted on the meta device (`mm_core.training.cost`); what a GPU does in a second is its data sheet's, times
+the share of it that training is taken to reach. So ratios between settings are better than the times themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mm_core.config import nearest
+from mm_core.data.plan import chunks_per_step
+from mm_core.errors import ConfigError
+from mm_core.training.cost import SampleCost, sample_cost
+from mm_core.training.parallel import Parallelism
+from pipelines.train.config import TrainRun
+
+_FP32, _BF16 = 4, 2
+_RESERVED_BYTES = 2.0e9
+"""The CUDA context, NCCL's buffers and what the allocator loses in fragments."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A data sheet: dense bf16, and the network between nodes, of one GPU."""
+
+    memory_bytes: float
+    bf16_flops: float
+    network_bytes_per_s: float
+
+
+GPUS = {
+    "a100-40": Gpu(40e9, 312e12, 25e9),
+    "a100-80": Gpu(80e9, 312e12, 25e9),
+    "h100": Gpu(80e9, 989e12, 50e9),
+    "h200": Gpu(141e9, 989e12, 50e9),
+}
+"""NVIDIA's data sheets; a DGX has one 200 (A100) or 400 (H100, H200) Gb/s port for each GPU."""
+
+
+def gpu_named(name: str) -> Gpu:
+    """
+    Raises:
+        ConfigError: there is no data sheet of it here.
+    """
+    if name not in GPUS:
+        raise ConfigError(f"--gpu-type {name!r} is not known{nearest(name, list(GPUS))}")
+    return GPUS[name]
+
+
+def describe_scale(run: TrainRun, gpus: int, gpu_type: str, *, mfu: float = 0.3) -> dict[str, Any]:
+    """What a step costs on `gpus` GPUs of a type.
+
+    Args:
+        mfu: share of the data sheet's operations that the model's own forward and backward pass reach while they compute.
+
+    Raises:
+        ConfigError: a type that is not known, a batch that does not fit the number of GPUs.
+    """
+    gpu, chunks = gpu_named(gpu_type), chunks_per_step(run.global_batch_size, run.data.chunk, gpus)
+    cost = sample_cost(
+        run.model,
+        views=run.data.augment.views,
+        captions=run.data.captions,
+        checkpointing=run.parallel.activation_checkpointing,
+    )
+    rank_batch = -(-chunks // gpus) * run.data.chunk
+    at_a_time = min(rank_batch, run.parallel.micro_batch_size or rank_batch)
+    memory = _memory(run, cost, gpus, at_a_time)
+    flops = _flops(run, cost, rank_batch, at_a_time)
+    sent = _sent(run, cost, gpus, rank_batch, at_a_time)
+    compute_s = sum(flops.values()) / (gpu.bf16_flops * mfu)
+    overlapped_s, exposed_s = (sent[kind] / gpu.network_bytes_per_s for kind in ("weights_and_gradients", "features"))
+    step_s = max(compute_s, overlapped_s) + exposed_s
+    spare = gpu.memory_bytes - sum(memory.values()) + memory["activations"]
+    return {
+        "gpus": gpus,
+        "gpu_type": gpu_type,
+        "samples_per_gpu": rank_batch,
+        **{f"memory_gb_{part}": round(size / 1e9, 2) for part, size in memory.items()},
+        "memory_gb": round(sum(memory.values()) / 1e9, 1),
+        "fits": sum(memory.values()) <= gpu.memory_bytes,
+        "samples_at_a_time_that_fit": max(0, int(spare // cost.activation_bytes)),
+        **{f"tflop_{part}": round(work / 1e12, 2) for part, work in flops.items()},
+        **{f"sent_mb_{part}": round(size / 1e6, 1) for part, size in sent.items()},
+        "step_s": round(step_s, 3),
+        "of_it_waiting_for_messages": round(1 - compute_s / step_s, 3),
+        "samples_per_s": round(run.global_batch_size / step_s),
+        "samples_per_s_per_gpu": round(run.global_batch_size / step_s / gpus, 1),
+        "days": round(run.steps * step_s / 86_400, 2),
+    }
+
+
+def _memory(run: TrainRun, cost: SampleCost, gpus: int, at_a_time: int) -> dict[str, float]:
+    """Bytes of one GPU, by part."""
+    sharded = run.parallel.kind is Parallelism.FSDP
+    state = cost.parameters * _FP32 / (gpus if sharded else 1)
+    features = run.global_batch_size * run.model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
+    return {
+        "weights": state + (2 * cost.block_parameters * _FP32 if sharded else 0),
+        "gradients": state,
+        "optimizer": 2 * state,
+        "weights_in_bf16": cost.parameters * _BF16 if not sharded else 2 * cost.block_parameters * _BF16,
+        "activations": at_a_time * cost.activation_bytes,
+        "features_of_all": 2 * features,
+        "similarities": 3 * (run.parallel.logit_block_mb << 20),
+        "reserved": _RESERVED_BYTES,
+    }
+
+
+def _flops(run: TrainRun, cost: SampleCost, rank_batch: int, at_a_time: int) -> dict[str, float]:
+    """Operations of one GPU and step."""
+    twice = at_a_time < rank_batch  # pieces go through forward a second time
+    texts = run.global_batch_size * run.data.captions
+    similarities = 4 * 2 * 2 * rank_batch * run.data.augment.views * texts * run.model.embed_dim  # once again in backward, and two products
+    return {
+        "forward": rank_batch * cost.forward_flops * (2 if twice else 1),
+        "backward": rank_batch * cost.backward_flops,
+        "similarities": float(similarities),
+    }
+
+
+def _sent(run: TrainRun, cost: SampleCost, gpus: int, rank_batch: int, at_a_time: int) -> dict[str, float]:
+    """Bytes that one GPU sends in a step, by rings: an all-gather and a reduce-scatter each send (n - 1)/n of the whole."""
+    share, weights = (gpus - 1) / gpus, cost.parameters * _FP32
+    features = run.global_batch_size * run.model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
+    pieces = -(-rank_batch // at_a_time)
+    passes = {
+        Parallelism.DDP: 2,  # one all-reduce
+        Parallelism.FSDP: pieces * 3 + (pieces if pieces > 1 else 0),  # gathered in forward, again in backward, and gradients scattered
+    }[run.parallel.kind]
+    return {"weights_and_gradients": passes * share * weights, "features": 2 * share * features}

@@ -1,0 +1,41 @@
+"""Costs beside the published ones, and beside formulas."""
+
+from __future__ import annotations
+
+import pytest
+
+from mm_core.models.clip import clip_vit_b32, clip_vit_l14
+from mm_core.training.cost import sample_cost
+
+
+def transformer_flops(tokens: int, width: int, layers: int) -> float:
+    """24 n w² + 4 n² w for each layer, two operations for a multiply-add (Kaplan et al. 2020, table 1, without biases)."""
+    return layers * (24 * tokens * width**2 + 4 * tokens**2 * width)
+
+
+def test_a_forward_pass_costs_what_the_formulas_say() -> None:
+    cost = sample_cost(clip_vit_b32())
+    towers = transformer_flops(50, 768, 12) + transformer_flops(77, 512, 12)
+    patches, projections = 2 * 49 * 3 * 32**2 * 768, 2 * (768 * 512 + 512 * 512)
+    assert cost.forward_flops == pytest.approx(towers + patches + projections, rel=1e-3)
+    assert cost.parameters == 151_277_313
+    assert cost.backward_flops == pytest.approx(2 * cost.forward_flops, rel=0.02)  # the images need no gradient
+    assert cost.block_parameters == pytest.approx(12 * 768**2, rel=0.01)
+
+
+def test_the_published_cost_of_l14() -> None:
+    """open_clip's model profile: 175.33 GFLOPs for ViT-L-14."""
+    assert sample_cost(clip_vit_l14()).forward_flops == pytest.approx(175.33e9, rel=1e-3)
+
+
+def test_checkpointing_keeps_little_and_computes_again() -> None:
+    whole, spared = sample_cost(clip_vit_b32()), sample_cost(clip_vit_b32(), checkpointing=True)
+    assert spared.activation_bytes < whole.activation_bytes / 10
+    assert spared.forward_flops == whole.forward_flops
+    assert 0.5 * whole.forward_flops < spared.backward_flops - whole.backward_flops < whole.forward_flops
+
+
+def test_views_and_texts_cost_their_towers_again() -> None:
+    one, more = sample_cost(clip_vit_b32()), sample_cost(clip_vit_b32(), views=2, captions=3)
+    vision, text = transformer_flops(50, 768, 12), transformer_flops(77, 512, 12)
+    assert more.forward_flops - one.forward_flops == pytest.approx(vision + 2 * text, rel=0.02)

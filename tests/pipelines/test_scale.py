@@ -1,0 +1,48 @@
+"""What settings do to the cost of a step on GPUs that are not here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mm_core.config import resolve
+from mm_core.errors import ConfigError
+from pipelines.recipes import recipe
+from pipelines.train.scale import describe_scale
+
+
+def described(*settings: str, gpus: int = 64, gpu_type: str = "a100-40", **more: Any) -> dict[str, Any]:
+    return describe_scale(resolve(recipe("clip-vit-b32"), environment={}, overrides=settings)[0], gpus, gpu_type, **more)
+
+
+def test_the_published_rate_is_an_mfu_of_a_tenth() -> None:
+    """open_clip on LAION-400M, A100-40GB: about 790 samples/s and GPU."""
+    assert described(mfu=0.115)["samples_per_s_per_gpu"] == pytest.approx(790, rel=0.05)
+
+
+def test_sharding_divides_state_and_sends_more() -> None:
+    whole, sharded = described(), described("parallel.kind=fsdp")
+    assert sharded["memory_gb_optimizer"] == pytest.approx(whole["memory_gb_optimizer"] / 64, abs=0.01)
+    assert sharded["memory_gb_activations"] == whole["memory_gb_activations"]
+    assert sharded["sent_mb_weights_and_gradients"] == pytest.approx(1.5 * whole["sent_mb_weights_and_gradients"], rel=1e-3)
+
+
+def test_pieces_take_less_memory_and_a_second_forward() -> None:
+    whole, pieces = described(), described("parallel.micro_batch_size=64")
+    assert pieces["memory_gb_activations"] == pytest.approx(whole["memory_gb_activations"] * 64 / 512, rel=0.01)
+    assert pieces["tflop_forward"] == pytest.approx(2 * whole["tflop_forward"], rel=0.01)
+    assert pieces["tflop_backward"] == whole["tflop_backward"]
+
+
+def test_a_batch_that_fits_is_said_to() -> None:
+    large = described("global_batch_size=131072")
+    assert not large["fits"]
+    assert 0 < large["samples_at_a_time_that_fit"] < large["samples_per_gpu"]
+    less = described("global_batch_size=131072", f"parallel.micro_batch_size={large['samples_at_a_time_that_fit']}")
+    assert less["fits"]
+
+
+def test_a_gpu_nobody_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'h10' is not known; did you mean 'h100'"):
+        described(gpu_type="h10")
