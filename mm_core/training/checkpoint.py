@@ -1,6 +1,6 @@
 """Checkpoints: all that an interrupted run needs to go on as if it had not been, on any number of workers.
 
-    .metadata, *.distcp   model and optimiser (torch.distributed.checkpoint; each rank writes its part)
+    .metadata, *.distcp   model, optimiser and mean of the weights (torch.distributed.checkpoint; each rank writes its part)
     state.json            step, data cursor, fingerprints, resolved config, code revision, tracking run
 
 The random state of a step is drawn from (seed, step, rank) by `seed_step`, so it is restored by the step number.
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_st
 from mm_core.config import Config
 from mm_core.data.permutation import mix
 from mm_core.errors import CheckpointError
+from mm_core.training.ema import WeightMean
 
 FORMAT = 1
 _STATE = "state.json"
@@ -43,34 +44,47 @@ class CheckpointState(Config):
     tracking_run_id: str | None = None
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: CheckpointState, *, rank: int) -> None:
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: CheckpointState,
+    *,
+    rank: int,
+    mean: WeightMean | None = None,
+) -> None:
     """Write this rank's part into its own `folder`. A collective: every rank calls it with the same `state`."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    state_dict_saver.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    whole = {"model": model_state, "optimizer": optimizer_state} | _mean_state(mean)
+    state_dict_saver.save(whole, checkpoint_id=folder)
     if rank == 0:
         (folder / _STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, mean: WeightMean | None = None) -> None:
     """Restore in place. A collective.
 
     Raises:
         CheckpointError: the checkpoint is of another model, or damaged.
     """
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    _load({"model": model_state, "optimizer": optimizer_state}, folder)
+    _load({"model": model_state, "optimizer": optimizer_state} | _mean_state(mean), folder)
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """The weights alone, in one process, for export and evaluation.
+def load_weights(folder: Path, model: nn.Module, mean: WeightMean | None = None) -> None:
+    """The weights alone, in one process, for export and evaluation; with `mean` their mean, where there is one.
 
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
     model_state = get_model_state_dict(model)
-    _load({"model": model_state}, folder, alone=True)
-    set_model_state_dict(model, model_state)
+    _load({"model": model_state} | _mean_state(mean), folder, alone=True)
+    set_model_state_dict(model, {**model_state, **(mean.state if mean else {})})
+
+
+def _mean_state(mean: WeightMean | None) -> dict[str, Any]:
+    return {} if mean is None else {"mean": mean.state}
 
 
 def read_state(folder: Path) -> CheckpointState:

@@ -21,6 +21,7 @@ from mm_core.objectives.output import LossOutput
 from mm_core.optim import OptimizerConfig, clamp_logit_scale
 from mm_core.schedule import ScheduleConfig, lr_at
 from mm_core.training.clock import Phase, StepClock
+from mm_core.training.ema import WeightMean
 from mm_core.training.gradient_cache import cached_backward, pieces_for
 from mm_core.training.parallel import Parallel, clip_gradients
 
@@ -61,16 +62,19 @@ class TrainStep:
         precision: Precision,
         clock: StepClock,
         micro_batch_size: int | None = None,
+        mean: WeightMean | None = None,
     ) -> None:
         """
         Args:
             counts: samples per rank of a global step.
             micro_batch_size: samples that go through the model at a time; None for all of a rank's.
+            mean: is kept up to date.
         """
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self._optimizer_config, self._schedule, self._total_steps = optimizer_config, schedule, total_steps
         self._counts, self.device, self.clock = list(counts), device, clock
         self._bf16 = _use_bf16(precision, device)
+        self.mean = mean
         self._pieces = 1 if micro_batch_size is None else pieces_for(self._counts, micro_batch_size)
 
     def __call__(self, batch: ImageTextBatch, step: int) -> StepResult:
@@ -84,6 +88,8 @@ class TrainStep:
             grad_norm = clip_gradients(self.model.module.parameters(), self._optimizer_config.grad_clip_norm)
             self.optimizer.step()
             clamp_logit_scale(self.model.module)
+            if self.mean is not None:
+                self.mean.update(step)
         return StepResult({name: term.detach() for name, term in loss.terms.items()}, grad_norm.detach(), lr)
 
     def _backward(self, batch: ImageTextBatch) -> LossOutput:

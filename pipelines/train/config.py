@@ -105,6 +105,9 @@ class TrainRun(Config):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
+    mean_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="Export an exponential mean of the weights with this decay, 0.999 say, in place of the last."
+    )
     steps: int = Field(gt=0, description="Optimiser steps of the whole run.")
     global_batch_size: int = Field(gt=0, description="Samples per optimiser step, over all ranks.")
     seed: int = Field(default=0, ge=0)

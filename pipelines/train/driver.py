@@ -30,6 +30,7 @@ from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_
 from mm_core.models.two_tower import TwoTower
 from mm_core.revision import code_revision
 from mm_core.training.checkpoint import load_weights
+from mm_core.training.ema import WeightMean
 from pipelines.metric_log import MetricLog, spool_folder
 from pipelines.plots import loss_curve
 from pipelines.session import ray_session
@@ -174,7 +175,9 @@ def export_bundle(folder: RunFolder, name: str = "bundle", *, metrics: Mapping[s
         raise CheckpointError(f"the run {folder.url} has no checkpoint to export yet")
     tokenizer = load_tokenizer(str(folder.get("tokenizer")))
     model = TwoTower(build_model(run.model, special_tokens(tokenizer)), mean=run.model.image_mean, std=run.model.image_std)
-    load_weights(folder.get(checkpoint), model)
+    if run.towers.frozen is not None:
+        model.freeze(run.towers.frozen)
+    load_weights(folder.get(checkpoint), model, None if run.mean_decay is None else WeightMean(model, run.mean_decay))
     with tempfile.TemporaryDirectory(prefix="mm-bundle-") as temporary:
         manifest = write_bundle(
             Path(temporary) / name,

@@ -33,6 +33,7 @@ from mm_core.optim import build_optimizer
 from mm_core.store import open_store, write_whole
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, read_state, save_checkpoint, seed_step
 from mm_core.training.clock import Phase, StepClock
+from mm_core.training.ema import WeightMean
 from mm_core.training.parallel import parallelise
 from mm_core.training.step import TrainStep
 from mm_core.training.transfer import Transfer
@@ -93,7 +94,7 @@ def _train(task: WorkerTask) -> Outcome:
     train_step = build_step(run, model, device, ray.get(task.teacher) if task.teacher else None)
 
     # 3. Where an earlier attempt stopped: weights, optimiser, step. The step gives schedule, random state and data cursor.
-    first_step = _restore(model, train_step.optimizer, task, chunks)
+    first_step = _restore(model, train_step, task, chunks)
     attempt = _next_attempt(task.folder, rank)
 
     # 4. The samples from there on, and the steps.
@@ -112,7 +113,7 @@ def _train(task: WorkerTask) -> Outcome:
             code_revision=task.code_revision,
             tracking_run_id=task.tracking_run_id,
         )
-        _save(model, train_step.optimizer, state, rank, metrics)
+        _save(model, train_step, state, rank, metrics)
 
     with _MetricSink(task, rank, first_step) as log:
         return run_steps(run, train_step, batches, first_step, log=log, save=save, audit=audit)
@@ -149,6 +150,7 @@ def build_step(run: TrainRun, model: TwoTower, device: torch.device, teacher: Tw
         precision=run.precision,
         clock=clock,
         micro_batch_size=run.parallel.micro_batch_size,
+        mean=None if run.mean_decay is None else WeightMean(parallel.module, run.mean_decay),
     )
 
 
@@ -208,7 +210,7 @@ def _inputs(batch: StepBatch, to_device: Transfer) -> ImageTextBatch:
     return ImageTextBatch(to_device(batch.images), to_device(batch.input_ids).long())
 
 
-def _restore(model: TwoTower, optimizer: torch.optim.Optimizer, task: WorkerTask, chunks_per_step: int) -> int:
+def _restore(model: TwoTower, train_step: TrainStep, task: WorkerTask, chunks_per_step: int) -> int:
     """Load the latest checkpoint, if there is one, and return the step to take next.
 
     Raises:
@@ -224,17 +226,17 @@ def _restore(model: TwoTower, optimizer: torch.optim.Optimizer, task: WorkerTask
                 f"the newest checkpoint of {task.folder} stopped at chunk {state.chunks_consumed:,} of another order of samples than this"
                 " run's: it was written for other data, seed or batch size"
             )
-        load_checkpoint(Path(folder), model, optimizer)
+        load_checkpoint(Path(folder), model, train_step.optimizer, train_step.mean)
         return state.step
 
 
-def _save(model: TwoTower, optimizer: torch.optim.Optimizer, state: CheckpointState, rank: int, metrics: dict[str, float]) -> None:
+def _save(model: TwoTower, train_step: TrainStep, state: CheckpointState, rank: int, metrics: dict[str, float]) -> None:
     """Every rank writes its part into a folder of its own; Ray Train joins them in the run's folder, or keeps none of it."""
     # Named after the run, so that the next attempt removes what a killed one left.
     folder = Path(tempfile.gettempdir()) / f"mm-checkpoint-{state.tracking_run_id}-{rank}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        save_checkpoint(folder, model, optimizer, state, rank=rank)
+        save_checkpoint(folder, model, train_step.optimizer, state, rank=rank, mean=train_step.mean)
         checkpoint = ray.train.Checkpoint.from_directory(str(folder))
         ray.train.report({"step": state.step, **metrics}, checkpoint=checkpoint, checkpoint_dir_name=f"checkpoint_{state.step:08d}")
     finally:

@@ -1,0 +1,24 @@
+"""An exponential mean of the weights (Polyak and Juditsky 1992): what is exported and evaluated in place of the last ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightMean:
+    """The mean of a model's trained parameters. Sharded parameters have sharded means, so it costs a rank its share of one more model."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """`decay`: the weight of the past in each step, at most; it begins lower, so that fresh weights are soon forgotten."""
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._decay = decay
+        self.state: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._parameters.items()}
+        """The means, by parameter."""
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After the optimiser step numbered `step`, from 0."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        for name, mean in self.state.items():
+            mean.lerp_(self._parameters[name].detach(), 1 - decay)
