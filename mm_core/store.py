@@ -6,10 +6,11 @@ set here are defaults that both can override: connections for concurrent reads, 
 
 from __future__ import annotations
 
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -42,6 +43,33 @@ def write_whole(url: str, data: bytes) -> None:
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         fs.pipe_file(temporary, data)
+        fs.mv(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            fs.rm(temporary)
+        raise
+
+
+@contextmanager
+def writing_whole(url: str, scratch: str) -> Iterator[BinaryIO]:
+    """A file of any size that is at `url` whole once the block has ended, and not at all if an error or a kill ends it.
+
+    Args:
+        scratch: a folder of the same store, where it lies until then; for an object store that is this machine's temporary folder.
+    """
+    fs, path = open_store(url)
+    if _protocol(url) in _OBJECT_STORES:
+        with tempfile.NamedTemporaryFile() as local:
+            yield local  # type: ignore[misc]
+            local.flush()
+            fs.put_file(local.name, path)
+        return
+    make_folder(scratch)
+    make_folder(url.rpartition("/")[0])
+    temporary = f"{open_store(scratch)[1]}/{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with fs.open(temporary, "wb") as file:
+            yield file
         fs.mv(temporary, path)
     except BaseException:
         with suppress(OSError):

@@ -129,7 +129,7 @@ def split(
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE_OR_FILE", help="A recipe's name, or a YAML file with `recipe:` and changes.")],
     data: Annotated[
-        list[str] | None, typer.Option(help="The index to train on, or INDEX#LEDGER; again for several, mixed as `data.mix` says.")
+        list[str] | None, typer.Option(help="The index to train on, or INDEX#LEDGER,…; again for several, mixed as `data.mix` says.")
     ] = None,
     ledger: Ledgers = None,
     init: Annotated[str | None, typer.Option(help="Start from the weights of a bundle or hub id.")] = None,
@@ -184,7 +184,8 @@ def train(
         if (times := report.get("read_amplification", 0)) > EXPORT_ABOVE:
             console.note(
                 f"reads {times} times the bytes it needs: a smaller data.gap_bytes reads less in more requests; shards of the kept samples"
-                " alone would read nothing in vain (mm data export, which this version does not have yet)"
+                f" alone read nothing in vain: {'; '.join(f'mm data export {source} --out SHARDS' for source in sources)}, then"
+                " mm data index SHARDS --out INDEX"
             )
         console.result(report)
         return
@@ -202,7 +203,7 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A bundle's folder, models:/NAME@ALIAS, or a hub id.")],
     zeroshot: Annotated[str | None, typer.Option(help="Folder in CLIP_benchmark's layout.")] = None,
-    retrieval: Annotated[list[str] | None, typer.Option(help="Shards, or an index; again for several.")] = None,
+    retrieval: Annotated[list[str] | None, typer.Option(help="Shards, an index, or INDEX#LEDGER,…; again for several.")] = None,
     ledger: Ledgers = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the recall bars and the gallery.")] = None,
     settings: Settings = None,

@@ -30,12 +30,12 @@ from mm_core.console import Console
 from mm_core.data.columns import column_of, rows_of
 from mm_core.data.image import decode_centre
 from mm_core.data.index import Index
-from mm_core.data.ledger import compile_kept
+from mm_core.data.ledger import Source, compile_kept
 from mm_core.data.locators import HAS_LABEL
 from mm_core.data.permutation import U64
 from mm_core.data.problems import SampleProblem
 from mm_core.data.reader import IndexReader
-from mm_core.errors import DataError
+from mm_core.errors import ConfigError, DataError
 from mm_core.evaluation.retrieval import RECALL_AT, retrieval_metrics
 from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_templates, zeroshot_metrics
 from mm_core.store import open_store
@@ -84,10 +84,13 @@ def evaluate_model(
 
     Raises:
         BundleError, DataError: a model, folder or shard that cannot be used.
+        ConfigError: ledgers, and shards that are no index.
     """
     bundle = load_bundle(model)
     if zeroshot is not None:
         _classes(zeroshot)
+    if retrieval and (source := _source(retrieval, ledgers)):
+        compile_kept(Index.open(source.index), source.ledgers)
     report: dict[str, Measured] = {}
     with ray_session(), tempfile.TemporaryDirectory(prefix="mm-plots-") as temporary:
         drawn, skipped = Path(temporary), dict[str, int]()
@@ -135,7 +138,7 @@ def evaluate_zeroshot(
     """
     classnames, templates = _classes(folder)
     shards = Path(folder) / "test"
-    with _opened([str(shards if shards.is_dir() else folder)], need=("image",)) as index:
+    with _opened([str(shards if shards.is_dir() else folder)], need=("image",)) as (index, _):
         flags = index.locators["flags"][compile_kept(index).ordinals.astype(np.int64)]
         if unlabelled := int(((flags & HAS_LABEL) == 0).sum()):
             raise DataError(f"{unlabelled} samples of {folder} have no class: each needs a .cls member beside its image")
@@ -173,8 +176,8 @@ def evaluate_retrieval(
     on_skipped: Skipped = lambda reasons: None,
 ) -> Retrieval:
     """Recall at 1, 5 and 10 both ways on shards, or on an index; every caption of an image is a query, any counts as found."""
-    with _opened(shards, need=("image", "text")) as index:
-        features = encode_images(model, index, ledgers=ledgers, on_progress=on_progress)
+    with _opened(shards, need=("image", "text"), ledgers=ledgers) as (index, chosen_by):
+        features = encode_images(model, index, ledgers=chosen_by, on_progress=on_progress)
         on_skipped(features.skipped)
         texts = [caption for captions in features.captions for caption in captions]
         owners = np.repeat(np.arange(len(features.captions)), [len(captions) for captions in features.captions])
@@ -306,20 +309,35 @@ def _pictures(index: Index, ordinals: U64, size: int) -> list[NDArray[np.uint8]]
     ]
 
 
+def _source(paths: Sequence[str], ledgers: Sequence[str]) -> Source | None:
+    """The index that `paths` is, or INDEX#LEDGER,…, with its ledgers; None where it names shards.
+
+    Raises:
+        ConfigError: ledgers, and shards.
+    """
+    source = Source.parse(paths[0], ledgers)
+    if len(paths) == 1 and open_store(source.index)[0].exists(f"{source.index.rstrip('/')}/index.json"):
+        return source
+    if ledgers:
+        raise ConfigError(f"--ledger {ledgers[0]} chooses among the samples of an index, and {', '.join(paths)} is not one index")
+    return None
+
+
 @contextmanager
-def _opened(paths: Sequence[str], need: tuple[str, ...]) -> Iterator[Index]:
-    """The index that `paths` is, or one of the shards it names, for the length of the evaluation."""
-    if len(paths) == 1 and open_store(paths[0])[0].exists(f"{paths[0].rstrip('/')}/index.json"):
-        index = Index.open(paths[0])
+def _opened(paths: Sequence[str], need: tuple[str, ...], ledgers: Sequence[str] = ()) -> Iterator[tuple[Index, tuple[str, ...]]]:
+    """The index that `paths` is, or one of the shards it names, for the length of the evaluation; and the ledgers that choose from it."""
+    source = _source(paths, ledgers)
+    if source is not None:
+        index = Index.open(source.index)
         if missing := [modality for modality in need if modality not in index.summary.need]:
             raise DataError(
-                f"the index at {paths[0]} was made for {'-'.join(index.summary.need)}, and this needs {' and '.join(missing)}: index the"
-                f" shards with --modality {'-'.join(need)}, or name the shards themselves"
+                f"the index at {source.index} was made for {'-'.join(index.summary.need)}, and this needs {' and '.join(missing)}: index"
+                f" the shards with --modality {'-'.join(need)}, or name the shards themselves"
             )
-        yield index
+        yield index, source.ledgers
         return
     with tempfile.TemporaryDirectory(prefix="mm-eval-") as temporary:
-        yield build_index(paths, f"{temporary}/index", need=need)
+        yield build_index(paths, f"{temporary}/index", need=need), ()
 
 
 def _beside_chance(metrics: dict[str, float]) -> Measured:

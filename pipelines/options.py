@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -11,3 +12,15 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration value, e.g. optimizer.lr=1e-3.")
 ]
 Ledgers = Annotated[list[str] | None, typer.Option("--ledger", help="Read only what this ledger keeps; give it again for several.")]
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """`256MB`, `1.5G`, `1000000`: a number of bytes, units of 1000."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    size = round(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if not size:
+        raise typer.BadParameter(f"{text!r} is no size: give a number of bytes, like 256MB or 1GB")
+    return size

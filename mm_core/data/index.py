@@ -101,7 +101,7 @@ class Index:
             return open_mapped(f"{self.url}/digests.npy", self.summary.fingerprint)
         except FileNotFoundError:
             raise DataError(
-                f"the index at {self.url} has no digests.npy, which --verify compares with: index the shards again, or leave it out"
+                f"the index at {self.url} has no digests.npy, which --verify and mm data export compare with: index the shards again"
             ) from None
 
     @cached_property

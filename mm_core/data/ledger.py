@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,21 +249,25 @@ def split(index: Index, *, heldout: float, seed: int, names: tuple[str, str] = (
 
 
 def compile_kept(index: Index, ledgers: Sequence[str] = ()) -> Kept:
-    """The kept set of `index` under all of `ledgers`.
+    """The kept set of `index` under all of `ledgers`, in whatever order, each once.
 
     Raises:
         DataError: a ledger that is not there, or is of another index.
     """
-    found = [Ledger(index, name) for name in ledgers]
-    summaries = [ledger.summary() for ledger in found]
-    text = " ".join([index.summary.fingerprint, *sorted(summary.fingerprint for summary in summaries)])
+    found = [(ledger.summary(), ledger) for ledger in (Ledger(index, name) for name in dict.fromkeys(ledgers))]
+    found.sort(key=lambda one: one[0].fingerprint)  # products of weights are rounded: in another order, otherwise
+    summaries = [summary for summary, _ in found]
+    text = " ".join([index.summary.fingerprint, *(summary.fingerprint for summary in summaries)])
     fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     cached = cache_folder() / "kept" / f"{fingerprint}.npy"
     cached_ends = cached.with_suffix(".ends.npy")  # there where weights are, and written first
     if not cached.exists():
         weights = usable(index.locators["flags"], index.summary.need).astype(np.float32)
-        for ledger in found:
-            weights *= ledger.weights()
+        with np.errstate(over="ignore", invalid="ignore"):
+            for _, ledger in found:
+                weights *= ledger.weights()
+        if not np.isfinite(weights).all():
+            raise DataError(f"the sampling weights of {', '.join(ledgers)} multiplied are more than a number can be: make them smaller")
         chosen = np.flatnonzero(weights).astype(np.uint64)
         weights = weights[chosen.astype(np.int64)]
         if (weights != 1).any():
@@ -275,10 +279,41 @@ def compile_kept(index: Index, ledgers: Sequence[str] = ()) -> Kept:
     return Kept(np.load(cached, mmap_mode="r", allow_pickle=False), fingerprint, ends, mask)
 
 
-def _names(index: Index) -> str:
+def first_reasons(index: Index, ledgers: Sequence[str]) -> Iterator[pa.Table]:
+    """Why several ledgers together drop each row of the index, chunk by chunk: `repeat`, the product of their weights; `ledger`, the first
+    of them that drops it, and its `reason`. Both are null where it is kept, or not usable.
+
+    Raises:
+        DataError: a ledger that is not there, or is of another index.
+    """
+    found = [Ledger(index, name) for name in dict.fromkeys(ledgers)]
+    for ledger in found:
+        ledger.summary()
+    chunks = SideTable(index.url, index.summary.rows)
+    for chunk in range(len(chunks)):
+        first, last = chunks.bounds(chunk)
+        repeat = usable(index.locators["flags"][first:last], index.summary.need).astype(np.float32)
+        by, reasons = np.full(last - first, -1), pa.nulls(last - first, pa.string())
+        for number, ledger in enumerate(found):
+            table = ledger.decisions.read(chunk, ["repeat", "reason"])
+            weights = table["repeat"].to_numpy()
+            drops = (repeat > 0) & (weights == 0)
+            by[drops] = number
+            reasons = pc.if_else(pa.array(drops), table["reason"].cast(pa.string()).combine_chunks(), reasons)
+            repeat = repeat * weights
+        names = pa.array([ledger.name for ledger in found], pa.string()).take(pa.array(by, mask=by < 0))
+        yield pa.table({"repeat": repeat, "ledger": names, "reason": reasons})
+
+
+def ledger_names(index: Index) -> list[str]:
+    """Of the ledgers that are there, finished."""
     fs, folder = open_store(f"{index.url}/ledgers")
-    found = sorted(path.rpartition("/")[2] for path in fs.ls(folder, detail=False)) if fs.exists(folder) else []
-    return ", ".join(found) or "none (mm data filter and mm data split make some)"
+    found = sorted(path.rstrip("/").rpartition("/")[2] for path in fs.ls(folder, detail=False)) if fs.exists(folder) else []
+    return [name for name in found if Ledger(index, name).exists()]
+
+
+def _names(index: Index) -> str:
+    return ", ".join(ledger_names(index)) or "none (mm data filter and mm data split make some)"
 
 
 def _write(path: Path, array: NDArray[Any]) -> None:

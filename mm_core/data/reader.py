@@ -28,7 +28,7 @@ from mm_core.data.personal import PersonalKind, mask_personal
 from mm_core.data.plan import Places, Plan
 from mm_core.data.problems import Reason, SampleProblem
 from mm_core.data.ranged import GAP_BYTES, RangedReader, Span
-from mm_core.data.sample import Sample, read_span
+from mm_core.data.sample import Group, Sample, group_of_span, read_group
 from mm_core.data.text import CaptionTokenizer, choose_captions
 from mm_core.errors import DataError
 
@@ -75,12 +75,16 @@ class IndexReader:
         """Samples that are not what was indexed, by ordinal: they are not asked for again by this process."""
 
     def read(self, ordinals: U64) -> list[Sample | SampleProblem]:
-        """The samples at `ordinals`, in that order; in the place of one that cannot be read, why.
+        """The samples at `ordinals`, in that order; in the place of one that cannot be read, why."""
+        return [self._interpreted(int(n), group) for n, group in zip(ordinals, self.groups(ordinals), strict=True)]
+
+    def groups(self, ordinals: U64) -> list[Group | SampleProblem]:
+        """The members, as they lie in the shards, of the samples at `ordinals`, in that order.
 
         Those that disagree with the index are read again from a reopened shard, all together, after a wait, before they are given up.
         """
         numbers = [int(ordinal) for ordinal in ordinals]
-        found: dict[int, Sample | SampleProblem] = {n: self._quarantine[n] for n in numbers if n in self._quarantine}
+        found: dict[int, Group | SampleProblem] = {n: self._quarantine[n] for n in numbers if n in self._quarantine}
         asked = [n for n in dict.fromkeys(numbers) if n not in found]
         for wait_s in (*_BACKOFF_S, None):
             found |= self._attempt(asked)
@@ -100,23 +104,34 @@ class IndexReader:
         rows = self.index.locators[ordinals.astype(np.int64)]
         return [Span(urls[int(row["shard"])], int(row["start"]), int(row["span"])) for row in rows]
 
-    def _attempt(self, ordinals: list[int]) -> dict[int, Sample | SampleProblem]:
-        data = self._ranged.read(self.spans(np.asarray(ordinals, dtype=np.int64)))
-        return {n: self._parse(n, one) for n, one in zip(ordinals, data, strict=True)}
+    def name_of(self, ordinal: int) -> str:
+        """Of the shard that the sample lies in."""
+        return self.index.shard_names[int(self.index.locators[ordinal]["shard"])]
 
-    def _parse(self, ordinal: int, data: bytes | SampleProblem) -> Sample | SampleProblem:
+    def _attempt(self, ordinals: list[int]) -> dict[int, Group | SampleProblem]:
+        data = self._ranged.read(self.spans(np.asarray(ordinals, dtype=np.int64)))
+        return {n: self._group(n, one) for n, one in zip(ordinals, data, strict=True)}
+
+    def _group(self, ordinal: int, data: bytes | SampleProblem) -> Group | SampleProblem:
         if isinstance(data, SampleProblem):
             return data
         row = self.index.locators[ordinal]
-        name = self.index.shard_names[int(row["shard"])]
         digest = None if self._digests is None else bytes(self._digests[ordinal]).hex()
         try:
-            return read_span(data, name, check=int(row["check"]), occurrence=int(row["occurrence"]), digest=digest)
+            return group_of_span(data, self.name_of(ordinal), check=int(row["check"]), occurrence=int(row["occurrence"]), digest=digest)
+        except SampleProblem as problem:
+            return problem
+
+    def _interpreted(self, ordinal: int, group: Group | SampleProblem) -> Sample | SampleProblem:
+        if isinstance(group, SampleProblem):
+            return group
+        try:
+            return read_group(group, self.name_of(ordinal))
         except SampleProblem as problem:
             return problem
 
 
-def _changed(found: Sample | SampleProblem) -> bool:
+def _changed(found: Group | SampleProblem) -> bool:
     return isinstance(found, SampleProblem) and found.reason is Reason.CHANGED
 
 

@@ -18,7 +18,7 @@ from mm_core.data.tar import Hole, Member, walk
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _COMPRESSED_SUFFIXES = ("gz", "bz2", "xz", "zst", "zip", "tar")
-_CAPTION_KEYS = ("captions", "caption", "text")
+CAPTION_KEYS = ("captions", "caption", "text")
 MAX_MEMBER_BYTES = 256 << 20
 """Of a member, and of what is held of one sample."""
 _MAX_TEXT_BYTES = 4 << 20
@@ -111,10 +111,8 @@ def read_group(group: Group, shard_name: str) -> Sample:
     Raises:
         SampleProblem: a member too large, or text or JSON that cannot be read.
     """
-    metadata = _json(group)
-    uid = metadata.get("uid")
-    if not isinstance(uid, str) or not uid:
-        uid = derived_uid(shard_name, group.key, group.occurrence)
+    metadata = metadata_of(group)
+    uid = uid_of(group, metadata, shard_name)
     captions = _captions(group, metadata)
     for text in (uid, *captions):
         _refuse_surrogates(group, text)
@@ -125,6 +123,15 @@ def read_span(span: bytes, shard_name: str, *, check: int, occurrence: int, dige
     """Interpret the bytes of one sample, as the index's locator bounds them.
 
     Raises:
+        SampleProblem: as `group_of_span` and `read_group` do.
+    """
+    return read_group(group_of_span(span, shard_name, check=check, occurrence=occurrence, digest=digest), shard_name)
+
+
+def group_of_span(span: bytes, shard_name: str, *, check: int, occurrence: int, digest: str | None = None) -> Group:
+    """The members of one sample, from its bytes as the index's locator bounds them.
+
+    Raises:
         SampleProblem: CHANGED where names or sizes, or with `digest` the content, are not those that were indexed.
     """
     found = [g for g in groups(walk(io.BytesIO(span), max_member_bytes=MAX_MEMBER_BYTES, whole=False)) if isinstance(g, Group)]
@@ -133,7 +140,13 @@ def read_span(span: bytes, shard_name: str, *, check: int, occurrence: int, dige
     if digest is not None and content_digest(found[0]) != digest:
         raise SampleProblem(Reason.CHANGED, f"in {shard_name}: {found[0].key!r} has another content than when it was indexed")
     found[0].occurrence = occurrence
-    return read_group(found[0], shard_name)
+    return found[0]
+
+
+def uid_of(group: Group, metadata: dict[str, Any], shard_name: str) -> str:
+    """The `uid` of its JSON, else one derived from its place."""
+    uid = metadata.get("uid")
+    return uid if isinstance(uid, str) and uid else derived_uid(shard_name, group.key, group.occurrence)
 
 
 def content_digest(group: Group) -> str:
@@ -182,7 +195,12 @@ def _image(group: Group) -> bytes | None:
     return None
 
 
-def _json(group: Group) -> dict[str, Any]:
+def metadata_of(group: Group) -> dict[str, Any]:
+    """Its JSON; empty where it has none, or one that is no object.
+
+    Raises:
+        SampleProblem: it cannot be read.
+    """
     data = _text_data(group, "json")
     if data is None:
         return {}
@@ -207,7 +225,7 @@ def _captions(group: Group, metadata: dict[str, Any]) -> list[str]:
         except UnicodeDecodeError as error:
             raise SampleProblem(Reason.BAD_TEXT, f"{group.key!r}: {error}") from None
         return [text] if text else []
-    for key in _CAPTION_KEYS:
+    for key in CAPTION_KEYS:
         value = metadata.get(key)
         if isinstance(value, str) and value.strip():
             return [value.strip()]

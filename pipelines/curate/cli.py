@@ -3,6 +3,7 @@ does the work, which is imported inside it, so that `mm --help` is quick."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,13 @@ import typer
 
 from mm_core.console import Console
 from mm_core.errors import ConfigError
-from pipelines.options import Json
+from pipelines.options import Json, Ledgers, parse_bytes
+
+
+class ExportFormat(StrEnum):
+    SHARDS = "shards"
+    UIDS = "uids"
+    PARQUET = "parquet"
 
 
 def attach(data: typer.Typer) -> None:
@@ -18,6 +25,9 @@ def attach(data: typer.Typer) -> None:
     data.command("score")(score)
     data.command("filter")(filter_samples)
     data.command("rules")(rules)
+    data.command("ledgers")(list_ledgers)
+    data.command("export")(export)
+    data.command("import")(import_ledger)
 
 
 def score(
@@ -97,3 +107,118 @@ def rules(
     ]
     console.table(("rule", "parameters", ""), rows)
     console.result({"rules": list(RULES)})
+
+
+def list_ledgers(
+    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")], ledger: Ledgers = None, as_json: Json = False
+) -> None:
+    """The ledgers of an index; with --ledger, what those keep together, and by which of them a sample is dropped first.
+
+    Example: mm data ledgers index, or mm data ledgers index --ledger clean --ledger train
+    """
+    from mm_core.data.index import Index
+    from mm_core.data.ledger import Ledger, Source, ledger_names
+    from pipelines.curate.combine import combined
+
+    console, source = Console(as_json), Source.parse(index, ledger or ())
+    opened = Index.open(source.index)
+    if not source.ledgers:
+        found = {name: Ledger(opened, name).summary() for name in ledger_names(opened)}
+        console.table(("ledger", "keeps", "drops", "by"), [(n, s.kept, sum(s.dropped.values()), s.rule) for n, s in found.items()])
+        console.say(f"{len(found)} ledgers of {opened.summary.samples:,} samples in {opened.url}")
+        console.result({"ledgers": {n: {"kept": s.kept, "dropped": s.dropped, "rule": s.rule} for n, s in found.items()}})
+        return
+    kept, dropped = combined(opened, source.ledgers)
+    of = max(1, opened.summary.samples)
+    console.table(("ledger", "reason", "dropped first by it", ""), [(*why, n, f"{n / of:.1%}") for why, n in dropped.items()])
+    console.say(f"{' and '.join(source.ledgers)} keep {kept:,} of {opened.summary.samples:,} samples together")
+    console.result({"kept": kept, "dropped": {f"{name}: {reason}": n for (name, reason), n in dropped.items()}})
+
+
+def export(
+    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
+    out: Annotated[str, typer.Option(help="Folder or URL of the shards to write; of uids, the file.")],
+    ledger: Ledgers = None,
+    format: Annotated[ExportFormat, typer.Option(help="Shards, or uids alone: DataComp's subset file, or Parquet.")] = ExportFormat.SHARDS,
+    shard_bytes: Annotated[
+        int | None, typer.Option(parser=parse_bytes, metavar="SIZE", help="Of a shard, about; 256MB where it has no other bound.")
+    ] = None,
+    shard_samples: Annotated[int | None, typer.Option(min=1, help="Of a shard, at most.")] = None,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="In an order drawn from --seed; else as in the index.")] = False,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    repeat: Annotated[bool, typer.Option("--repeat", help="Write a sample as often as an epoch reads it; else once.")] = False,
+    max_bad_fraction: Annotated[float, typer.Option(min=0, max=1, help="Stop if a larger share cannot be read.")] = 0.1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written, and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write what ledgers keep as new shards, or as a list of uids. After a stop, the same command goes on where it was.
+
+    Example: mm data export index --ledger clean --out clean-shards --shard-bytes 256MB, or --format uids --out clean.npy
+    """
+    from mm_core.data.ledger import Source
+    from pipelines.curate.export import Export
+    from pipelines.curate.subset import export_uids
+
+    console = Console(as_json)
+    plan = Export.of(
+        Source.parse(index, ledger or ()), max_bytes=shard_bytes, max_samples=shard_samples, repeat=repeat, shuffle=shuffle, seed=seed
+    )
+    if plan.weighted:
+        console.note(f"{plan.weighted:,} samples have a sampling weight, which the export does not keep; --repeat writes them as often")
+    if format is not ExportFormat.SHARDS:
+        if dry_run:
+            console.say(f"would write the uids of {len(plan.order):,} samples to {out}")
+            console.result({"samples": len(plan.order), "out": out})
+            return
+        with console.progress("export", plan.index.summary.rows) as tracker:
+            count = export_uids(plan.index, plan.order, out, parquet=format is ExportFormat.PARQUET, on_progress=tracker.advance)
+        console.say(f"{out} lists {count:,} uids; next: mm data import INDEX {out} --name NAME")
+        console.result({"samples": count, "out": out})
+        return
+    if dry_run:
+        console.say(f"would write {len(plan.order):,} samples, {plan.bytes / 1e6:,.1f} MB, in {len(plan.ends):,} shards to {out}")
+        console.result({"shards": len(plan.ends), "samples": len(plan.order), "bytes": plan.bytes, "out": out})
+        return
+    with console.progress("export", len(plan.order)) as tracker:
+        summary = plan.write(out, max_bad_fraction=max_bad_fraction, on_progress=tracker.advance)
+    if summary.skipped:
+        console.table(("not exported because", "samples"), list(summary.skipped.items()))
+    if plan.plan.mask:
+        console.note(f"captions are masked ({', '.join(plan.plan.mask)}), as the ledgers say")
+    need = "" if len(plan.index.summary.need) > 1 else f" --modality {plan.index.summary.need[0]}"
+    console.say(
+        f"{summary.samples:,} samples are in {summary.shards:,} shards ({summary.bytes / 1e6:,.1f} MB) in {out};"
+        f" next: mm data index {out} --out INDEX{need}"
+    )
+    console.result({"shards": summary.shards, "samples": summary.samples, "bytes": summary.bytes, "skipped": summary.skipped, "out": out})
+
+
+def import_ledger(
+    index: Annotated[str, typer.Argument(help="An index.")],
+    file: Annotated[str, typer.Argument(help="Uids: DataComp's subset file (.npy), Parquet with a column uid, or text, one a line.")],
+    name: Annotated[str, typer.Option(help="Name of the ledger to write.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of a ledger of this name by other rules.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a ledger of a list of uids: what it lists is kept. A uid that is listed twice weighs 2.
+
+    Example: mm data import index subset.npy --name subset, then mm train clip-tiny --data index --ledger subset
+    """
+    from mm_core.data.index import Index
+    from pipelines.curate.subset import import_uids
+
+    console, opened = Console(as_json), Index.open(index)
+    with console.progress("import", opened.summary.rows) as tracker:
+        found = import_uids(opened, file, name, replace_ledger=replace, on_progress=tracker.advance)
+    if found.absent:
+        console.note(f"{found.absent:,} of the {found.listed:,} uids are of no usable sample of this index")
+    if found.repeated:
+        console.note(f"{found.repeated:,} uids are listed more than once: their samples weigh as often as they are listed")
+    summary = found.ledger
+    console.say(
+        f"ledger {name} keeps {summary.kept:,} of {opened.summary.samples:,} samples; next: mm train RECIPE --data {index} --ledger {name}"
+    )
+    console.result(
+        {"kept": summary.kept, "dropped": summary.dropped, "listed": found.listed, "absent": found.absent, "repeated": found.repeated}
+        | {"ledger": name, "fingerprint": summary.fingerprint}
+    )

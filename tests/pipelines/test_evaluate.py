@@ -10,9 +10,10 @@ import pytest
 from mm_core.bundle import load_bundle, write_bundle
 from mm_core.console import Console
 from mm_core.data.image import decode_centre
+from mm_core.data.ledger import compile_kept, split
 from mm_core.data.sample import Group, groups, read_group
 from mm_core.data.tar import walk
-from mm_core.errors import DataError
+from mm_core.errors import ConfigError, DataError
 from mm_core.models.clip import build_clip, clip_tiny
 from mm_core.models.sizes import SpecialTokens
 from mm_core.models.tokenizer import special_tokens, train_bpe
@@ -137,6 +138,17 @@ def test_an_index_without_captions_is_refused(model: str, corpus: Path, tmp_path
     pictures = build_index([str(corpus / "heldout")], str(tmp_path / "index"), need=("image",))
     with pytest.raises(DataError, match=r"was made for image, and this needs text.*--modality image-text"):
         evaluate_retrieval(load_bundle(model), model, [pictures.url])
+
+
+def test_ledgers_choose_what_is_retrieved(model: str, corpus: Path, tmp_path: Path) -> None:
+    bundle, index = load_bundle(model), build_index([str(corpus / "heldout")], str(tmp_path / "index"))
+    split(index, heldout=0.5, seed=1)
+    split(index, heldout=0.5, seed=2, names=("this", "that"))
+    metrics = evaluate_retrieval(bundle, model, [f"{index.url}#this"], ["train"]).metrics
+    assert metrics["images"] == len(compile_kept(index, ["train", "this"])) < index.summary.samples // 2
+    assert evaluate._source([f"{index.url}#train,this"], ()) == evaluate._source([index.url], ("train", "this"))
+    with pytest.raises(ConfigError, match=r"--ledger train chooses among the samples of an index, and .*heldout is not one index"):
+        evaluate_retrieval(bundle, model, [str(corpus / "heldout")], ["train"])
 
 
 def test_chance_is_what_guessing_gives() -> None:

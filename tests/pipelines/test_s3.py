@@ -26,6 +26,8 @@ from mm_core.errors import DataError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from mm_core.store import open_store
 from pipelines.cli import resolve_run
+from pipelines.curate.export import Export
+from pipelines.curate.subset import export_uids, import_uids
 from pipelines.index import build_index
 from pipelines.shards import check_shards
 from pipelines.train.dry_run import describe
@@ -224,6 +226,35 @@ def test_a_dry_run_counts_what_the_store_counts(index: Index, object_store: Obje
     assert wide is not None
     assert wide.requests < cost.requests
     assert wide.amplification > 1.5
+
+
+def test_a_dry_run_names_the_command_that_writes_less_to_read(index: Index) -> None:
+    split(index, heldout=0.9, seed=2, names=("tenth", "rest"))
+    arguments = ["train", "clip-tiny", "--data", index.url, "--ledger", "tenth", "--set=steps=3", "--set=global_batch_size=16", "--dry-run"]
+    done = CliRunner().invoke(mm.app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    command = f"mm data export {index.url}#tenth --out SHARDS"
+    assert f"{command}, then mm data index SHARDS --out INDEX" in done.output
+    planned = CliRunner().invoke(mm.app, [*command.split()[1:], "--dry-run"], catch_exceptions=False)
+    assert "would write" in planned.output
+
+
+def test_an_export_to_a_store_is_that_of_the_local_disk(index: Index, object_store: ObjectStore, tmp_path: Path) -> None:
+    object_store.faults()
+    target, plan = f"{bucket('exports')}/kept", Export.of(Source(index=index.url), max_samples=120, shuffle=True)
+    summary = plan.write(target)
+    local = plan.write(str(tmp_path / "out"))
+    fs, path = open_store(target)
+    assert {name.rpartition("/")[2] for name in fs.find(path)} == {"00000.tar", "00001.tar", "00002.tar", "export.json", "sizes.json"}
+    for name in ("00000.tar", "00001.tar", "00002.tar", "export.json"):
+        assert fs.cat_file(f"{path}/{name}") == (tmp_path / "out" / name).read_bytes()
+    assert plan.write(target) == summary == local
+    listed = f"{target}/uids/kept.parquet"
+    export_uids(index, plan.order, listed, parquet=True)
+    assert import_uids(index, listed, "listed").ledger.kept == index.summary.samples
+    with pytest.raises(DataError, match=r"cannot write shards to s3://no-such-bucket/x: .*bucket does not exist") as caught:
+        plan.write("s3://no-such-bucket/x")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_dry_run_of_local_data_costs_no_requests(corpus: Path, tmp_path: Path) -> None:

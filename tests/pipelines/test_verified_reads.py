@@ -85,7 +85,7 @@ def test_content_that_stays_another_is_quarantined_under_its_reason(index: Index
 
 def test_an_index_without_digests_says_so(index: Index) -> None:
     Path(index.url, "digests.npy").unlink()
-    with pytest.raises(DataError, match=r"no digests.npy, which --verify compares with: index the shards again"):
+    with pytest.raises(DataError, match=r"no digests.npy, which --verify and mm data export compare with: index the shards again"):
         IndexReader(index, verify=True)
 
 
