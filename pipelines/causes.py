@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ray.exceptions import RayError
 
 from mm_core.errors import MMError
@@ -23,3 +26,14 @@ def own_error(error: BaseException) -> MMError | None:
                 return cause
         seen = getattr(seen, "cause", None) or seen.__cause__
     return None
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise our own error in the place of one of Ray's that it caused."""
+    try:
+        yield
+    except RayError as error:
+        if (own := own_error(error)) is None:
+            raise
+        raise own from None

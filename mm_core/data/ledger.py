@@ -52,6 +52,7 @@ class LedgerSummary(Config):
     bounds: dict[str, float] = Field(default_factory=dict, description="By rule the least value that `top` keeps.")
     scores: dict[str, str] = Field(default_factory=dict, description="Fingerprints of the scores that the rules read, by name.")
     mask: tuple[PersonalKind, ...] = Field(default=(), description="Personal data that is masked in captions as they are read.")
+    counts: dict[str, dict[str, int]] = Field(default_factory=dict, description="Of duplicates: what each method found.")
 
 
 class Source(Config):

@@ -28,11 +28,14 @@ def attach(data: typer.Typer) -> None:
     data.command("ledgers")(list_ledgers)
     data.command("export")(export)
     data.command("import")(import_ledger)
+    data.command("dedup")(dedup)
 
 
 def score(
     index: Annotated[str, typer.Argument(help="An index.")],
-    what: Annotated[str, typer.Argument(help="What to measure: image (sharpness and information of every picture).")],
+    what: Annotated[
+        str, typer.Argument(help="What to measure: image (sharpness and information of every picture), hash (what dedup compares).")
+    ],
     as_json: Json = False,
 ) -> None:
     """Measure of every sample what the index does not hold, for rules that read it. After a stop, the same command goes on.
@@ -40,13 +43,14 @@ def score(
     Example: mm data score index image
     """
     from mm_core.data.index import Index
-    from pipelines.curate.score import score_images
+    from pipelines.curate.score import score_hashes, score_images
 
     console, opened = Console(as_json), Index.open(index)
-    if what != "image":
-        raise ConfigError(f"there is nothing called {what!r} to measure; known: image")
+    measures = {"image": score_images, "hash": score_hashes}
+    if what not in measures:
+        raise ConfigError(f"there is nothing called {what!r} to measure; known: {', '.join(measures)}")
     with console.progress("score", opened.summary.rows) as tracker:
-        summary = score_images(opened, on_progress=tracker.advance)
+        summary = measures[what](opened, on_progress=tracker.advance)
     if summary.unreadable:
         console.table(("could not be measured because", "samples"), list(summary.unreadable.items()))
     console.say(f"{', '.join(summary.columns)} of {opened.summary.samples:,} samples are in {opened.url}/scores/{what}")
@@ -222,3 +226,46 @@ def import_ledger(
         {"kept": summary.kept, "dropped": summary.dropped, "listed": found.listed, "absent": found.absent, "repeated": found.repeated}
         | {"ledger": name, "fingerprint": summary.fingerprint}
     )
+
+
+def dedup(
+    index: Annotated[str, typer.Argument(help="An index.")],
+    name: Annotated[str, typer.Option(help="Name of the ledger to write.")],
+    against: Annotated[
+        list[str] | None, typer.Option(help="Another index, such as a test set: what is in it is dropped. Again for several.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="exact (every byte), picture (every byte of the picture), perceptual, semantic; again for several."),
+    ] = None,
+    distance: Annotated[int, typer.Option(help="perceptual: bits in which the hashes may differ.")] = 8,
+    similarity: Annotated[float, typer.Option(help="semantic: the least cosine of the embeddings.")] = 0.95,
+    embeddings: Annotated[str, typer.Option(help="semantic: name of the scores that hold them.")] = "embeddings",
+    keep: Annotated[str, typer.Option(help="Of a group keep pixels (the largest picture), bytes, similarity or first.")] = "pixels",
+    only_against: Annotated[bool, typer.Option("--only-against", help="Look for no duplicates within the index.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of a ledger of this name by other rules.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find duplicates, and what is in another index, and write a ledger that keeps one sample of each group.
+
+    Example: mm data score index hash, then mm data dedup index --name unique, or with --against test-index
+    """
+    from mm_core.config import validate
+    from mm_core.data.index import Index
+    from pipelines.curate.dedup import DedupConfig, dedup_index
+
+    console = Console(as_json)
+    settings = {"distance": distance, "similarity": similarity, "embeddings": embeddings, "keep": keep, "only_against": only_against}
+    config = validate(DedupConfig, settings | ({"methods": method} if method else {}))
+    opened, others = Index.open(index), [Index.open(each) for each in against or ()]
+    with console.progress("dedup", unit="tasks") as tracker:
+        summary = dedup_index(
+            opened, name, config, against=others, replace_ledger=replace, on_progress=lambda what: tracker.advance(1, what)
+        )
+    counted = list(dict.fromkeys(key for counts in summary.counts.values() for key in counts))
+    console.table(("by", *counted), [(by, *(counts.get(key, "") for key in counted)) for by, counts in summary.counts.items()])
+    console.say(
+        f"ledger {name} keeps {summary.kept:,} of {opened.summary.samples:,} samples; next: mm train RECIPE --data {index} --ledger {name}"
+    )
+    groups = {by: counts["groups"] for by, counts in summary.counts.items() if "groups" in counts}
+    console.result({"kept": summary.kept, "dropped": summary.dropped, "groups": groups, "ledger": name, "counts": summary.counts})

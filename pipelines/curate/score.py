@@ -1,4 +1,4 @@
-"""`mm data score`: measure what an index's columns do not hold, as Ray tasks over blocks of samples; the numbers are written chunk by
+"""`mm data score`: measure what an index's columns do not hold, as Ray tasks over blocks of samples; what was measured is written chunk by
 chunk, in the index's order, so that a stop loses the chunk under way and no more."""
 
 from __future__ import annotations
@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32
 
 from mm_core.curation.picture import SIDE, PictureScores, measure_picture
+from mm_core.curation.picture_hash import HASHES, THUMBNAIL, VERSION, hash_picture
 from mm_core.curation.score_rules import Sharpness
 from mm_core.data.index import Index
 from mm_core.data.problems import SampleProblem
@@ -23,9 +24,26 @@ from mm_core.errors import ConfigError
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks
 
+HASH = "hash"
+"""Name of the scores that deduplication reads."""
 _BLOCK_ROWS = 1024
 Progress = Callable[[int], None]
 """Called with the number of rows measured since the last call."""
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What is measured of every picture."""
+
+    name: str
+    settings: dict[str, Any]
+    schema: pa.Schema
+    of: Callable[[bytes], tuple[Any, ...]]
+    """A picture's values, one of each column.
+
+    Raises:
+        SampleProblem: the picture cannot be decoded.
+    """
 
 
 @dataclass(frozen=True)
@@ -39,12 +57,16 @@ class _Block:
 
 @dataclass
 class _Chunk:
-    """A chunk's numbers, as its blocks come in."""
+    """What was measured of a chunk, as its blocks come in."""
 
-    values: Float32[np.ndarray, "rows columns"]
     missing: int
     """Rows that have not come yet."""
+    blocks: dict[int, pa.Table] = field(default_factory=dict)
+    """By first row."""
     unreadable: Counter[str] = field(default_factory=Counter)
+
+    def table(self) -> pa.Table:
+        return pa.concat_tables(self.blocks[first] for first in sorted(self.blocks))
 
 
 def score_images(index: Index, *, on_progress: Progress = lambda rows: None) -> ScoresSummary:
@@ -53,30 +75,56 @@ def score_images(index: Index, *, on_progress: Progress = lambda rows: None) -> 
     Raises:
         ConfigError: the index need not have pictures, or there are scores of this name by other settings.
     """
+    schema = pa.schema([(name, pa.float32()) for name in PictureScores._fields])
+    return _measured(index, _Measure(Sharpness.scores_name, {"side": SIDE, "version": 1}, schema, measure_picture), on_progress)
+
+
+def score_hashes(index: Index, *, on_progress: Progress = lambda rows: None) -> ScoresSummary:
+    """What `mm data dedup` compares pictures by, some 310 bytes a sample. After a stop the same call goes on.
+
+    Raises:
+        ConfigError: the index need not have pictures, or there are scores of this name by other settings.
+    """
+    schema = pa.schema(
+        [
+            ("picture", pa.binary(16)),
+            ("hashes", pa.binary(8 * HASHES)),
+            ("thumbnail", pa.binary(THUMBNAIL * THUMBNAIL)),
+            ("contrast", pa.float32()),
+        ]
+    )
+    return _measured(index, _Measure(HASH, {"version": VERSION}, schema, _hash), on_progress)
+
+
+def _hash(data: bytes) -> tuple[Any, ...]:
+    found = hash_picture(data)
+    return found.digest, found.hashes.astype("<u8").tobytes(), found.thumbnail.tobytes(), found.contrast
+
+
+def _measured(index: Index, measure: _Measure, on_progress: Progress) -> ScoresSummary:
     if "image" not in index.summary.need:
         raise ConfigError(f"the samples of {index.url} need not have images: there is nothing to measure")
-    scores = Scores(index, Sharpness.scores_name)
-    summary = ScoresSummary(
-        index_fingerprint=index.summary.fingerprint, kind="image", settings={"side": SIDE, "version": 1}, columns=PictureScores._fields
-    )
+    scores = Scores(index, measure.name)
+    numbers = tuple(column.name for column in measure.schema if pa.types.is_floating(column.type))
+    summary = ScoresSummary(index_fingerprint=index.summary.fingerprint, kind=measure.name, settings=measure.settings, columns=numbers)
     scores.begin(summary)
     found = scores.summary() or summary
     if found.complete:
         return found
     unreadable = Counter(found.unreadable)
     chunks: dict[int, _Chunk] = {}
+    table = scores.values
     blocks = list(_blocks(scores, on_progress))
     with ray_session():
-        for number, (values, reasons) in run_tasks(partial(_measure_block, index.url), blocks):
+        for number, (values, reasons) in run_tasks(partial(_measure_block, index.url, measure), blocks):
             block = blocks[number]
-            first, last = scores.values.bounds(block.chunk)
-            chunk = chunks.setdefault(block.chunk, _Chunk(np.full((last - first, len(summary.columns)), np.nan, np.float32), last - first))
-            chunk.values[block.first - first : block.last - first] = values
+            first, last = table.bounds(block.chunk)
+            chunk = chunks.setdefault(block.chunk, _Chunk(last - first))
+            chunk.blocks[block.first] = values
             chunk.unreadable.update(reasons)
             chunk.missing -= block.last - block.first
             if not chunk.missing:
-                columns = {name: pa.array(chunk.values[:, i], from_pandas=True) for i, name in enumerate(summary.columns)}
-                scores.values.write(block.chunk, pa.table(columns))
+                table.write(block.chunk, chunk.table())
                 unreadable.update(chunk.unreadable)
                 scores.save(summary.model_copy(update={"unreadable": dict(unreadable)}))
                 del chunks[block.chunk]
@@ -97,20 +145,21 @@ def _blocks(scores: Scores, on_progress: Progress) -> Iterator[_Block]:
             yield _Block(chunk, start, min(last, start + _BLOCK_ROWS))
 
 
-def _measure_block(url: str, block: _Block) -> tuple[Float32[np.ndarray, "rows columns"], Counter[str]]:
+def _measure_block(url: str, measure: _Measure, block: _Block) -> tuple[pa.Table, Counter[str]]:
     reader = _reader(url)
     index = reader.index
-    values = np.full((block.last - block.first, len(PictureScores._fields)), np.nan, dtype=np.float32)
+    rows: list[tuple[Any, ...]] = [(None,) * len(measure.schema)] * (block.last - block.first)
     good = block.first + np.flatnonzero(usable(index.locators["flags"][block.first : block.last], index.summary.need))
     unreadable: Counter[str] = Counter()
     for ordinal, sample in zip(good, reader.read(good.astype(np.uint64)), strict=True):
         try:
             if isinstance(sample, SampleProblem):
                 raise sample
-            values[ordinal - block.first] = measure_picture(sample.image or b"")
+            rows[ordinal - block.first] = measure.of(sample.image or b"")
         except SampleProblem as problem:
             unreadable[problem.reason.value] += 1
-    return values, unreadable
+    columns = [pa.array(values, column.type) for values, column in zip(zip(*rows, strict=True), measure.schema, strict=True)]
+    return pa.Table.from_arrays(columns, schema=measure.schema), unreadable
 
 
 @lru_cache(maxsize=4)

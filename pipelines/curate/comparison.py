@@ -1,0 +1,111 @@
+"""Who is compared with whom when duplicates are looked for, whatever they are compared by.
+
+Samples of all indexes have one numbering: those of the index that is deduplicated first, then those of the others. Pairs are of such
+numbers, 16 bytes each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from mm_core.curation.components import NO_PAIRS, Pairs, forest, lowest_match
+from mm_core.data.index import Index
+from mm_core.data.scan import usable
+
+_HELD_PAIRS = 1 << 20
+Progress = Callable[[str], None]
+"""Called with what is being done when a part of it is."""
+Loaded = tuple[NDArray[Any], ...]
+
+
+@dataclass(frozen=True)
+class Side:
+    """An index, whose samples are numbered from `offset` on."""
+
+    url: str
+    offset: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The samples of an index with those of others; or where there are no others, with each other."""
+
+    index: Side
+    against: tuple[Side, ...] = ()
+    left_out: ray.ObjectRef | None = None
+    """Numbers of samples that are not looked at, ascending."""
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return self.index, *self.against
+
+    def ours(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return numbers < self.index.rows
+
+    def looked_at(self, side: Side, first: int, last: int) -> NDArray[np.bool_]:
+        """Which of the rows are compared, if they have what is compared: the usable ones."""
+        index = opened(side.url)
+        good = usable(index.locators["flags"][first:last], index.summary.need)
+        if self.left_out is not None:
+            numbers: NDArray[np.int64] = ray.get(self.left_out)
+            low, high = np.searchsorted(numbers, [side.offset + first, side.offset + last])
+            good[numbers[low:high] - side.offset - first] = False
+        return good
+
+    def fewer(self, pairs: Pairs) -> Pairs:
+        """No more pairs than samples, that say the same."""
+        return lowest_match(pairs) if self.against else forest(pairs)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Pairs of numbers, the lower first, and what was counted on the way."""
+
+    pairs: Pairs
+    counts: Counter[str]
+
+
+class PairSink:
+    """Collects pairs in bounded memory."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self._comparison = comparison
+        self._parts: list[Pairs] = []
+        self._held, self._bound = 0, _HELD_PAIRS
+
+    def add(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> None:
+        self._parts.append(np.stack([np.minimum(first, second), np.maximum(first, second)], axis=1))
+        self._held += len(first)
+        if self._held > self._bound:
+            self._parts = [self.pairs()]
+            self._held = len(self._parts[0])
+            self._bound = max(_HELD_PAIRS, 2 * self._held)
+
+    def pairs(self) -> Pairs:
+        return self._comparison.fewer(np.concatenate([NO_PAIRS, *self._parts]))
+
+
+def load(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], returns: int) -> list[tuple[ray.ObjectRef, ...]]:
+    """What tasks read, as objects that other tasks share: in each node's object store, from where they go to its disk when it is full."""
+    task = ray.remote(function).options(num_returns=returns)
+    return [tuple(task.remote(*each)) for each in arguments]
+
+
+def gathered(blocks: Sequence[tuple[ray.ObjectRef, ...]]) -> Iterator[Loaded]:
+    """The blocks' arrays, one block at a time."""
+    for refs in blocks:
+        yield tuple(ray.get(list(refs)))
+
+
+@lru_cache(maxsize=8)
+def opened(url: str) -> Index:
+    return Index.open(url)
