@@ -68,10 +68,10 @@ def resolve(
     return validate(type(base), values), origins
 
 
-def validate(model: type[C], values: Mapping[str, Any]) -> C:
-    """Build `model`, turning pydantic's report into one line per problem."""
+def validate(model: type[C], values: Mapping[str, Any], context: Mapping[str, Any] | None = None) -> C:
+    """Build `model`, turning pydantic's report into one line per problem. `context` is for its validators."""
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=dict(context or {}))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or model.__name__}: {e['msg']}, got {e['input']!r}" for e in error.errors())
         raise ConfigError(f"invalid configuration: {problems}") from None

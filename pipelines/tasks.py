@@ -26,9 +26,10 @@ def run_tasks(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
     """
     at_a_time = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     task, waiting = ray.remote(_returned), iter(enumerate(items))
+    stored = ray.put(function)  # once, however many items: it may bring a long list of terms
     running: dict[ray.ObjectRef, int] = {}
     try:
-        while running := running | {task.remote(function, item): n for n, item in islice(waiting, at_a_time - len(running))}:
+        while running := running | {task.remote(stored, item): n for n, item in islice(waiting, at_a_time - len(running))}:
             (first,), _ = ray.wait(list(running))
             result = ray.get(first)
             number = running.pop(first)

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from mm_core.config import Config
-from mm_core.curation.rows import Captions, Rows
+from mm_core.curation.captions import Captions
+from mm_core.curation.rows import Rows
 
 Values = Float[np.ndarray, " n"]
 
@@ -32,6 +34,8 @@ class Judgement:
     """NaN where there is nothing to measure."""
     labels: pa.Array | None = None
     """For a rule that names what it found, as a language, the names."""
+    weights: Float[np.ndarray, " rows"] | None = None
+    """For a rule that says how often a kept sample is drawn: 1 is once an epoch."""
 
 
 class Rule(Config):
@@ -51,6 +55,33 @@ class Rule(Config):
 
     @abstractmethod
     def judge(self, rows: Rows) -> Judgement: ...
+
+
+class CountingRule(Rule):
+    """A rule that decides by counts over the whole index. It is shown all rows, in as many passes as it needs, before it judges any.
+
+    Counts of parts add up. So neither how the index is divided nor who counts what changes a decision.
+    """
+
+    of_all: ClassVar[bool] = False
+    """Whether it counts every sample, or those that the rules before it keep."""
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """Over the index, that it still needs before it can judge."""
+
+    @abstractmethod
+    def count(self, rows: Rows, chosen: Bool[np.ndarray, " rows"]) -> Int64[np.ndarray, " counts"]:
+        """What the pass at hand counts of those chosen."""
+
+    @abstractmethod
+    def learn(self, counts: NDArray[np.int64]) -> Self:
+        """This rule with the counts of one pass over the whole index.
+
+        Raises:
+            DataError: they leave nothing to decide by.
+        """
 
 
 class Bounded(Rule):

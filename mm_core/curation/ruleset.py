@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt64
+from jaxtyping import Float, Int, UInt64
+from numpy.typing import NDArray
 
 from mm_core.config import nearest, read_file, validate
-from mm_core.curation import image_rules, score_rules, text_rules
+from mm_core.curation import balance_rules, image_rules, score_rules, text_rules
 from mm_core.curation.rows import Rows
-from mm_core.curation.rule import Judgement, Rule
+from mm_core.curation.rule import CountingRule, Judgement, Rule
 from mm_core.data.personal import PersonalKind
-from mm_core.errors import ConfigError
+from mm_core.errors import ConfigError, DataError
 
 _KINDS: tuple[type[Rule], ...] = (
     image_rules.ShorterSide,
@@ -45,6 +46,8 @@ _KINDS: tuple[type[Rule], ...] = (
     text_rules.Personal,
     score_rules.Sharpness,
     score_rules.Information,
+    balance_rules.Balance,
+    balance_rules.Reweight,
 )
 RULES: dict[str, type[Rule]] = {kind.model_fields["rule"].default: kind for kind in _KINDS}
 """By the name that `rule:` has."""
@@ -63,6 +66,14 @@ class Verdict:
     judgements: list[Judgement]
     """By rule."""
 
+    @property
+    def weights(self) -> Float[np.ndarray, " rows"]:
+        """How often a row is drawn in an epoch: 0 where it fails a rule, else the product of what the rules say."""
+        weights = (self.first < 0).astype(np.float64)
+        for judgement in self.judgements:
+            weights *= 1.0 if judgement.weights is None else judgement.weights
+        return weights
+
 
 @dataclass(frozen=True)
 class RuleSet:
@@ -79,11 +90,14 @@ class RuleSet:
         values = read_file(path)
         if unknown := sorted(set(values) - {"rules"}):
             raise ConfigError(f"{path}: unknown key {unknown[0]!r}; a file of rules has one key, `rules`")
-        return cls.parse(values.get("rules"), where=str(path))
+        return cls.parse(values.get("rules"), where=str(path), folder=path.parent)
 
     @classmethod
-    def parse(cls, named: Any, *, where: str) -> RuleSet:
+    def parse(cls, named: Any, *, where: str, folder: Path | None = None) -> RuleSet:
         """
+        Args:
+            folder: that of files which rules name.
+
         Raises:
             ConfigError: the first rule that is not valid, with the nearest name of one that is.
         """
@@ -91,7 +105,7 @@ class RuleSet:
             raise ConfigError(f"{where}: `rules` is a mapping of names to rules, for example `small: {{rule: shorter_side, min: 200}}`")
         if len(named) > MAX_RULES:
             raise ConfigError(f"{where}: {len(named)} rules, above {MAX_RULES}: make several ledgers, which a run takes together")
-        return cls({str(name): _parse_rule(str(name), values, where) for name, values in named.items()})
+        return cls({str(name): _parse_rule(str(name), values, where, folder) for name, values in named.items()})
 
     @property
     def columns(self) -> list[str]:
@@ -112,6 +126,48 @@ class RuleSet:
         """Personal data that is masked in captions as they are read."""
         masking = [rule for rule in self.rules.values() if isinstance(rule, text_rules.Personal) and rule.action == "mask"]
         return tuple(kind for kind in PersonalKind if any(kind in rule.kinds for rule in masking))
+
+    @property
+    def passes(self) -> int:
+        """Over the index, to count, before these can judge."""
+        return sum(rule.passes for rule in self.rules.values() if isinstance(rule, CountingRule))
+
+    def counted_for(self, name: str) -> RuleSet:
+        """The rule `name`, behind those that decide whom it counts."""
+        rules = list(self.rules.items())
+        last = list(self.rules).index(name)
+        rule = self.rules[name]
+        return RuleSet(dict(rules[last if isinstance(rule, CountingRule) and rule.of_all else 0 : last + 1]))
+
+    def count(self, rows: Rows) -> NDArray[np.int64]:
+        """What the last rule counts among those that the others keep."""
+        *before, last = self.rules
+        rule = self.rules[last]
+        assert isinstance(rule, CountingRule), "only these count"
+        return rule.count(rows, RuleSet({name: self.rules[name] for name in before}).judge(rows).first < 0)
+
+    def settled(self, counted: Callable[[RuleSet], NDArray[np.int64]]) -> RuleSet:
+        """These rules, ready to judge: each that counts knows its counts, in the file's order, as those before it decide whom it counts.
+
+        Args:
+            counted: the sum over the whole index of what `count` gives of a rule set.
+
+        Raises:
+            DataError: a rule that its counts leave nothing to decide by.
+        """
+        rules = self
+        for name in self.rules:
+            while isinstance(rule := rules.rules[name], CountingRule) and rule.passes:
+                counts = counted(rules.counted_for(name))
+                try:
+                    rules = rules.with_rule(name, rule.learn(counts))
+                except DataError as error:
+                    raise DataError(f"rule {name!r}: {error}") from None
+        return rules
+
+    def with_rule(self, name: str, rule: Rule) -> RuleSet:
+        """`rule` in the place of the one that is called so."""
+        return replace(self, rules={**self.rules, name: rule})
 
     @property
     def hash(self) -> str:
@@ -159,7 +215,7 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _parse_rule(name: str, values: Any, where: str) -> Rule:
+def _parse_rule(name: str, values: Any, where: str, folder: Path | None) -> Rule:
     if not isinstance(values, dict) or not isinstance(values.get("rule"), str):
         raise ConfigError(f"{where}: rule {name!r} does not say which rule it is: {name}: {{rule: shorter_side, min: 200}}")
     kind = RULES.get(values["rule"])
@@ -171,6 +227,6 @@ def _parse_rule(name: str, values: Any, where: str) -> Rule:
                 f"{where}: rule {name!r}: {values['rule']} has no parameter {key!r}{nearest(str(key), list(kind.model_fields))}"
             )
     try:
-        return validate(kind, values)
+        return validate(kind, values, {"folder": folder})
     except ConfigError as error:
         raise ConfigError(f"{where}: rule {name!r}: {error}") from None

@@ -1,25 +1,37 @@
-"""Rules about scores that `mm data score` wrote beside the index: what needs a picture's bytes, or a model."""
+"""Rules about scores that `mm data score` wrote beside the index: what needs a picture's bytes, or a model.
+
+`top`, which keeps a share of all, counts all scores first; its bound is exact (`quantile`).
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
-from jaxtyping import Float
-from pydantic import Field, model_validator
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from pydantic import Field, PrivateAttr, model_validator
 
+from mm_core.curation.quantile import count, locate, value_at
 from mm_core.curation.rows import Rows
-from mm_core.curation.rule import SampleRule
+from mm_core.curation.rule import CountingRule, SampleRule
+from mm_core.errors import DataError
 
 
-class ScoreRule(SampleRule):
+class ScoreRule(SampleRule, CountingRule):
     """One column of some scores. A sample that could not be scored is within no bounds."""
 
+    of_all = True
     scores_name: ClassVar[str]
     column: ClassVar[str]
     top: float | None = Field(
         default=None, gt=0, le=1, description="Instead of bounds: keep this share, those with the highest values, of all that have one."
     )
+
+    _cell: int | None = PrivateAttr(default=None)
+    """Where the first pass found the bound to be."""
+    _rest: int = PrivateAttr(default=0)
+    """Which of the values there it is, from above."""
 
     @property
     def scores(self) -> str:
@@ -33,6 +45,25 @@ class ScoreRule(SampleRule):
 
     def measure(self, rows: Rows) -> Float[np.ndarray, " rows"]:
         return np.asarray(rows.scores[self.scores][self.column].to_numpy(), dtype=np.float64)
+
+    @property
+    def passes(self) -> int:
+        if self.top is None or self.min is not None:
+            return 0
+        return 2 if self._cell is None else 1
+
+    def count(self, rows: Rows, chosen: Bool[np.ndarray, " rows"]) -> NDArray[np.int64]:
+        return count(self.measure(rows)[chosen].astype(np.float32), self._cell)
+
+    def learn(self, counts: NDArray[np.int64]) -> Self:
+        if self._cell is not None:
+            place, _ = locate(counts, self._rest)
+            return self.model_copy(update={"min": value_at(self._cell, place)})
+        if not counts.sum():
+            raise DataError(f"not one sample has a score {self.scores!r}")
+        learned = self.model_copy()
+        learned._cell, learned._rest = locate(counts, max(1, round((self.top or 1) * int(counts.sum()))))
+        return learned
 
 
 class Sharpness(ScoreRule):

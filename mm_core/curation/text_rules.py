@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 from jaxtyping import Float
 from pydantic import Field
 
+from mm_core.curation.captions import Captions
 from mm_core.curation.language import languages_of
-from mm_core.curation.rows import Captions, Rows
+from mm_core.curation.rows import Rows
 from mm_core.curation.rule import CaptionRule, Judgement, Rule, per_sample
 from mm_core.data.personal import PersonalKind, personal_in
 

@@ -3,6 +3,8 @@
     INDEX/ledgers/NAME/ledger.json           index fingerprint, rule, counts
     INDEX/ledgers/NAME/decisions/*.parquet   `repeat` (0 dropped, 1 kept, else a weight) and `reason`, in the index's order;
                                              of rules also `fails` (a bit per rule) and each rule's `value.RULE`
+    INDEX/ledgers/NAME/concepts.parquet      of rules that count what captions are about, samples before and after by concept
+    INDEX/ledgers/NAME/groups.json           what `mm data groups` counted
 
 Several ledgers on one run: what all keep is kept, their weights multiply. A place of an epoch → sample ordinal is one array look-up,
 with weights other than 0 and 1 a binary search in a second array.

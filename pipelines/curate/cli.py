@@ -24,6 +24,7 @@ def attach(data: typer.Typer) -> None:
     """Add these commands to `mm data`."""
     data.command("score")(score)
     data.command("filter")(filter_samples)
+    data.command("groups")(groups)
     data.command("rules")(rules)
     data.command("ledgers")(list_ledgers)
     data.command("export")(export)
@@ -68,12 +69,15 @@ def filter_samples(
 
     Example: mm data filter index --rules rules.yaml --name clean, then mm train clip-tiny --data index --ledger clean
     """
+    from mm_core.curation.concepts import read_concepts
     from mm_core.curation.ruleset import RuleSet
     from mm_core.data.index import Index
+    from mm_core.data.ledger import Ledger
     from pipelines.curate.filter import filter_index
+    from pipelines.curate.tables import show_concepts
 
     console, rule_set, opened = Console(as_json), RuleSet.read(rules), Index.open(index)
-    with console.progress("filter", opened.summary.rows) as tracker:
+    with console.progress("filter", opened.summary.rows * (1 + rule_set.passes), unit="rows") as tracker:
         summary = filter_index(opened, rule_set, name, replace_ledger=replace, on_progress=tracker.advance)
     of = max(1, opened.summary.samples)
     rows = [
@@ -81,12 +85,41 @@ def filter_samples(
         for rule, fails in summary.failed.items()
     ]
     console.table(("rule", "dropped by it first", "", "fail it in all", ""), rows)
+    show_concepts(console, read_concepts(Ledger(opened, name)))
     console.say(
         f"ledger {name} keeps {summary.kept:,} of {opened.summary.samples:,} samples; next: mm train RECIPE --data {index} --ledger {name}"
     )
     console.result(
         {"kept": summary.kept, "dropped": summary.dropped, "failed": summary.failed, "ledger": name, "fingerprint": summary.fingerprint}
     )
+
+
+def groups(
+    index: Annotated[str, typer.Argument(help="An index.")],
+    terms: Annotated[Path, typer.Option(help="YAML file of groups and their terms.")],
+    ledger: Annotated[list[str] | None, typer.Option(help="A ledger; again for more. What all of them keep is counted too.")] = None,
+    max_difference: Annotated[float, typer.Option(min=0, max=1, help="Between keep rates; pairs surely above it are shown.")] = 0.05,
+    as_json: Json = False,
+) -> None:
+    """Count groups of samples, told by terms in their captions, before and after ledgers, and show whom a rule keeps less of than others.
+
+    Example: mm data groups index --terms groups.yaml --ledger clean
+    """
+    from mm_core.curation.text_file import TextFile
+    from mm_core.data.index import Index
+    from pipelines.curate.groups import report_index
+    from pipelines.curate.tables import show_groups
+
+    console, opened = Console(as_json), Index.open(index)
+    try:
+        file = TextFile.read(str(terms))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    with console.progress("groups", opened.summary.rows, unit="rows") as tracker:
+        reports = report_index(opened, file, ledger or (), max_difference=max_difference, on_progress=tracker.advance)
+    for report in reports:
+        show_groups(console, report, ledger or ())
+    console.result({"reports": [report.model_dump(mode="json") for report in reports]})
 
 
 def rules(

@@ -1,35 +1,35 @@
 """`mm data filter`: rules laid over an index, chunk by chunk, as Ray tasks; each writes its part of a ledger.
 
-A decision depends on the sample, the rules and the scores alone: not on how many tasks there are, nor where they run. Only `top`, which
-keeps a share of all, looks at every sample first; its threshold is exact (`mm_core.curation.quantile`).
+A decision depends on the sample, the rules and the scores alone: not on how many tasks there are, nor where they run. Rules that decide by
+counts over the whole index (`CountingRule`: a share of all, a balance) have every row counted in passes of their own first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mm_core.curation.quantile import count, locate, value_at
-from mm_core.curation.rows import Rows
+from mm_core.curation.balance_rules import ConceptRule
+from mm_core.curation.concepts import write_concepts
 from mm_core.curation.rule import Judgement
 from mm_core.curation.ruleset import RuleSet, Verdict
 from mm_core.curation.score_rules import ScoreRule
 from mm_core.data.index import Index
 from mm_core.data.ledger import Decided, Ledger, LedgerSummary
-from mm_core.data.scan import BATCH_ROWS, usable
 from mm_core.data.scores import Scores
 from mm_core.errors import ConfigError, DataError
+from pipelines.curate.batches import batches, bounds_of, chunks_of, opened, usable_rows
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks
 
 Progress = Callable[[int], None]
-"""Called with the number of rows judged since the last call."""
+"""Called with the number of rows counted or judged since the last call: all of the index once, and once for each of `RuleSet.passes`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,17 @@ class _Job:
     index: str
     ledger: str
     rules: RuleSet
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a chunk came to."""
+
+    decided: Decided
+    failed: NDArray[np.int64]
+    """Samples by rule."""
+    concepts: dict[str, NDArray[np.int64]]
+    """Kept samples by concept, of the rules that count some."""
 
 
 def filter_index(
@@ -62,22 +73,23 @@ def filter_index(
             f"the index at {index.url} has a ledger {name!r} by other rules ({found.rule}): give another --name, or --replace"
         )
     with ray_session():
-        bounds = _top_bounds(index, rules)
-        job = _Job(index.url, name, _bounded(rules, bounds))
+        settled = rules.settled(partial(_counted, ledger, on_progress))
         ledger.remove()
         decided: dict[int, Decided] = {}
         failed = np.zeros(len(rules.rules), dtype=np.int64)
-        for chunk, (result, fails) in run_tasks(partial(_decide, job), range(len(ledger.decisions))):
-            decided[chunk] = result
-            failed += fails
-            first, last = ledger.decisions.bounds(chunk)
-            on_progress(last - first)
+        concepts: dict[str, NDArray[np.int64]] = {}
+        for chunk, part in run_tasks(partial(_decide, _Job(index.url, name, settled)), chunks_of(index)):
+            decided[chunk] = part.decided
+            failed += part.failed
+            concepts = {name: concepts.get(name, 0) + counts for name, counts in part.concepts.items()}
+            on_progress(_size(index, chunk))
+    write_concepts(ledger, settled, concepts)
     return ledger.finish(
         [decided[chunk] for chunk in sorted(decided)],
         rule=made_by,
         rules={name: rule.model_dump(mode="json") for name, rule in rules.rules.items()},
         failed=dict(zip(rules.rules, failed.tolist(), strict=True)),
-        bounds=bounds,
+        bounds={name: rule.min for name, rule in settled.rules.items() if isinstance(rule, ScoreRule) and rule.top is not None},
         scores=scores,
         mask=rules.mask,
     )
@@ -90,57 +102,48 @@ def _score_fingerprint(index: Index, score: str, rule: str) -> str:
         raise DataError(f"rule {rule!r}: {error}; make them: mm data score {index.url} {score}") from None
 
 
-def _top_bounds(index: Index, rules: RuleSet) -> dict[str, float]:
-    """For each rule that keeps a share of all the least value it keeps."""
-    bounds = {}
-    for name, rule in rules.rules.items():
-        if isinstance(rule, ScoreRule) and rule.top is not None:
-            whole = _counted(index, rule, None)
-            if not whole.sum():
-                raise DataError(f"rule {name!r}: not one sample of {index.url} has a score {rule.scores!r}")
-            cell, rest = locate(whole, max(1, round(rule.top * int(whole.sum()))))
-            place, _ = locate(_counted(index, rule, cell), rest)
-            bounds[name] = value_at(cell, place)
-    return bounds
+def _counted(ledger: Ledger, on_progress: Progress, rules: RuleSet) -> NDArray[np.int64]:
+    """What the last of the rules counts over the whole index."""
+    total = np.zeros(1, dtype=np.int64)
+    for chunk, counts in run_tasks(partial(_count, _Job(ledger.index.url, ledger.name, rules)), chunks_of(ledger.index)):
+        total = total + counts
+        on_progress(_size(ledger.index, chunk))
+    return total
 
 
-def _counted(index: Index, rule: ScoreRule, cell: int | None) -> NDArray[np.int64]:
-    chunks = range(len(Scores(index, rule.scores).values))
-    return np.asarray(sum(counts for _, counts in run_tasks(partial(_count, index.url, rule, cell), chunks)))
+def _size(index: Index, chunk: int) -> int:
+    first, last = bounds_of(index, chunk)
+    return last - first
 
 
-def _count(url: str, rule: ScoreRule, cell: int | None, chunk: int) -> NDArray[np.int64]:
-    values = Scores(_opened(url), rule.scores).values.read(chunk, [rule.column])[rule.column]
-    return count(np.asarray(values.to_numpy(), dtype=np.float32), cell)
+def _count(job: _Job, chunk: int) -> NDArray[np.int64]:
+    index, total = opened(job.index), np.zeros(1, dtype=np.int64)
+    for rows in batches(index, chunk, job.rules.columns, job.rules.scores):
+        total = total + job.rules.count(rows)
+    return total
 
 
-def _bounded(rules: RuleSet, bounds: dict[str, float]) -> RuleSet:
-    given = {name: rule.model_copy(update={"min": bounds[name]}) for name, rule in rules.rules.items() if name in bounds}
-    return replace(rules, rules={**rules.rules, **given})
-
-
-def _decide(job: _Job, chunk: int) -> tuple[Decided, NDArray[np.int64]]:
-    """Judge the rows of a chunk and write them. Batches small enough for a processor's cache: larger ones take five times as long."""
-    index, rules = _opened(job.index), job.rules
-    ledger = Ledger(index, job.ledger)
-    first, last = ledger.decisions.bounds(chunk)
-    good = usable(index.locators["flags"][first:last], index.summary.need)
-    table = index.rows(first, last, rules.columns or ["row"]).filter(pa.array(good))
-    scores = {name: Scores(index, name).values.read(chunk).filter(pa.array(good)) for name in rules.scores}
-    verdicts = [
-        rules.judge(Rows(table.slice(at, BATCH_ROWS), {name: values.slice(at, BATCH_ROWS) for name, values in scores.items()}))
-        for at in range(0, table.num_rows, BATCH_ROWS)
-    ]
-    kept, reasons, more = _columns(rules, verdicts, good)
+def _decide(job: _Job, chunk: int) -> _Part:
+    """Judge the rows of a chunk and write them."""
+    rules, concepts = job.rules, {name: rule for name, rule in job.rules.rules.items() if isinstance(rule, ConceptRule)}
+    index, verdicts = opened(job.index), []
+    kept_of = {name: np.zeros(len(rule.concepts), dtype=np.int64) for name, rule in concepts.items()}
+    for rows in batches(index, chunk, job.rules.columns, job.rules.scores):
+        verdicts.append(rules.judge(rows))
+        for name, rule in concepts.items():
+            kept_of[name] += rule.count(rows, verdicts[-1].first < 0)
+    repeat, reasons, more = _columns(rules, verdicts, usable_rows(index, chunk))
     failed = np.array([sum(int((~v.judgements[n].keep).sum()) for v in verdicts) for n in range(len(rules.rules))])
-    return ledger.write_chunk(chunk, kept, reasons, more), failed
+    return _Part(Ledger(index, job.ledger).write_chunk(chunk, repeat, reasons, more), failed, kept_of)
 
 
 def _columns(rules: RuleSet, verdicts: list[Verdict], good: NDArray[np.bool_]) -> tuple[NDArray[np.float32], pa.Array, dict[str, Any]]:
     """Weights, reasons and the further columns of a chunk, of all its rows."""
     first = np.full(len(good), -1)
     fails = np.zeros(len(good), dtype=np.uint64)
+    repeat = np.zeros(len(good), dtype=np.float32)
     if verdicts:
+        repeat[good] = np.concatenate([verdict.weights for verdict in verdicts])
         first[good] = np.concatenate([verdict.first for verdict in verdicts])
         fails[good] = np.concatenate([verdict.fails for verdict in verdicts])
     reasons = pa.array(list(rules.rules)).take(pa.array(first, mask=first < 0))
@@ -153,7 +156,7 @@ def _columns(rules: RuleSet, verdicts: list[Verdict], good: NDArray[np.bool_]) -
         more[f"value.{name}"] = pa.array(values, from_pandas=True)
         if judgements and judgements[0].labels is not None:
             more[f"label.{name}"] = _labels(judgements, good)
-    return (first < 0).astype(np.float32), reasons, more
+    return repeat, reasons, more
 
 
 def _labels(judgements: list[Judgement], good: NDArray[np.bool_]) -> pa.Array:
@@ -161,8 +164,3 @@ def _labels(judgements: list[Judgement], good: NDArray[np.bool_]) -> pa.Array:
     labels = pa.concat_arrays([judgement.labels.cast(pa.string()) for judgement in judgements if judgement.labels is not None])
     places = np.cumsum(good) - 1
     return labels.take(pa.array(places, mask=~good)).dictionary_encode()
-
-
-@lru_cache(maxsize=4)
-def _opened(url: str) -> Index:
-    return Index.open(url)

@@ -25,6 +25,7 @@ from mm_core.data.sample import Sample
 from mm_core.data.scores import Scores
 from mm_core.errors import ConfigError, DataError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
+from pipelines.curate import batches
 from pipelines.curate import filter as filtering
 from pipelines.curate.filter import filter_index
 from pipelines.curate.score import score_images
@@ -79,12 +80,12 @@ def test_decisions_do_not_depend_on_how_the_rows_are_divided(index: Index, monke
     whole = filter_index(index, rule_set(), "whole")
     before = pa.concat_tables(Ledger(index, "whole").decisions.tables())
     monkeypatch.setattr(side_table, "CHUNK_ROWS", 100)
-    monkeypatch.setattr(filtering, "BATCH_ROWS", 7)
+    monkeypatch.setattr(batches, "BATCH_ROWS", 7)
     job = filtering._Job(index.url, "parts", rule_set())
     parts = [filtering._decide(job, chunk) for chunk in (3, 1, 0, 2)]
     after = pa.concat_tables(Ledger(index, "parts").decisions.tables())
     assert after.combine_chunks().cast(before.schema).equals(before.combine_chunks())
-    assert sum(decided.kept for decided, _ in parts) == whole.kept
+    assert sum(part.decided.kept for part in parts) == whole.kept
 
 
 def test_the_same_rules_give_the_same_ledger_and_others_are_refused(index: Index) -> None:

@@ -7,7 +7,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_core.curation.rows import Captions, Rows
+from mm_core.curation.captions import Captions
+from mm_core.curation.rows import Rows
 
 CAPTION = st.text(st.sampled_from("aAbßü日1!. \t\n\u00a0-"), min_size=1, max_size=30)
 
