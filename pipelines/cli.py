@@ -16,7 +16,7 @@ import typer
 from mm_core.console import Console
 from mm_core.errors import ConfigError
 from pipelines.curate.cli import attach as attach_curation
-from pipelines.options import Json, Ledgers, Settings
+from pipelines.options import Json, Ledgers, Settings, tracking_config
 
 if TYPE_CHECKING:
     from pipelines.tracking import TrackingConfig
@@ -223,7 +223,7 @@ def evaluate(
         zeroshot=zeroshot,
         retrieval=retrieval or (),
         ledgers=ledger or (),
-        tracking=_tracking(settings),
+        tracking=tracking_config(settings),
         plots=plots,
         console=console,
     )
@@ -248,7 +248,11 @@ def register(
     console = Console(as_json)
     folder = bundle_of(source)
     model = register_bundle(
-        _tracking(settings), name=name, bundle_folder=folder, alias=alias, metrics=evaluation_metrics(folder, _tracking(settings))
+        tracking_config(settings),
+        name=name,
+        bundle_folder=folder,
+        alias=alias,
+        metrics=evaluation_metrics(folder, tracking_config(settings)),
     )
     console.say(f"{folder} is version {model.version} of {name}; use it as {model.reference}")
     console.result({"name": model.name, "version": model.version, "alias": model.alias})
@@ -367,21 +371,7 @@ def resolve_model(reference: str, settings: Sequence[str] | None = None) -> str:
     """The local folder, or hub id, that a MODEL argument stands for."""
     from pipelines.registry import resolve_model as look_up
 
-    return str(look_up(reference, _tracking(settings)))
-
-
-def _tracking(settings: Sequence[str] | None) -> TrackingConfig:
-    """The tracking store that commands without a recipe use: `MM_SET__TRACKING__URI` and `--set tracking.…` change it."""
-    import os
-
-    from mm_core.config import Config, resolve
-    from pipelines.tracking import TrackingConfig
-
-    class _Only(Config):
-        tracking: TrackingConfig = TrackingConfig()
-
-    environment = {key: value for key, value in os.environ.items() if key.startswith("MM_SET__TRACKING__")}
-    return resolve(_Only(), environment=environment, overrides=settings or ())[0].tracking.resolved()
+    return str(look_up(reference, tracking_config(settings)))
 
 
 def _need(modality: str) -> tuple[str, ...]:

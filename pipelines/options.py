@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pipelines.tracking import TrackingConfig
 
 Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
 Settings = Annotated[
@@ -24,3 +29,15 @@ def parse_bytes(text: str) -> int:
     if not size:
         raise typer.BadParameter(f"{text!r} is no size: give a number of bytes, like 256MB or 1GB")
     return size
+
+
+def tracking_config(settings: Sequence[str] | None) -> TrackingConfig:
+    """The tracking store that commands without a recipe use: `MM_SET__TRACKING__URI` and `--set tracking.…` change it."""
+    from mm_core.config import Config, resolve
+    from pipelines.tracking import TrackingConfig
+
+    class _Only(Config):
+        tracking: TrackingConfig = TrackingConfig()
+
+    environment = {key: value for key, value in os.environ.items() if key.startswith("MM_SET__TRACKING__")}
+    return resolve(_Only(), environment=environment, overrides=settings or ())[0].tracking.resolved()

@@ -24,6 +24,8 @@ from mm_core.data.problems import Reason, SampleProblem
 MAX_PIXELS = 25_000_000
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112
+_BLOCK = 8
+"""Pixels of the side of JPEG's blocks."""
 
 Box = tuple[int, int, int, int]
 """left, top, width, height in pixels of the oriented image."""
@@ -98,6 +100,28 @@ def decode_luma(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> UInt
         size = (max(1, round(header.width * side / shorter)), max(1, round(header.height * side / shorter)))
         luma = np.asarray(Image.fromarray(luma).resize(size, Image.Resampling.BICUBIC))
     return _orient(luma, _orientation(data, header.format))
+
+
+def decode_whole(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "h w 3"]:
+    """The whole picture, small, for people to look at: its longer side is at most `side` pixels. Valid until this thread's next decoding.
+
+    Raises:
+        SampleProblem: as `read_header`, or UNDECODABLE.
+    """
+    header = read_header(data, max_pixels=max_pixels)
+    longer = max(header.width, header.height)
+    try:
+        if header.format == "jpeg" and header.colour not in ("CMYK", "YCCK"):
+            thin = min(header.width, header.height) // _BLOCK  # what pads the blocks of a thin one would show
+            pixels = _decode_jpeg(data, header, min(longer // side, thin))
+        else:
+            pixels = _decode_pillow(data)
+    except (ValueError, OSError, SyntaxError, KeyError, MemoryError) as error:
+        raise SampleProblem(Reason.UNDECODABLE, f"{header.format} {header.width}x{header.height}: {error}") from None
+    if longer > side:
+        size = (max(1, round(header.width * side / longer)), max(1, round(header.height * side / longer)))
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    return _orient(pixels, _orientation(data, header.format))
 
 
 def decode_boxes(

@@ -260,8 +260,7 @@ def compile_kept(index: Index, ledgers: Sequence[str] = ()) -> Kept:
     found = [(ledger.summary(), ledger) for ledger in (Ledger(index, name) for name in dict.fromkeys(ledgers))]
     found.sort(key=lambda one: one[0].fingerprint)  # products of weights are rounded: in another order, otherwise
     summaries = [summary for summary, _ in found]
-    text = " ".join([index.summary.fingerprint, *(summary.fingerprint for summary in summaries)])
-    fingerprint = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    fingerprint = kept_fingerprint(index, summaries)
     cached = cache_folder() / "kept" / f"{fingerprint}.npy"
     cached_ends = cached.with_suffix(".ends.npy")  # there where weights are, and written first
     if not cached.exists():
@@ -282,9 +281,33 @@ def compile_kept(index: Index, ledgers: Sequence[str] = ()) -> Kept:
     return Kept(np.load(cached, mmap_mode="r", allow_pickle=False), fingerprint, ends, mask)
 
 
+def kept_fingerprint(index: Index, summaries: Sequence[LedgerSummary]) -> str:
+    """The name of the choice that these ledgers make together, whatever their order."""
+    text = " ".join([index.summary.fingerprint, *sorted(summary.fingerprint for summary in summaries)])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def combine(decisions: Mapping[str, pa.Table], usable: NDArray[np.bool_]) -> pa.Table:
+    """Some rows under several ledgers, as a run reads them together: `repeat` (the product), and of usable rows that are dropped the first
+    `ledger`, in the order given, that drops them, with its `reason`.
+
+    Args:
+        decisions: by ledger the columns `repeat` and `reason` of the rows.
+    """
+    repeat, first = usable.astype(np.float32), np.full(len(usable), -1)
+    reasons = pa.nulls(len(usable), pa.string())
+    for number, table in enumerate(decisions.values()):
+        weights = table["repeat"].to_numpy()
+        drops = usable & (weights == 0) & (first < 0)
+        first[drops] = number
+        repeat *= weights
+        reasons = pc.if_else(pa.array(drops), table["reason"].combine_chunks().cast(pa.string()), reasons)
+    names = pa.array(list(decisions), pa.string()).take(pa.array(first, mask=first < 0))
+    return pa.table({"repeat": repeat, "ledger": names.dictionary_encode(), "reason": reasons.dictionary_encode()})
+
+
 def first_reasons(index: Index, ledgers: Sequence[str]) -> Iterator[pa.Table]:
-    """Why several ledgers together drop each row of the index, chunk by chunk: `repeat`, the product of their weights; `ledger`, the first
-    of them that drops it, and its `reason`. Both are null where it is kept, or not usable.
+    """`combine` of all rows of an index, chunk by chunk.
 
     Raises:
         DataError: a ledger that is not there, or is of another index.
@@ -295,17 +318,8 @@ def first_reasons(index: Index, ledgers: Sequence[str]) -> Iterator[pa.Table]:
     chunks = SideTable(index.url, index.summary.rows)
     for chunk in range(len(chunks)):
         first, last = chunks.bounds(chunk)
-        repeat = usable(index.locators["flags"][first:last], index.summary.need).astype(np.float32)
-        by, reasons = np.full(last - first, -1), pa.nulls(last - first, pa.string())
-        for number, ledger in enumerate(found):
-            table = ledger.decisions.read(chunk, ["repeat", "reason"])
-            weights = table["repeat"].to_numpy()
-            drops = (repeat > 0) & (weights == 0)
-            by[drops] = number
-            reasons = pc.if_else(pa.array(drops), table["reason"].cast(pa.string()).combine_chunks(), reasons)
-            repeat = repeat * weights
-        names = pa.array([ledger.name for ledger in found], pa.string()).take(pa.array(by, mask=by < 0))
-        yield pa.table({"repeat": repeat, "ledger": names, "reason": reasons})
+        good = usable(index.locators["flags"][first:last], index.summary.need)
+        yield combine({ledger.name: ledger.decisions.read(chunk, ["repeat", "reason"]) for ledger in found}, good)
 
 
 def ledger_names(index: Index) -> list[str]:

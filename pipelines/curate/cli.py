@@ -11,7 +11,7 @@ import typer
 
 from mm_core.console import Console
 from mm_core.errors import ConfigError
-from pipelines.options import Json, Ledgers, parse_bytes
+from pipelines.options import Json, Ledgers, Settings, parse_bytes, tracking_config
 
 
 class ExportFormat(StrEnum):
@@ -30,6 +30,7 @@ def attach(data: typer.Typer) -> None:
     data.command("export")(export)
     data.command("import")(import_ledger)
     data.command("dedup")(dedup)
+    data.command("report")(report)
 
 
 def score(
@@ -302,3 +303,54 @@ def dedup(
     )
     groups = {by: counts["groups"] for by, counts in summary.counts.items() if "groups" in counts}
     console.result({"kept": summary.kept, "dropped": summary.dropped, "groups": groups, "ledger": name, "counts": summary.counts})
+
+
+def report(
+    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
+    ledger: Ledgers = None,
+    compare: Annotated[tuple[str, str] | None, typer.Option(help="Two ledgers: what both keep, one alone, the other alone, none.")] = None,
+    embeddings: Annotated[str | None, typer.Option(help="Scores with embeddings of the pictures: adds a map of them.")] = None,
+    out: Annotated[str, typer.Option(help="The HTML file to write.")] = "report.html",
+    samples_per_gallery: Annotated[int, typer.Option(min=1, max=100, help="Pictures of each kind.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw of samples.")] = 0,
+    run_id: Annotated[str | None, typer.Option(help="The MLflow run to keep it with, too.")] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML file about an index and its ledgers: what was dropped and why, values with their thresholds, samples of each kind.
+
+    Example: mm data report index --ledger clean --out report.html
+    """
+    from contextlib import ExitStack
+    from dataclasses import asdict
+
+    from mm_core.data.index import Index
+    from mm_core.data.ledger import Source
+    from pipelines.curate.report.write import add_to_run, write_report
+
+    console, source = Console(as_json), Source.parse(index, ledger or ())
+    opened = Index.open(source.index)
+    with ExitStack() as counting:
+        tracker = counting.enter_context(console.progress("report", 2 * opened.summary.rows, "rows"))
+
+        def step(text: str) -> None:
+            counting.close()
+            console.note(text)
+
+        found = write_report(
+            opened,
+            source.ledgers,
+            out,
+            compare=compare,
+            embeddings=embeddings,
+            gallery=samples_per_gallery,
+            seed=seed,
+            on_progress=tracker.advance,
+            on_step=step,
+        )
+    if found.unreadable:
+        console.table(("samples drawn that cannot be shown", ""), list(found.unreadable.items()))
+    if run_id is not None:
+        add_to_run(tracking_config(settings), run_id, found)
+    console.say(f"{out} ({found.bytes / 1e6:.1f} MB, {found.pictures} pictures) is one file: open it in a browser, or pass it on")
+    console.result(asdict(found))

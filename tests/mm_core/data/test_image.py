@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mm_core.data.image import decode_centre, read_header
+from mm_core.data.image import decode_centre, decode_whole, read_header
 from mm_core.data.problems import Reason, SampleProblem
 
 Picture = np.ndarray
@@ -132,3 +132,24 @@ def test_exif_is_found_behind_other_segments() -> None:
 def test_dark_16_bit_grey_stays_dark() -> None:
     dark = Image.fromarray(np.full((20, 20), 200, dtype=np.uint16))
     assert (decode_centre(encoded(dark, "PNG"), 16) <= 1).all()
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(("height", "width"), [(90, 120), (800, 90), (40, 30), (3, 900)])
+def test_a_whole_picture_keeps_its_shape(image_format: str, height: int, width: int) -> None:
+    picture = Image.fromarray(gradient(height, width))
+    found = decode_whole(encoded(picture, image_format, quality=95), 64)
+    small = min(1.0, 64 / max(height, width))
+    expected = picture.resize((max(1, round(width * small)), max(1, round(height * small))), Image.Resampling.BICUBIC)
+    assert found.shape == (expected.height, expected.width, 3)
+    assert close(found, np.asarray(expected), 6)
+
+
+def test_a_whole_picture_is_turned_as_its_orientation_says() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = decode_whole(encoded(Image.fromarray(gradient(40, 80)), "JPEG", exif=exif), 64)
+    assert turned.shape == (64, 32, 3)
+    with pytest.raises(SampleProblem) as found:
+        decode_whole(b"no picture", 64)
+    assert found.value.reason is Reason.NOT_AN_IMAGE

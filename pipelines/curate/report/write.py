@@ -1,0 +1,94 @@
+"""`mm data report`: gather, draw, write."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mm_core.data.index import Index
+from mm_core.errors import ConfigError, ServiceError
+from mm_core.store import open_file, open_store, write_whole
+from pipelines.curate.report.findings import Findings, find
+from pipelines.curate.report.page import render
+from pipelines.curate.report.view import Question
+from pipelines.tracking import TrackingConfig, log_artifacts
+
+_GROUPS = 8
+_POINTS = 1500
+"""t-SNE of as many takes some ten seconds."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written."""
+
+    out: str
+    bytes: int
+    samples: int
+    kept: int
+    """By the ledgers that are read together."""
+    ledgers: dict[str, int]
+    """What each keeps."""
+    pictures: int
+    unreadable: dict[str, int]
+    """Drawn samples that cannot be shown, by reason."""
+
+
+def write_report(
+    index: Index,
+    ledgers: Sequence[str],
+    out: str,
+    *,
+    compare: tuple[str, str] | None = None,
+    embeddings: str | None = None,
+    gallery: int = 12,
+    seed: int = 0,
+    on_progress: Callable[[int], None] = lambda rows: None,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Report:
+    """Write the report of an index under ledgers to `out`, a file or URL, whole or not at all. The same arguments give the same file.
+
+    Args:
+        ledgers: read together, as a run does.
+        compare: shown, too; without `ledgers` these are read together.
+
+    Raises:
+        ConfigError: `out` is a folder, or a ledger is compared with itself.
+        DataError: a ledger or scores that are not there, are of another index, or are damaged.
+    """
+    if compare is not None and compare[0] == compare[1]:
+        raise ConfigError(f"--compare {compare[0]} {compare[1]}: a ledger differs in nothing from itself; name two")
+    fs, path = open_store(out)
+    if fs.isdir(path):
+        raise ConfigError(f"--out {out} is a folder: name a file in it, for example {out.rstrip('/')}/report.html")
+    named = tuple(dict.fromkeys((*ledgers, *(compare or ()))))
+    together = tuple(dict.fromkeys(ledgers)) or named
+    question = Question(index.url, named, together, compare, gallery, _GROUPS, _POINTS if embeddings else 0, seed)
+    found = find(question, embeddings, on_progress, on_step)
+    page = render(found).encode()
+    write_whole(out, page)
+    return _report(found, out, len(page))
+
+
+def add_to_run(tracking: TrackingConfig, run_id: str, report: Report) -> None:
+    """Keep a report with a run, as the artifact `report/NAME`.
+
+    Raises:
+        ServiceError: the store has no such run, or does not take it.
+    """
+    with tempfile.TemporaryDirectory(prefix="mm-report-") as folder:
+        copy = Path(folder) / (report.out.rpartition("/")[2] or "report.html")
+        with open_file(report.out, "rb") as file:
+            copy.write_bytes(file.read())
+        if not log_artifacts(tracking, run_id, copy, "report"):
+            raise ServiceError(f"the report is in {report.out}, but run {run_id} did not take it: is that a run of {tracking.uri}?")
+
+
+def _report(found: Findings, out: str, size: int) -> Report:
+    problems = Counter(shown.problem for shown in found.samples.values() if shown.problem)
+    pictures = sum(shown.picture is not None for shown in found.samples.values())
+    kept = {name: summary.kept for name, summary in found.summaries.items()}
+    return Report(out, size, found.tally.samples, found.tally.kept, kept, pictures, dict(problems))
