@@ -103,7 +103,7 @@ def decode_luma(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> UInt
 
 
 def decode_whole(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "h w 3"]:
-    """The whole picture, small, for people to look at: its longer side is at most `side` pixels. Valid until this thread's next decoding.
+    """The whole picture, small, for people to look at: its longer side is at most `side` pixels.
 
     Raises:
         SampleProblem: as `read_header`, or UNDECODABLE.
@@ -113,7 +113,7 @@ def decode_whole(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> UIn
     try:
         if header.format == "jpeg" and header.colour not in ("CMYK", "YCCK"):
             thin = min(header.width, header.height) // _BLOCK  # what pads the blocks of a thin one would show
-            pixels = _decode_jpeg(data, header, min(longer // side, thin))
+            pixels = _packed(_decode_jpeg(data, header, min(longer // side, thin)))
         else:
             pixels = _decode_pillow(data)
     except (ValueError, OSError, SyntaxError, KeyError, MemoryError) as error:

@@ -282,7 +282,7 @@ def dedup(
 ) -> None:
     """Find duplicates, and what is in another index, and write a ledger that keeps one sample of each group.
 
-    Example: mm data score index hash, then mm data dedup index --name unique, or with --against test-index
+    Example: mm data dedup index --name unique --against test-index, after mm data score index hash
     """
     from mm_core.config import validate
     from mm_core.data.index import Index
