@@ -323,7 +323,7 @@ def _assemble(out: str, need: tuple[str, ...], max_pixels: int, done: list[dict[
     rows = write_parts(f"{out}/locators.npy", [f"{out}/{_PARTS}/{result['token']}.locators" for result in done], LOCATOR)
     write_parts(f"{out}/digests.npy", [f"{out}/{_PARTS}/{result['token']}.digests" for result in done], DIGEST)
     fingerprint = hashlib.blake2b(" ".join(d for result in done for d in result["digests"]).encode(), digest_size=16)
-    fingerprint.update(f"need={','.join(need)}".encode())
+    fingerprint.update(f"need={','.join(need)} max_pixels={max_pixels}".encode())
     bad = sum((Counter(result["bad"]) for result in done), Counter[str]())
     return IndexSummary(
         fingerprint=fingerprint.hexdigest(),
@@ -364,9 +364,9 @@ def _version(url: str) -> tuple[int, str]:
 
 
 def _listing(table: pa.Table) -> bytes:
-    """What a fingerprint covers of each row: its place and its content."""
-    places = zip(table["start"].to_pylist(), table["digest"].to_pylist(), strict=True)
-    return "".join(f"{start} {digest or ''}\n" for start, digest in places).encode()
+    """What a fingerprint covers of each row: its place, its content, and whether it is usable."""
+    columns = (table[name].to_pylist() for name in ("start", "digest", "reason"))
+    return "".join(f"{start} {digest or ''} {reason or ''}\n" for start, digest, reason in zip(*columns, strict=True)).encode()
 
 
 def _binary(digests: list[str | None]) -> bytes:

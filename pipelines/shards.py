@@ -30,14 +30,15 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for pattern in patterns:
-        matches: list[str] = []
-        for one in braceexpand.braceexpand(pattern) if "{" in pattern else [pattern]:
-            matches += _matches(absolute(one))
-        if not matches:
+        named = list(braceexpand.braceexpand(pattern)) if "{" in pattern else [pattern]
+        matches = [_matches(absolute(one)) for one in named]
+        if not any(matches):
             raise DataError(
                 f"no shard at {pattern}: name .tar files, a folder that holds some, a glob, or a range like {{00000..00012}}.tar"
             )
-        found |= dict.fromkeys(matches)
+        if missing := [one for one, there in zip(named, matches, strict=True) if not there]:
+            raise DataError(f"{len(missing):,} of the {len(named):,} shards that {pattern} names are not there, {missing[0]} first")
+        found |= dict.fromkeys(shard for there in matches for shard in there)
     return sorted(found)
 
 

@@ -206,7 +206,7 @@ def _orientation(data: bytes, image_format: str) -> int:
     try:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as picture:
             value = picture.getexif().get(_ORIENTATION, 1)
-    except (ValueError, OSError, SyntaxError, KeyError, TypeError):
+    except Exception:  # Pillow's EXIF parser raises whatever the bytes lead it to: struct.error, EOFError, TypeError, …
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -243,8 +243,9 @@ def _resize(pixels: UInt8[np.ndarray, "h w c"], full: tuple[int, int], box: Box,
         return crop[..., :3].copy()
     import torch
 
+    # A copy, as torch takes no negative strides, which a turned picture of one pixel's width keeps where it is contiguous otherwise.
     # The batch axis first: only then are the strides channels-last ones, for which torch has a kernel twice as fast.
-    channels_last = torch.from_numpy(np.ascontiguousarray(crop))[None].permute(0, 3, 1, 2)
+    channels_last = torch.from_numpy(crop.copy())[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(channels_last, (size, size), mode="bicubic", antialias=True)
     return _packed(resized[0].permute(1, 2, 0).numpy())
 

@@ -7,7 +7,7 @@
     INDEX/ledgers/NAME/groups.json           what `mm data groups` counted
 
 Several ledgers on one run: what all keep is kept, their weights multiply. A place of an epoch → sample ordinal is one array look-up,
-with weights other than 0 and 1 a binary search in a second array.
+with weights other than 0 and 1 one more (`copies.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pydantic import Field
 
 from mm_core.cache import cache_folder
 from mm_core.config import Config
+from mm_core.data.copies import Copies
 from mm_core.data.index import Index
 from mm_core.data.permutation import U64, mix
 from mm_core.data.personal import PersonalKind
@@ -35,10 +36,6 @@ from mm_core.data.scan import usable
 from mm_core.data.side_table import SideTable
 from mm_core.errors import ConfigError, DataError
 from mm_core.store import open_file, open_store, write_whole
-
-_ROUNDING = 6
-"""Keeps the draw of an epoch's first point apart from the keys of the plan, the reader and the mix."""
-_WEIGHT_BITS = 24
 
 
 class LedgerSummary(Config):
@@ -81,30 +78,19 @@ class Kept:
     ordinals: NDArray[np.uint64]
     """Of the index, ascending."""
     fingerprint: str
-    ends: NDArray[np.uint64] | None = None
-    """Running total of the samples' weights in units of 2^-24, or None where all weigh 1."""
+    copies: Copies | None = None
+    """How often each of them comes in an epoch, or None where all come once."""
     mask: tuple[PersonalKind, ...] = ()
     """Personal data that is masked in captions as they are read."""
 
     def __len__(self) -> int:
-        """Places in an epoch: the sum of the weights, rounded down, one at least."""
-        if self.ends is None or not len(self.ends):
-            return len(self.ordinals)
-        return max(1, int(self.ends[-1]) >> _WEIGHT_BITS)
+        """Places in an epoch."""
+        return len(self.ordinals) if self.copies is None or not len(self.ordinals) else len(self.copies)
 
     def at(self, places: U64, epochs: U64, seed: int) -> U64:
-        """The ordinals at `places` of `epochs`.
-
-        Weights by systematic sampling: the samples lie one after another on a circle, each as long as its weight; an epoch's places are
-        points at equal distances, the first drawn from (seed, epoch). So an epoch holds each sample its weight rounded down or up,
-        up with the probability of the fraction, and has the same length as every other.
-        """
-        if self.ends is None:
-            return np.asarray(self.ordinals[places.astype(np.int64)])
-        total = self.ends[-1]
-        first = mix(seed, _ROUNDING, epochs) % total
-        points = (places * (total // np.uint64(len(self))) + first) % total
-        return np.asarray(self.ordinals[np.searchsorted(self.ends, points, side="right")])
+        """The ordinals at `places` of `epochs`."""
+        chosen = places if self.copies is None else self.copies.at(places, epochs, seed)
+        return np.asarray(self.ordinals[chosen.astype(np.int64)])
 
 
 @dataclass(frozen=True)
@@ -262,7 +248,7 @@ def compile_kept(index: Index, ledgers: Sequence[str] = ()) -> Kept:
     summaries = [summary for summary, _ in found]
     fingerprint = kept_fingerprint(index, summaries)
     cached = cache_folder() / "kept" / f"{fingerprint}.npy"
-    cached_ends = cached.with_suffix(".ends.npy")  # there where weights are, and written first
+    cached_copies = cached.with_suffix(".copies.npz")  # there where weights are, and written first
     if not cached.exists():
         weights = usable(index.locators["flags"], index.summary.need).astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -273,12 +259,12 @@ def compile_kept(index: Index, ledgers: Sequence[str] = ()) -> Kept:
         chosen = np.flatnonzero(weights).astype(np.uint64)
         weights = weights[chosen.astype(np.int64)]
         if (weights != 1).any():
-            units = np.maximum(1, np.rint(weights.astype(np.float64) * (1 << _WEIGHT_BITS))).astype(np.uint64)
-            _write(cached_ends, np.cumsum(units, dtype=np.uint64))
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            Copies.of(weights).save(cached_copies)
         _write(cached, chosen)
-    ends = np.load(cached_ends, mmap_mode="r", allow_pickle=False) if cached_ends.exists() else None
+    copies = Copies.load(cached_copies) if cached_copies.exists() else None
     mask = tuple(kind for kind in PersonalKind if any(kind in summary.mask for summary in summaries))
-    return Kept(np.load(cached, mmap_mode="r", allow_pickle=False), fingerprint, ends, mask)
+    return Kept(np.load(cached, mmap_mode="r", allow_pickle=False), fingerprint, copies, mask)
 
 
 def kept_fingerprint(index: Index, summaries: Sequence[LedgerSummary]) -> str:

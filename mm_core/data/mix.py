@@ -2,7 +2,8 @@
 
 Guarantees: both are pure functions of the chunk number, in constant memory, so the data cursor stays one integer; after every whole
 period of the weights each source has had exactly its share, and in between no source is more than ceil(log2(sources)) chunks off
-(units, where the source is chosen per step); inside a source nothing is repeated before its epoch is over, as its own `Plan` orders it.
+(units, where the source is chosen per step); where the weights change, what a source is owed goes on into the next; inside a source
+nothing is repeated before its epoch is over, as its own `Plan` orders it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from pydantic import Field
@@ -124,22 +127,50 @@ class MixedPlan:
         """How many of the first `units` units are of each source: [sources, len(units)]."""
         total = np.zeros((len(self.plans), len(units)), dtype=np.uint64)
         ends = [phase.first_chunk // self.unit for phase in self.phases[1:]]
-        for phase, end in zip(self.phases, [*ends, None], strict=True):
+        for phase, end, owed in zip(self.phases, [*ends, None], self._owed, strict=True):
             start = np.uint64(phase.first_chunk // self.unit)
             inside = units if end is None else np.minimum(units, np.uint64(end))
-            total += np.stack(_deal(np.maximum(inside, start) - start, phase.weights))
+            total += np.stack(_deal(np.maximum(inside, start) - start, phase.weights, owed))
         return total
 
+    @cached_property
+    def _owed(self) -> list[Owed]:
+        """What every phase begins with: what the ones before it left over."""
+        owed: list[Owed] = [{}]
+        for phase, following in pairwise(self.phases):
+            units = (following.first_chunk - phase.first_chunk) // self.unit
+            owed.append(_left_over(units, phase.weights, owed[-1], following.weights))
+        return owed
 
-def _deal(units: U64, weights: Sequence[int]) -> list[U64]:
+
+Owed = dict[str, int]
+"""By half of the sources (the way to it, as `0` and `1`), the part of a unit that its first half is owed, in units of 1/sum of weights."""
+
+
+def _deal(units: U64, weights: Sequence[int], owed: Owed, half: str = "") -> list[U64]:
     """Share units out in proportion: halve the sources, give the first half its floor, the second the rest, and go on in each."""
     if len(weights) == 1:
         return [units]
-    half = len(weights) // 2
-    left, whole = np.uint64(sum(weights[:half])), np.uint64(max(1, sum(weights)))
+    middle = len(weights) // 2
+    left, whole = np.uint64(sum(weights[:middle])), np.uint64(max(1, sum(weights)))
     periods, rest = units // whole, units % whole
-    first = periods * left + rest * left // whole
-    return [*_deal(first, weights[:half]), *_deal(units - first, weights[half:])]
+    first = periods * left + (rest * left + np.uint64(owed.get(half, 0))) // whole
+    return [*_deal(first, weights[:middle], owed, f"{half}0"), *_deal(units - first, weights[middle:], owed, f"{half}1")]
+
+
+def _left_over(units: int, weights: Sequence[int], owed: Owed, following: Sequence[int], half: str = "") -> Owed:
+    """What `units` units leave for the next phase: without it a source of weight 1 in 1,001 would get its first chunk, or none, in every
+    phase of some chunks anew."""
+    if len(weights) == 1:
+        return {}
+    middle = len(weights) // 2
+    left, whole = sum(weights[:middle]), max(1, sum(weights))
+    first, rest = divmod(units * left + owed.get(half, 0), whole)
+    return (
+        {half: rest * max(1, sum(following)) // whole}
+        | _left_over(first, weights[:middle], owed, following[:middle], f"{half}0")
+        | _left_over(units - first, weights[middle:], owed, following[middle:], f"{half}1")
+    )
 
 
 def source_seed(seed: int, source: int) -> int:

@@ -135,7 +135,7 @@ class RangedReader:
 
     def _read_local(self, span: Span) -> bytes | Exception:
         try:
-            return os.pread(self._descriptor(span.url), span.size, span.start)
+            return _read_whole(self._descriptor(span.url), span)
         except OSError as error:
             return error
 
@@ -173,3 +173,11 @@ def retried(read: Callable[[], T], reopen: Callable[[], None]) -> T:
             reopen()
             time.sleep(wait_s)
     return read()
+
+
+def _read_whole(descriptor: int, span: Span) -> bytes:
+    """One read gives 2 GB at most."""
+    data = os.pread(descriptor, span.size, span.start)
+    while len(data) < span.size and (more := os.pread(descriptor, span.size - len(data), span.start + len(data))):
+        data += more
+    return data

@@ -212,7 +212,7 @@ class PlanReader:
             ordinals = self._kept[source].at(places.kept[rows], places.epochs[rows], key)
             need = reader.index.summary.need
             # The place belongs to the seed only where a sample can come twice in an epoch.
-            again = () if self._kept[source].ends is None else (places.kept[rows],)
+            again = () if self._kept[source].copies is None else (places.kept[rows],)
             seeds = mix(key, _AUGMENT, places.epochs[rows], ordinals, *again)
             samples = reader.read(ordinals)
             for row, sample, seed in zip(map(int, rows), samples, seeds, strict=True):

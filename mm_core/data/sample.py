@@ -24,6 +24,11 @@ MAX_MEMBER_BYTES = 256 << 20
 _MAX_TEXT_BYTES = 4 << 20
 """JSON takes up to 25 times its size when it is read, so it has a bound of its own."""
 _MAX_MEMBERS = 1024
+_MAX_NAME = 4096
+_MAX_UID = 1024
+"""Characters: names and uids of every row of a batch are held at a time."""
+MAX_OCCURRENCE = 0xFFFF
+_LONG_KEY = 64
 _MAX_LABEL = 2**31 - 1
 
 
@@ -80,6 +85,9 @@ def groups(entries: Iterator[Member | Hole]) -> Iterator[Group | Hole]:
         if isinstance(entry, Hole):
             yield entry
             continue
+        if len(entry.name) > _MAX_NAME:
+            yield Hole(Reason.BAD_HEADER, entry.start, f"a name of {len(entry.name):,} characters")
+            continue
         key, suffix = split_name(entry.name)
         if not suffix or suffix in _COMPRESSED_SUFFIXES or key.rpartition("/")[2].startswith("._"):
             yield Hole(Reason.UNSUPPORTED_MEMBER, entry.start, f"{entry.name!r} has no suffix that is read")
@@ -87,8 +95,9 @@ def groups(entries: Iterator[Member | Hole]) -> Iterator[Group | Hole]:
         if current is None or current.key != key or suffix in current.members or len(current.members) == _MAX_MEMBERS:
             if current is not None:
                 yield current
-            current = Group(key, occurrence=seen.get(key, 0))
-            seen[key] = current.occurrence + 1
+            short = key if len(key) <= _LONG_KEY else hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+            current = Group(key, occurrence=seen.get(short, 0))
+            seen[short] = current.occurrence + 1
         current.add(suffix, entry)
     if current is not None:
         yield current
@@ -144,8 +153,14 @@ def group_of_span(span: bytes, shard_name: str, *, check: int, occurrence: int, 
 
 
 def uid_of(group: Group, metadata: dict[str, Any], shard_name: str) -> str:
-    """The `uid` of its JSON, else one derived from its place."""
+    """The `uid` of its JSON, else one derived from its place.
+
+    Raises:
+        SampleProblem: BAD_JSON, for a uid that is too long to be one.
+    """
     uid = metadata.get("uid")
+    if isinstance(uid, str) and len(uid) > _MAX_UID:
+        raise SampleProblem(Reason.BAD_JSON, f"{group.key!r}: a uid of {len(uid):,} characters, above {_MAX_UID:,}")
     return uid if isinstance(uid, str) and uid else derived_uid(shard_name, group.key, group.occurrence)
 
 

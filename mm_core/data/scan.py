@@ -21,8 +21,8 @@ from mm_core.data.image import MAX_PIXELS, read_header
 from mm_core.data.locators import BAD, HAS_IMAGE, HAS_LABEL, HAS_TEXT, LOCATOR, Locators
 from mm_core.data.problems import Reason, SampleProblem
 from mm_core.data.ranged import retried
-from mm_core.data.sample import MAX_MEMBER_BYTES, Group, content_digest, groups, read_group
-from mm_core.data.tar import Hole, walk
+from mm_core.data.sample import MAX_MEMBER_BYTES, MAX_OCCURRENCE, Group, content_digest, groups, read_group
+from mm_core.data.tar import BLOCK, Hole, is_header, walk
 from mm_core.errors import DataError
 from mm_core.store import of_store, open_store, reaching
 
@@ -113,7 +113,7 @@ def scan_shard(
             for entry in groups(walk(stream, max_member_bytes=MAX_MEMBER_BYTES)):
                 row = _Row(entry.start, entry.reason.value, BAD) if isinstance(entry, Hole) else _sample_row(entry, name, need, max_pixels)
                 rows.append(row)
-                characters += sum(map(len, row.captions)) if row.captions else 0
+                characters += _characters(row)
                 if len(rows) == batch_rows or characters > _BATCH_CHARACTERS:
                     yield _batch(rows, shard, done)
                     done, characters, rows = done + len(rows), 0, []
@@ -123,11 +123,19 @@ def scan_shard(
         yield _batch(rows, shard, done)
 
 
+def _characters(row: _Row) -> int:
+    """What a row holds of text."""
+    texts = (row.key or "", row.uid or "", *(row.captions or ()), *(suffix for suffix, _, _ in row.members or ()))
+    return sum(map(len, texts))
+
+
 def _sample_row(group: Group, name: str, need: tuple[str, ...], max_pixels: int) -> _Row:
     start, span, digest = group.start, group.end - group.start, content_digest(group)
     found: dict[str, Any] = {}
     flags, reason = 0, None
     try:
+        if group.occurrence > MAX_OCCURRENCE:
+            raise SampleProblem(Reason.TOO_MANY_OF_A_KEY)
         if span > _MAX_SPAN:
             raise SampleProblem(Reason.MEMBER_TOO_LARGE, f"{span} bytes")
         sample = read_group(group, name)
@@ -180,7 +188,7 @@ def _batch(rows: list[_Row], shard: int, first: int) -> Batch:
         ("span", [min(row.span, _MAX_SPAN) for row in rows]),
         ("check", [row.check for row in rows]),
         ("flags", [row.flags for row in rows]),
-        ("occurrence", [min(row.occurrence, 0xFFFF) for row in rows]),
+        ("occurrence", [min(row.occurrence, MAX_OCCURRENCE) for row in rows]),
     ):
         locators[name] = values
     return Batch(pa.Table.from_arrays(arrays, schema=SAMPLE_SCHEMA), locators)
@@ -200,9 +208,9 @@ class _ShardStream:
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> _ShardStream:
-        magic = self.read(6)
+        magic = self.read(BLOCK)
         for name, signature in _COMPRESSED.items():
-            if magic.startswith(signature):
+            if magic.startswith(signature) and not is_header(magic):  # a member's name may begin with `BZh`
                 self._close()
                 raise DataError(
                     f"shard {self._url} is compressed with {name}; samples in it cannot be addressed: unpack it to a plain .tar"

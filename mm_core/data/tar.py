@@ -102,7 +102,9 @@ def walk(stream: BinaryIO | Stream, *, max_member_bytes: int, whole: bool = True
             break
         header = _parse(block)
         if header is None:
-            damaged_at = here if damaged_at is None else damaged_at
+            if damaged_at is None:
+                damaged_at = here if extended is None else extended.start
+            extended = None  # it was of the member whose header this should have been
             zeros = 0
             continue
         if damaged_at is not None or (zeros and not _is_seam(here, zeros)):
@@ -124,6 +126,11 @@ def walk(stream: BinaryIO | Stream, *, max_member_bytes: int, whole: bool = True
     elif whole and not 0 < zeros <= _MAX_PADDING_BLOCKS:
         ends = f"with {zeros * BLOCK} bytes of zeros, more than pad any tar" if zeros else "without tar's end mark"
         yield Hole(Reason.TRUNCATED, reader.offset, f"ends at byte {reader.offset} {ends}")
+
+
+def is_header(block: bytes) -> bool:
+    """Whether a member begins with this block."""
+    return len(block) == BLOCK and _parse(block) is not None
 
 
 def _is_seam(here: int, zeros: int) -> bool:
@@ -238,7 +245,7 @@ def _extend(extended: _Extended, header: _Header, reader: _Reader) -> None:
     if header.kind == b"L":
         extended.records["path"] = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
     elif header.kind in b"xX":
-        extended.fault = _pax_records(data, extended.records)
+        extended.fault = extended.fault or _pax_records(data, extended.records)
 
 
 def _pax_records(data: bytes, records: dict[str, str]) -> str:

@@ -124,8 +124,8 @@ class Export:
     @property
     def weighted(self) -> int:
         """Samples whose weight, other than 0 and 1, is lost."""
-        ends = self.order.kept.ends
-        return 0 if ends is None or self.order.repeat else int((np.diff(ends, prepend=np.uint64(0)) != 1 << 24).sum())
+        copies = self.order.kept.copies
+        return 0 if copies is None or self.order.repeat else copies.uneven
 
     def write(self, out: str, *, max_bad_fraction: float = 0.1, on_progress: Progress = lambda samples: None) -> ExportSummary:
         """Write the shards into the folder or URL `out`. An export by the same plan that is there is given back as it is, one that was

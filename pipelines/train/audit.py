@@ -6,6 +6,7 @@ since the last checkpoint under a higher attempt: the rows of a step's highest a
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,11 +27,12 @@ class Audit:
     def add(self, batch: StepBatch) -> None:
         if not self._rows:
             self._first_step = batch.step
-        rows = batch.rows.select(["source", "epoch", "uid"])
+        # Copies: columns of a batch are views of its block, which they would hold in the object store, pictures and all.
+        rows = batch.rows.select(["source", "epoch", "uid"]).take(np.arange(batch.rows.num_rows))
         constants = {"step": batch.step, "rank": self._rank, "attempt": self._attempt}
         for name, value in constants.items():
             rows = rows.append_column(name, pa.repeat(pa.scalar(value, pa.int64()), rows.num_rows))
-        self._rows.append(rows.append_column("position", pa.array(batch.positions)))
+        self._rows.append(rows.append_column("position", pa.array(batch.positions.copy())))
 
     def flush(self) -> None:
         if not self._rows:

@@ -123,4 +123,4 @@ class TrainRun(Config):
     def identity(self) -> dict[str, Any]:
         """The part that decides what is learned: two runs equal in it, on equal data, are the same run."""
         whole = {"parallel", "log_every_steps", "checkpoint", "stream", "resources", "tracking", "storage"}
-        return self.model_dump(mode="json", exclude=dict.fromkeys(whole, True) | {"data": {"gap_bytes", "verify"}})
+        return self.model_dump(mode="json", exclude=dict.fromkeys(whole, True) | {"data": {"gap_bytes", "verify", "max_bad_fraction"}})

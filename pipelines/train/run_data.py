@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from mm_core.data.index import Index
 from mm_core.data.ledger import Kept, Source, compile_kept
-from mm_core.data.mix import MixedPlan, mixed_plan, source_seed
+from mm_core.data.mix import Choice, MixedPlan, mixed_plan, source_seed
 from mm_core.data.personal import mask_personal
 from mm_core.data.plan import Plan, chunks_per_step
 from mm_core.errors import ConfigError
@@ -62,6 +62,11 @@ class RunData:
         Raises:
             ConfigError: nothing kept; a batch, chunk or mix that does not fit.
         """
+        if run.data.mix.choice is Choice.CHUNK and len({index.summary.need for index in self.indexes}) > 1:
+            raise ConfigError(
+                "the indexes differ in what their samples have, so a step must be of one of them: --set data.mix.choice=step, or index all"
+                " shards with the same --modality"
+            )
         chunks = chunks_per_step(run.global_batch_size, run.data.chunk, run.resources.workers)
         plans = [
             Plan(len(kept), source_seed(run.seed, source), run.data.chunk, run.data.run_length, kept.fingerprint)

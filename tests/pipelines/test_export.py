@@ -287,9 +287,9 @@ def test_the_order_of_ledgers_does_not_matter_for_what_is_kept(index: Index, mon
     for other in sets[1:]:
         assert other.fingerprint == sets[0].fingerprint
         assert other.ordinals.tolist() == sets[0].ordinals.tolist()
-        assert sets[0].ends is not None
-        assert other.ends is not None
-        assert other.ends.tolist() == sets[0].ends.tolist()
+        assert sets[0].copies is not None
+        assert other.copies is not None
+        assert other.copies.ends.tolist() == sets[0].copies.ends.tolist()
     write_ledger(index, "huge", rule="huge", repeat=np.full(index.summary.rows, 1e38), reason="none")
     write_ledger(index, "vast", rule="vast", repeat=np.full(index.summary.rows, 1e38), reason="none")
     with pytest.raises(DataError, match="sampling weights of huge, vast multiplied"):

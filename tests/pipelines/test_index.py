@@ -157,6 +157,25 @@ def test_missing_shards_and_taken_folders_are_refused(index: Index, corpus: Path
         Index.open(str(tmp_path / "nothing"))
 
 
+def test_a_range_with_a_hole_is_refused(corpus: Path) -> None:
+    with pytest.raises(DataError, match=r"2 of the 6 shards that .* names are not there, .*00004\.tar first"):
+        expand_shards([f"{corpus}/train/{{00000..00005}}.tar"])
+
+
+def test_a_name_like_a_signature_is_no_compressed_shard(picture: bytes, tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "s.tar", {"BZh4xQ.jpg": picture, "BZh4xQ.txt": b"fine"})
+    assert build_index([str(shard)], str(tmp_path / "index")).summary.samples == 1
+
+
+def test_the_fingerprint_says_what_is_usable(picture: bytes, tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "s.tar", {"a.jpg": picture, "a.txt": b"fine"})
+    first, second = (
+        build_index([str(shard)], str(tmp_path / f"{bound}"), max_pixels=bound, need=("text",), max_bad_fraction=1).summary
+        for bound in (10**6, 10**7)
+    )
+    assert first.fingerprint != second.fingerprint
+
+
 def test_shards_are_named_in_many_ways(corpus: Path) -> None:
     folder = corpus / "train"
     everything = [str(folder / f"{i:05d}.tar") for i in range(4)]

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mm_core.config import resolve
 from mm_core.data.index import Index
 from mm_core.data.ledger import Source, write_ledger
 from mm_core.data.personal import PersonalKind
+from mm_core.errors import ConfigError
 from pipelines.index import build_index
+from pipelines.recipes import recipe
 from pipelines.train.run_data import RunData
 
 
@@ -35,3 +38,17 @@ def test_captions_are_masked_as_training_reads_them(index: Index, monkeypatch: p
     masked = replace(data, kept=(replace(data.kept[0], mask=(PersonalKind.EMAIL,)),))
     monkeypatch.setattr("pipelines.train.run_data.mask_personal", lambda text, kinds: f"{text} {[*kinds]}")
     assert all(caption.endswith("EMAIL: 'email'>]") for caption in masked.captions(5))
+
+
+def test_indexes_of_other_modalities_are_read_a_step_at_a_time(index: Index, corpus: Path, tmp_path: Path) -> None:
+    pictures = build_index([str(corpus / "train")], str(tmp_path / "pictures"), need=("image",))
+    data = RunData.open([Source(index=index.url), Source(index=pictures.url)])
+    with pytest.raises(ConfigError, match=r"a step must be of one of them: --set data\.mix\.choice=step"):
+        data.plan(recipe("clip-tiny"))
+    by_step = resolve(recipe("clip-tiny"), environment={}, overrides=["data.mix.choice=step"])[0]
+    assert data.plan(by_step).chunk == by_step.data.chunk
+
+
+def test_a_run_goes_on_with_a_higher_bound_for_bad_samples() -> None:
+    lenient = resolve(recipe("clip-tiny"), environment={}, overrides=["data.max_bad_fraction=0.5"])[0]
+    assert lenient.identity() == recipe("clip-tiny").identity()

@@ -72,7 +72,15 @@ def test_there_are_enough_cases_and_they_are_repeatable() -> None:
     assert [case.data for case in adversarial.cases()] == [case.data for case in CASES]
     expected = adversarial.count(CASES)
     found_at_reading = {"undecodable", "read_failed", "changed"}
-    assert set(expected) == {reason.value for reason in Reason} - found_at_reading
+    assert set(expected) == {reason.value for reason in Reason} - found_at_reading - {"too_many_of_a_key"}
+
+
+def test_a_key_that_comes_too_often_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mm_core.data.scan.MAX_OCCURRENCE", 2)
+    path = tmp_path / "s.tar"
+    path.write_bytes(b"".join(adversarial.pair("same") for _ in range(5)) + bytes(2 * 512))
+    (batch,) = scan(path)
+    assert batch.table["reason"].to_pylist() == [None, None, None, "too_many_of_a_key", "too_many_of_a_key"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mm_core.data.copies import Copies
 from mm_core.data.export import END_BYTES, ExportOrder, ShardFile, members_of, shard_ends
 from mm_core.data.ledger import Kept
 from mm_core.data.personal import PersonalKind
@@ -104,7 +105,7 @@ def test_every_kept_sample_has_one_place(count: int, shuffle: bool, seed: int) -
 
 def test_repeated_samples_come_as_often_as_their_weight() -> None:
     weights = np.array([1, 3, 0.5, 0.5, 2], dtype=np.float64)
-    kept = Kept(np.arange(5, dtype=np.uint64), "f", np.cumsum(weights * (1 << 24)).astype(np.uint64))
+    kept = Kept(np.arange(5, dtype=np.uint64), "f", Copies.of(weights))
     for shuffle in (False, True):
         order = ExportOrder(kept, repeat=True, shuffle=shuffle, seed=1)
         counts = np.bincount(order.between(0, len(order)).astype(int), minlength=5)

@@ -153,3 +153,29 @@ def test_a_whole_picture_is_turned_as_its_orientation_says() -> None:
     with pytest.raises(SampleProblem) as found:
         decode_whole(b"no picture", 64)
     assert found.value.reason is Reason.NOT_AN_IMAGE
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (1, 1)], ids=str)
+def test_a_turned_picture_one_pixel_wide_is_decoded(orientation: int, size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.new("RGB", size, (200, 100, 50)), "JPEG", exif=exif, quality=95)
+    assert np.abs(decode_centre(data, 8).reshape(-1, 3).mean(axis=0) - (200, 100, 50)).max() < 4
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "JPEG"])
+def test_damaged_exif_turns_nothing_and_stops_nothing(image_format: str) -> None:
+    picture, draw = Image.fromarray(gradient()), np.random.default_rng(0)
+    upright = decode_centre(encoded(picture, image_format), 24)
+    whole = Image.Exif()
+    whole[0x0112], whole[0x010E] = 1, "a camera"
+    for length in (4, 5, 8, 14, 20, 30):
+        for _ in range(20):
+            exif = bytearray(whole.tobytes()[: 6 + length])
+            exif[6 + draw.integers(len(exif) - 6)] = draw.integers(256)
+            try:
+                found = decode_centre(encoded(picture, image_format, exif=bytes(exif)), 24)
+            except SampleProblem:
+                continue
+            assert found.shape == upright.shape

@@ -133,3 +133,9 @@ def test_without_weights_billions_are_mixed_by_their_sizes() -> None:
     assert isinstance(plan, MixedPlan)
     sources, _ = _chunks(plan, 10_000)
     assert abs((sources == 1).sum() - 1000) <= 1
+
+
+def test_what_a_rare_source_is_owed_goes_through_changes_of_weight() -> None:
+    """Of 1,001 chunks one, also where every phase has forty."""
+    phases = tuple(Phase(40 * number, (1000, 1)) for number in range(100))
+    assert MixedPlan(tuple(_plans(50, 50)), phases).consumed(4004)[1] // _plans(50)[0].chunk == 4

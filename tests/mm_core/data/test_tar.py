@@ -162,3 +162,42 @@ def test_other_projects_odd_shards(photos: Path) -> None:
         found = list(groups(iter(walked(path.read_bytes()))))
         reasons[path.stem] = (sum(isinstance(g, Group) for g in found), sum(isinstance(g, Hole) for g in found))
     assert reasons == {"directory-entry-gz-members": (0, 3), "images-without-text": (4, 0), "same-stem-jpg-png": (1, 0)}
+
+
+def test_what_a_pax_header_says_is_not_of_the_member_after_a_damaged_one() -> None:
+    data = bytearray(make_tar({"cat.jpg": b"cat", "dog.txt": b"a dog", "dog.jpg": b"dog"}))
+    before, rest = data[: 2 * BLOCK], data[2 * BLOCK :]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("x.txt")
+        info.size, info.pax_headers = 5, {"path": "cat.txt"}
+        tar.addfile(info, io.BytesIO(b"a cat"))
+    extended = bytearray(buffer.getvalue()[: 4 * BLOCK])  # its header and record, the member's header and data
+    extended[2 * BLOCK : 3 * BLOCK] = b"?" * BLOCK
+    found = walked(bytes(before + extended[: 3 * BLOCK] + rest))
+    assert [entry.name for entry in found if isinstance(entry, Member)] == ["cat.jpg", "dog.txt", "dog.jpg"]
+    assert [entry.reason for entry in found if isinstance(entry, Hole)] == [Reason.BAD_HEADER]
+
+
+def test_a_fault_of_one_extended_header_is_not_mended_by_the_next() -> None:
+    long_name = tarfile.TarInfo("././@LongLink")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 2 << 20
+    data = long_name.tobuf() + b"n" * (2 << 20)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("x.txt")
+        info.size, info.pax_headers = 5, {"comment": "small"}
+        tar.addfile(info, io.BytesIO(b"a cat"))
+    (hole,) = walked(data + buffer.getvalue())
+    assert isinstance(hole, Hole)
+    assert "above 1048576" in hole.detail
+
+
+def test_names_and_uids_have_a_bound() -> None:
+    (hole,) = groups(walk(io.BytesIO(make_tar({"n" * 5000 + ".txt": b"t"}, tarfile.GNU_FORMAT)), max_member_bytes=1000))
+    assert isinstance(hole, Hole)
+    assert hole.reason is Reason.BAD_HEADER
+    (group,) = groups(walk(io.BytesIO(make_tar({"a.json": b'{"uid": "' + b"u" * 2000 + b'"}'})), max_member_bytes=4000))
+    assert isinstance(group, Group)
+    with pytest.raises(SampleProblem, match="a uid of 2,000 characters"):
+        read_group(group, "shard.tar")
