@@ -111,19 +111,24 @@ def split(
     index: Annotated[str, typer.Argument(help="An index.")],
     heldout: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share that is held out.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    names: Annotated[str, typer.Option(help="Of the two ledgers; the second has what is held out.")] = "train,heldout",
     as_json: Json = False,
 ) -> None:
-    """Divide an index into the ledgers `train` and `heldout`.
+    """Divide an index into two ledgers, by default `train` and `heldout`.
 
-    Example: mm data split index --heldout 0.1, then mm train clip-tiny --data index --ledger train
+    Example: mm data split index --heldout 0.1, then mm train clip-tiny --data index --ledger train;
+    two folds: mm data split index --heldout 0.5 --names a,b
     """
     from mm_core.data.index import Index
     from mm_core.data.ledger import split as divide
 
     console = Console(as_json)
-    ours, theirs = divide(Index.open(index), heldout=heldout, seed=seed)
-    console.say(f"ledger train keeps {ours.kept:,} samples, ledger heldout {theirs.kept:,}")
-    console.result({"train": ours.kept, "heldout": theirs.kept})
+    one, comma, other = names.partition(",")
+    if not comma:
+        raise ConfigError(f"--names {names!r} are not two names, for example --names a,b")
+    ours, theirs = divide(Index.open(index), heldout=heldout, seed=seed, names=(one, other))
+    console.say(f"ledger {one} keeps {ours.kept:,} samples, ledger {other} {theirs.kept:,}")
+    console.result({one: ours.kept, other: theirs.kept})
 
 
 def train(

@@ -9,36 +9,31 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
-import ray.data
 from numpy.typing import NDArray
-from ray.util.annotations import RayDeprecationWarning
 
 from mm_core.bundle import Bundle, load_bundle
 from mm_core.console import Console
-from mm_core.data.columns import column_of, rows_of
+from mm_core.data.columns import vectors_of
 from mm_core.data.image import decode_centre
 from mm_core.data.index import Index
 from mm_core.data.ledger import Source, compile_kept
 from mm_core.data.locators import HAS_LABEL
 from mm_core.data.permutation import U64
 from mm_core.data.problems import SampleProblem
-from mm_core.data.reader import IndexReader
 from mm_core.errors import ConfigError, DataError
 from mm_core.evaluation.retrieval import RECALL_AT, retrieval_metrics
 from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_templates, zeroshot_metrics
 from mm_core.store import open_store
+from pipelines.causes import own_errors
+from pipelines.encode import Block, Model, encode, image_features, index_reader, text_features
 from pipelines.index import build_index
 from pipelines.plots import recall_bars, retrieval_gallery
 from pipelines.session import ray_session
@@ -47,7 +42,6 @@ from pipelines.tracking import TrackingConfig, has_run, log_artifacts, log_metri
 _ROWS_PER_BLOCK = 128
 _MAX_GALLERY_QUERIES = 6
 _GALLERY_COLUMNS = 5
-_TEXTS = 256
 _MAX_SKIPPED_FRACTION = 0.1
 Progress = Callable[[int], None]
 Skipped = Callable[[dict[str, int]], None]
@@ -181,10 +175,10 @@ def evaluate_retrieval(
         on_skipped(features.skipped)
         texts = [caption for captions in features.captions for caption in captions]
         owners = np.repeat(np.arange(len(features.captions)), [len(captions) for captions in features.captions])
-        text_features = np.concatenate([bundle.text_features(texts[i : i + _TEXTS]) for i in range(0, len(texts), _TEXTS)])
-        metrics = retrieval_metrics(features.images, text_features, owners)
+        queries = text_features(bundle, texts)
+        metrics = retrieval_metrics(features.images, queries, owners)
         chosen = np.linspace(0, len(texts) - 1, min(_MAX_GALLERY_QUERIES, len(texts)), dtype=int)
-        best = np.argsort(-text_features[chosen] @ features.images.T, axis=1, kind="stable")[:, :_GALLERY_COLUMNS]
+        best = np.argsort(-queries[chosen] @ features.images.T, axis=1, kind="stable")[:, :_GALLERY_COLUMNS]
         shown = _pictures(index, features.ordinals[best.reshape(-1)], bundle.image_size)
     return Retrieval(
         metrics | {"images": len(features.images), "texts": len(texts)},
@@ -205,33 +199,22 @@ def encode_images(
     kept = compile_kept(index, ledgers).ordinals
     if not len(kept):
         raise DataError(f"nothing of {index.url} is kept by {', '.join(ledgers) or 'the index'}: there is nothing to evaluate")
-    gpus = ray.cluster_resources().get("GPU", 0)
-    actors = actors or max(1, int(gpus) if gpus else int(ray.cluster_resources().get("CPU", 1)) // 2)
     blocks = [kept[i : i + _ROWS_PER_BLOCK] for i in range(0, len(kept), _ROWS_PER_BLOCK)]
-    actors = min(actors, len(blocks))
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    size = load_bundle(model, verify=False).image_size
-    decoded = ray.data.from_items([{"ordinals": np.asarray(block)} for block in blocks], override_num_blocks=len(blocks)).map_batches(
-        _decode_block, fn_kwargs={"url": index.url, "size": size}, batch_size=None, batch_format="pyarrow"
+    seen = Model.of(model, load_bundle(model, verify=False))
+    encoded = encode(
+        index, [Block(np.asarray(block), np.zeros(len(block), dtype=np.int8)) for block in blocks], [seen], _of_images, actors=actors
     )
-    with warnings.catch_warnings():
-        # Deprecated in 2.60 and with no successor yet: without it Ray prints an error for each actor it ends (ray#53727).
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        encoded = decoded.map_batches(
-            _Encoder,
-            fn_constructor_kwargs={"model": model, "size": size, "cuda": gpus > 0},
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            num_gpus=1 if gpus else 0,
-            ray_remote_args_fn=lambda: {"max_restarts": 0},
-        )
     tables = []
-    for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
-        tables.append(table)
-        on_progress(table.num_rows)
+    with own_errors():
+        for table in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
+            tables.append(table)
+            on_progress(table.num_rows)
     return _features(pa.concat_tables(tables), index)
+
+
+def _of_images(bundle: Bundle, images: NDArray[np.uint8], captions: list[list[str]]) -> dict[str, NDArray[np.float32]]:
+    """Measure: the images alone."""
+    return {"features": image_features(bundle, images)}
 
 
 def _features(rows: pa.Table, index: Index) -> Features:
@@ -245,67 +228,18 @@ def _features(rows: pa.Table, index: Index) -> Features:
         )
     return Features(
         ordinals=rows["ordinal"].to_numpy(),
-        images=np.array(rows_of(rows["features"], (-1,), np.float32)),
+        images=np.array(vectors_of(rows["features"], np.float32)),
         captions=rows["captions"].to_pylist(),
         labels=rows["label"].to_numpy(),
         skipped=dict(Counter(index.summary.bad) + Counter(reasons)),
     )
 
 
-def _decode_block(blocks: pa.Table, url: str, size: int) -> pa.Table:
-    """Ordinals to decoded images, captions and labels; a sample that cannot be decoded is a row with a reason."""
-    import torch
-
-    torch.set_num_threads(1)
-    ordinals = np.concatenate([np.asarray(o, dtype=np.uint64) for o in blocks["ordinals"].to_pylist()])
-    images = np.zeros((len(ordinals), size, size, 3), dtype=np.uint8)
-    rows: dict[str, list[Any]] = {"captions": [], "label": [], "reason": []}
-    for image, sample in zip(images, _reader(url).read(ordinals), strict=True):
-        reason = None
-        try:
-            if isinstance(sample, SampleProblem):
-                raise sample
-            image[:] = decode_centre(sample.image or b"", size)
-        except SampleProblem as problem:
-            reason = problem.reason.value
-        rows["captions"].append([] if isinstance(sample, SampleProblem) else sample.captions)
-        rows["label"].append(-1 if isinstance(sample, SampleProblem) or sample.label is None else sample.label)
-        rows["reason"].append(reason)
-    return pa.table(
-        {
-            "ordinal": ordinals,
-            "image": column_of(images),
-            "captions": pa.array(rows["captions"], pa.list_(pa.string())),
-            "label": pa.array(rows["label"], pa.int64()),
-            "reason": pa.array(rows["reason"], pa.string()),
-        }
-    )
-
-
-class _Encoder:
-    """An actor that holds the bundle."""
-
-    def __init__(self, model: str, size: int, cuda: bool) -> None:
-        self._bundle: Bundle = load_bundle(model, device="cuda" if cuda else "cpu")
-        self._size = size
-
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        images = rows_of(rows["image"], (self._size, self._size, 3), np.uint8)
-        assert images is not None
-        features = self._bundle.image_features(images)
-        return rows.drop_columns(["image"]).append_column("features", column_of(features))
-
-
-@lru_cache(maxsize=4)
-def _reader(url: str) -> IndexReader:
-    return IndexReader(Index.open(url))
-
-
 def _pictures(index: Index, ordinals: U64, size: int) -> list[NDArray[np.uint8]]:
     blank = np.full((size, size, 3), 255, dtype=np.uint8)
     return [
         blank if isinstance(sample, SampleProblem) else decode_centre(sample.image or b"", size)
-        for sample in _reader(index.url).read(np.asarray(ordinals, dtype=np.uint64))
+        for sample in index_reader(index.url).read(np.asarray(ordinals, dtype=np.uint64))
     ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,13 @@ from mm_core.curation.captions import Captions
 from mm_core.curation.rows import Rows
 
 Values = Float[np.ndarray, " n"]
+
+
+class ScoreColumn(NamedTuple):
+    """A column of the scores of some name."""
+
+    scores: str
+    column: str
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,8 @@ class Rule(Config):
     """Of the index, that it reads."""
 
     @property
-    def scores(self) -> str | None:
-        """The name of the scores it reads, beside the index's own columns."""
+    def reads(self) -> ScoreColumn | None:
+        """The scores it reads, beside the index's own columns."""
         return None
 
     @abstractmethod

@@ -48,6 +48,8 @@ _KINDS: tuple[type[Rule], ...] = (
     score_rules.Information,
     balance_rules.Balance,
     balance_rules.Reweight,
+    score_rules.Similarity,
+    score_rules.Score,
 )
 RULES: dict[str, type[Rule]] = {kind.model_fields["rule"].default: kind for kind in _KINDS}
 """By the name that `rule:` has."""
@@ -113,12 +115,12 @@ class RuleSet:
         return list(dict.fromkeys(column for rule in self.rules.values() for column in rule.columns))
 
     @property
-    def scores(self) -> dict[str, str]:
-        """The scores that are read, each with the first rule that does."""
-        found: dict[str, str] = {}
-        for name, rule in self.rules.items():
-            if rule.scores is not None:
-                found.setdefault(rule.scores, name)
+    def scores(self) -> dict[str, list[str]]:
+        """The scores that are read, by name, with the columns of each."""
+        found: dict[str, list[str]] = {}
+        for rule in self.rules.values():
+            if rule.reads is not None and rule.reads.column not in found.setdefault(rule.reads.scores, []):
+                found[rule.reads.scores].append(rule.reads.column)
         return found
 
     @property

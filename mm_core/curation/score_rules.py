@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar, Literal, Self
 
 import numpy as np
@@ -14,16 +15,17 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from mm_core.curation.quantile import count, locate, value_at
 from mm_core.curation.rows import Rows
-from mm_core.curation.rule import CountingRule, SampleRule
+from mm_core.curation.rule import CountingRule, SampleRule, ScoreColumn
 from mm_core.errors import DataError
+
+IMAGE, HASH, SIMILARITY, EMBEDDINGS, HEAD = "image", "hash", "similarity", "embeddings", "head"
+"""What `mm data score` measures, and the names its scores have unless they are given others."""
 
 
 class ScoreRule(SampleRule, CountingRule):
     """One column of some scores. A sample that could not be scored is within no bounds."""
 
     of_all = True
-    scores_name: ClassVar[str]
-    column: ClassVar[str]
     top: float | None = Field(
         default=None, gt=0, le=1, description="Instead of bounds: keep this share, those with the highest values, of all that have one."
     )
@@ -34,8 +36,13 @@ class ScoreRule(SampleRule, CountingRule):
     """Which of the values there it is, from above."""
 
     @property
-    def scores(self) -> str:
-        return self.scores_name
+    @abstractmethod
+    def reads(self) -> ScoreColumn: ...
+
+    @property
+    @abstractmethod
+    def measured_by(self) -> str:
+        """What makes its scores: the arguments of `mm data score INDEX`."""
 
     @model_validator(mode="after")
     def _one_kind_of_bound(self) -> ScoreRule:
@@ -44,7 +51,8 @@ class ScoreRule(SampleRule, CountingRule):
         return self
 
     def measure(self, rows: Rows) -> Float[np.ndarray, " rows"]:
-        return np.asarray(rows.scores[self.scores][self.column].to_numpy(), dtype=np.float64)
+        scores, column = self.reads
+        return np.asarray(rows.scores[scores][column].to_numpy(), dtype=np.float64)
 
     @property
     def passes(self) -> int:
@@ -60,25 +68,71 @@ class ScoreRule(SampleRule, CountingRule):
             place, _ = locate(counts, self._rest)
             return self.model_copy(update={"min": value_at(self._cell, place)})
         if not counts.sum():
-            raise DataError(f"not one sample has a score {self.scores!r}")
+            raise DataError(f"not one sample has a score {self.reads.scores!r}")
         learned = self.model_copy()
         learned._cell, learned._rest = locate(counts, max(1, round((self.top or 1) * int(counts.sum()))))
         return learned
 
 
-class Sharpness(ScoreRule):
+class PictureRule(ScoreRule):
+    """What `measure_picture` measures."""
+
+    modality = "image"
+    column: ClassVar[str]
+
+    @property
+    def reads(self) -> ScoreColumn:
+        return ScoreColumn(IMAGE, self.column)
+
+    @property
+    def measured_by(self) -> str:
+        return IMAGE
+
+
+class Sharpness(PictureRule):
     """How sharp the picture is: the variance of the Laplacian of its luma, the shorter side 256 pixels at most. Below 100 looks blurred."""
 
     rule: Literal["sharpness"] = "sharpness"
-    modality = "image"
-    scores_name = "image"
     column = "sharpness"
 
 
-class Information(ScoreRule):
+class Information(PictureRule):
     """Entropy of the picture's luma, bits: 0 of one plain colour, up to 8. Little is a plain surface, a logo, a placeholder."""
 
     rule: Literal["information"] = "information"
-    modality = "image"
-    scores_name = "image"
     column = "information"
+
+
+class Similarity(ScoreRule):
+    """How well picture and captions fit by a model: the cosine of their features, -1 to 1. What is low depends on the model: use `top`."""
+
+    rule: Literal["similarity"] = "similarity"
+    modality = "text"
+    scores: str = Field(default=SIMILARITY, description="The name that the scores were given.")
+    of: Literal["mean", "lowest"] = Field(default="mean", description="Of a sample's captions the mean, or the one that fits worst.")
+
+    @property
+    def reads(self) -> ScoreColumn:
+        return ScoreColumn(self.scores, "similarity" if self.of == "mean" else "similarity_lowest")
+
+    @property
+    def measured_by(self) -> str:
+        return f"{SIMILARITY} --model MODEL" + ("" if self.scores == SIMILARITY else f" --name {self.scores}")
+
+
+class Score(ScoreRule):
+    """Any column of any scores, as those of a classifier head on embeddings: watermarks, aesthetics."""
+
+    rule: Literal["score"] = "score"
+    scores: str = Field(description="The name that the scores were given.")
+    column: str = Field(default="score", description="The column: `score`, or of a head with several outputs `score_0` and so on.")
+
+    @property
+    def reads(self) -> ScoreColumn:
+        return ScoreColumn(self.scores, self.column)
+
+    @property
+    def measured_by(self) -> str:
+        if self.scores in (IMAGE, SIMILARITY, EMBEDDINGS):
+            return self.scores if self.scores == IMAGE else f"{self.scores} --model MODEL"
+        return f"{HEAD} --weights FILE --sha256 DIGEST --name {self.scores}"

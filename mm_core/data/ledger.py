@@ -33,7 +33,7 @@ from mm_core.data.index import Index
 from mm_core.data.permutation import U64, mix
 from mm_core.data.personal import PersonalKind
 from mm_core.data.scan import usable
-from mm_core.data.side_table import SideTable
+from mm_core.data.side_table import SideTable, check_name
 from mm_core.errors import ConfigError, DataError
 from mm_core.store import open_file, open_store, write_whole
 
@@ -181,7 +181,8 @@ class Ledger:
             with open_file(f"{self.url}/ledger.json", "rt") as file:
                 values: dict[str, Any] = json.load(file)
         except (OSError, ValueError):
-            raise DataError(f"the index at {self.index.url} has no ledger {self.name!r}; it has: {_names(self.index)}") from None
+            known = ", ".join(ledger_names(self.index)) or "none (mm data filter and mm data split make some)"
+            raise DataError(f"the index at {self.index.url} has no ledger {self.name!r}; it has: {known}") from None
         summary = LedgerSummary.model_validate(values)
         if summary.index_fingerprint != self.index.summary.fingerprint:
             raise DataError(f"ledger {self.name!r} was made for another state of the index at {self.index.url}: make it again")
@@ -220,8 +221,10 @@ def split(index: Index, *, heldout: float, seed: int, names: tuple[str, str] = (
     the seed and the names and sizes of its members alone, so a re-index of the same shards divides them the same way.
 
     Raises:
-        ConfigError: there are other ledgers of these names.
+        ConfigError: there are other ledgers of these names, or they are no two names.
     """
+    if len({check_name(name) for name in names}) < 2:
+        raise ConfigError(f"both sides of the split are called {names[0]!r}: give two names")
     draws, limit = mix(seed, index.locators["check"].astype(np.uint64)), int(heldout * 2**64)
     chosen = draws <= np.uint64(limit - 1) if limit else np.zeros(len(draws), dtype=bool)
     rule = f"split heldout={heldout} seed={seed}"
@@ -313,10 +316,6 @@ def ledger_names(index: Index) -> list[str]:
     fs, folder = open_store(f"{index.url}/ledgers")
     found = sorted(path.rstrip("/").rpartition("/")[2] for path in fs.ls(folder, detail=False)) if fs.exists(folder) else []
     return [name for name in found if Ledger(index, name).exists()]
-
-
-def _names(index: Index) -> str:
-    return ", ".join(ledger_names(index)) or "none (mm data filter and mm data split make some)"
 
 
 def _write(path: Path, array: NDArray[Any]) -> None:

@@ -1,7 +1,8 @@
 """Scores: numbers measured of an index's samples that its columns do not hold, beside it and in its order.
 
     INDEX/scores/NAME/scores.json      what measured them, of which index
-    INDEX/scores/NAME/values/*.parquet columns of numbers; null where a sample is not usable or could not be read
+    INDEX/scores/NAME/values/*.parquet columns of numbers, or of vectors as fixed-width binary of little-endian float16; null where a
+                                       sample is not usable or could not be read
 
 Measuring goes on after a stop: a chunk that is there is not measured again.
 """
@@ -17,7 +18,7 @@ from pydantic import Field
 
 from mm_core.config import Config
 from mm_core.data.index import Index
-from mm_core.data.side_table import SideTable
+from mm_core.data.side_table import SideTable, check_name
 from mm_core.errors import ConfigError, DataError
 from mm_core.store import open_file, write_whole
 
@@ -28,7 +29,9 @@ class ScoresSummary(Config):
     index_fingerprint: str
     kind: str = Field(description="What measured.")
     settings: dict[str, Any] = Field(description="With what.")
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] = Field(description="Columns of numbers.")
+    vectors: dict[str, int] = Field(default_factory=dict, description="Columns of vectors, with their dimensions.")
+    chunk_rows: int | None = Field(default=None, description="Rows of a file; null for 262,144.")
     unreadable: dict[str, int] = Field(default_factory=dict, description="Samples that could not be read or decoded, by reason.")
     complete: bool = False
 
@@ -52,7 +55,9 @@ class Scores:
 
     @property
     def values(self) -> SideTable:
-        return SideTable(f"{self.url}/values", self.index.summary.rows)
+        """As long as nothing is begun, of no certain chunks."""
+        summary = self.summary()
+        return SideTable(f"{self.url}/values", self.index.summary.rows, summary.chunk_rows if summary else None)
 
     def summary(self) -> ScoresSummary | None:
         """None where there are none of this name.
@@ -79,16 +84,21 @@ class Scores:
             raise DataError(f"scores {self.name!r} of {self.index.url} are not there or not finished")
         return summary
 
-    def begin(self, summary: ScoresSummary) -> None:
-        """
+    def begin(self, summary: ScoresSummary) -> ScoresSummary:
+        """What is there already, else `summary`, which is written.
+
         Raises:
-            ConfigError: there are others of this name.
+            ConfigError: there are others of this name, or it is no name.
         """
+        check_name(self.name)
         found = self.summary()
         if found is not None and found.fingerprint != summary.fingerprint:
-            raise ConfigError(f"{self.url} holds scores by other settings ({found.kind} {found.settings}): remove it first")
+            raise ConfigError(
+                f"{self.url} holds scores by other settings ({found.kind} {found.settings}): give these another name, or remove it first"
+            )
         if found is None:
             self.save(summary)
+        return found or summary
 
     def save(self, summary: ScoresSummary) -> None:
         write_whole(f"{self.url}/scores.json", summary.model_dump_json(indent=1).encode())

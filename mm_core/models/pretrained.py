@@ -43,6 +43,23 @@ def load_two_tower(source: str) -> PreTrainedModel:
     return model
 
 
+def hub_commit(source: str) -> str:
+    """The commit of a hub id, as this machine has it or would fetch it.
+
+    Raises:
+        BundleError: it cannot be known.
+    """
+    try:
+        with quiet():
+            commit = getattr(AutoConfig.from_pretrained(source, trust_remote_code=False), "_commit_hash", None)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), repr(error))
+        raise BundleError(f"no model that can be loaded at {source}: {reason}") from None
+    if commit is None:
+        raise BundleError(f"which commit of {source} is loaded cannot be known: download it, and give its folder")
+    return str(commit)
+
+
 def load_normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the pixels a model was trained on, [0, 1]; OpenAI's where it does not say."""
     try:

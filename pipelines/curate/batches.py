@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -37,12 +37,18 @@ def usable_rows(index: Index, chunk: int) -> NDArray[np.bool_]:
     return usable(index.locators["flags"][first:last], index.summary.need)
 
 
-def batches(index: Index, chunk: int, columns: list[str], scores: Iterable[str] = ()) -> Iterator[Rows]:
-    """The usable rows of a chunk. Batches small enough for a processor's cache: larger ones take five times as long."""
+def batches(index: Index, chunk: int, columns: list[str], scores: Mapping[str, list[str]] | None = None) -> Iterator[Rows]:
+    """The usable rows of a chunk. Batches small enough for a processor's cache: larger ones take five times as long.
+
+    Args:
+        scores: by name the columns of each that are read.
+    """
     first, last = bounds_of(index, chunk)
     good = usable_rows(index, chunk)
     table = index.rows(first, last, columns or ["row"]).filter(pa.array(good))
-    values = {name: Scores(index, name).values.read(chunk).filter(pa.array(good)) for name in scores}
+    values = {
+        name: Scores(index, name).values.between(first, last, wanted).filter(pa.array(good)) for name, wanted in (scores or {}).items()
+    }
     checks = index.locators["check"][first:last][good].astype(np.uint64)
     for at in range(0, table.num_rows, BATCH_ROWS):
         of_batch = {name: some.slice(at, BATCH_ROWS) for name, some in values.items()}

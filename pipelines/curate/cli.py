@@ -11,6 +11,7 @@ import typer
 
 from mm_core.console import Console
 from mm_core.errors import ConfigError
+from pipelines.curate.score_command import score
 from pipelines.options import Json, Ledgers, Settings, parse_bytes, tracking_config
 
 
@@ -31,32 +32,6 @@ def attach(data: typer.Typer) -> None:
     data.command("import")(import_ledger)
     data.command("dedup")(dedup)
     data.command("report")(report)
-
-
-def score(
-    index: Annotated[str, typer.Argument(help="An index.")],
-    what: Annotated[
-        str, typer.Argument(help="What to measure: image (sharpness and information of every picture), hash (what dedup compares).")
-    ],
-    as_json: Json = False,
-) -> None:
-    """Measure of every sample what the index does not hold, for rules that read it. After a stop, the same command goes on.
-
-    Example: mm data score index image
-    """
-    from mm_core.data.index import Index
-    from pipelines.curate.score import score_hashes, score_images
-
-    console, opened = Console(as_json), Index.open(index)
-    measures = {"image": score_images, "hash": score_hashes}
-    if what not in measures:
-        raise ConfigError(f"there is nothing called {what!r} to measure; known: {', '.join(measures)}")
-    with console.progress("score", opened.summary.rows) as tracker:
-        summary = measures[what](opened, on_progress=tracker.advance)
-    if summary.unreadable:
-        console.table(("could not be measured because", "samples"), list(summary.unreadable.items()))
-    console.say(f"{', '.join(summary.columns)} of {opened.summary.samples:,} samples are in {opened.url}/scores/{what}")
-    console.result({"columns": summary.columns, "samples": opened.summary.samples, "unreadable": summary.unreadable})
 
 
 def filter_samples(

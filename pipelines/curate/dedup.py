@@ -21,6 +21,7 @@ from pydantic import Field
 
 from mm_core.config import Config
 from mm_core.curation.components import NO_PAIRS, Groups, Pairs, grouped, lowest_match
+from mm_core.curation.score_rules import HASH
 from mm_core.data.index import Index
 from mm_core.data.ledger import Decided, Ledger, LedgerSummary
 from mm_core.data.scores import Scores, ScoresSummary
@@ -29,7 +30,6 @@ from mm_core.errors import ConfigError, DataError
 from pipelines.curate.comparison import Comparison, Found, Progress, Side, opened
 from pipelines.curate.equal_pairs import equal_pairs
 from pipelines.curate.picture_pairs import picture_pairs
-from pipelines.curate.score import HASH
 from pipelines.curate.vector_pairs import vector_pairs
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks

@@ -15,12 +15,12 @@ import ray
 from numpy.typing import NDArray
 
 from mm_core.curation.components import NO_PAIRS, Pairs
+from mm_core.curation.score_rules import HASH
 from mm_core.data.columns import vectors_of
 from mm_core.data.scores import Scores
 from mm_core.data.side_table import SideTable
 from pipelines.causes import own_errors
 from pipelines.curate.comparison import Comparison, Found, Progress, Side, gathered, load, opened
-from pipelines.curate.score import HASH
 from pipelines.tasks import run_tasks
 
 _PART_SAMPLES = 1 << 22

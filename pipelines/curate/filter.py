@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mm_core.config import nearest
 from mm_core.curation.balance_rules import ConceptRule
 from mm_core.curation.concepts import write_concepts
 from mm_core.curation.rule import Judgement
@@ -62,7 +63,7 @@ def filter_index(
         DataError: scores that a rule reads are not there; the message has the command that makes them.
     """
     rules.check_modalities(index.summary.need, index.url)
-    scores = {score: _score_fingerprint(index, score, rule) for score, rule in rules.scores.items()}
+    scores = _score_fingerprints(index, rules)
     made_by = f"rules {rules.hash}"
     ledger = Ledger(index, name)
     if ledger.exists() and not replace_ledger:
@@ -95,11 +96,22 @@ def filter_index(
     )
 
 
-def _score_fingerprint(index: Index, score: str, rule: str) -> str:
-    try:
-        return Scores(index, score).complete().fingerprint
-    except DataError as error:
-        raise DataError(f"rule {rule!r}: {error}; make them: mm data score {index.url} {score}") from None
+def _score_fingerprints(index: Index, rules: RuleSet) -> dict[str, str]:
+    """By name, of the scores that rules read; every column they read is there."""
+    found = {}
+    for name, rule in rules.rules.items():
+        if isinstance(rule, ScoreRule):
+            try:
+                summary = Scores(index, rule.reads.scores).complete()
+            except DataError as error:
+                raise DataError(f"rule {name!r}: {error}; make them: mm data score {index.url} {rule.measured_by}") from None
+            if rule.reads.column not in summary.columns:
+                raise ConfigError(
+                    f"rule {name!r}: the scores {rule.reads.scores!r} of {index.url} have no column of numbers {rule.reads.column!r}"
+                    f"{nearest(rule.reads.column, summary.columns)}"
+                )
+            found[rule.reads.scores] = summary.fingerprint
+    return found
 
 
 def _counted(ledger: Ledger, on_progress: Progress, rules: RuleSet) -> NDArray[np.int64]:

@@ -21,12 +21,12 @@ from mm_core.curation.alignment import SAME, aligned_correlation, leaders
 from mm_core.curation.bands import Bands
 from mm_core.curation.components import Pairs
 from mm_core.curation.picture_hash import HASHES, LEAST_CONTRAST, THUMBNAIL
+from mm_core.curation.score_rules import HASH
 from mm_core.data.columns import vectors_of
 from mm_core.data.scores import Scores
 from mm_core.data.side_table import SideTable
 from pipelines.causes import own_errors
 from pipelines.curate.comparison import Comparison, Found, PairSink, Progress, Side, gathered, load, opened
-from pipelines.curate.score import HASH
 from pipelines.tasks import run_tasks
 
 _PART_HASHES = 1 << 22

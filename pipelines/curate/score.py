@@ -14,18 +14,17 @@ import pyarrow as pa
 
 from mm_core.curation.picture import SIDE, PictureScores, measure_picture
 from mm_core.curation.picture_hash import HASHES, THUMBNAIL, VERSION, hash_picture
-from mm_core.curation.score_rules import Sharpness
+from mm_core.curation.score_rules import HASH, IMAGE
 from mm_core.data.index import Index
 from mm_core.data.problems import SampleProblem
 from mm_core.data.reader import IndexReader
 from mm_core.data.scan import usable
 from mm_core.data.scores import Scores, ScoresSummary
+from mm_core.data.side_table import SideTable
 from mm_core.errors import ConfigError
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks
 
-HASH = "hash"
-"""Name of the scores that deduplication reads."""
 _BLOCK_ROWS = 1024
 Progress = Callable[[int], None]
 """Called with the number of rows measured since the last call."""
@@ -76,7 +75,7 @@ def score_images(index: Index, *, on_progress: Progress = lambda rows: None) -> 
         ConfigError: the index need not have pictures, or there are scores of this name by other settings.
     """
     schema = pa.schema([(name, pa.float32()) for name in PictureScores._fields])
-    return _measured(index, _Measure(Sharpness.scores_name, {"side": SIDE, "version": 1}, schema, measure_picture), on_progress)
+    return _measured(index, _Measure(IMAGE, {"side": SIDE, "version": 1}, schema, measure_picture), on_progress)
 
 
 def score_hashes(index: Index, *, on_progress: Progress = lambda rows: None) -> ScoresSummary:
@@ -107,14 +106,13 @@ def _measured(index: Index, measure: _Measure, on_progress: Progress) -> ScoresS
     scores = Scores(index, measure.name)
     numbers = tuple(column.name for column in measure.schema if pa.types.is_floating(column.type))
     summary = ScoresSummary(index_fingerprint=index.summary.fingerprint, kind=measure.name, settings=measure.settings, columns=numbers)
-    scores.begin(summary)
-    found = scores.summary() or summary
+    found = scores.begin(summary)
     if found.complete:
         return found
     unreadable = Counter(found.unreadable)
     chunks: dict[int, _Chunk] = {}
     table = scores.values
-    blocks = list(_blocks(scores, on_progress))
+    blocks = list(_blocks(table, on_progress))
     with ray_session():
         for number, (values, reasons) in run_tasks(partial(_measure_block, index.url, measure), blocks):
             block = blocks[number]
@@ -134,11 +132,11 @@ def _measured(index: Index, measure: _Measure, on_progress: Progress) -> ScoresS
     return done
 
 
-def _blocks(scores: Scores, on_progress: Progress) -> Iterator[_Block]:
+def _blocks(table: SideTable, on_progress: Progress) -> Iterator[_Block]:
     """Of the chunks that are not there yet."""
-    for chunk in range(len(scores.values)):
-        first, last = scores.values.bounds(chunk)
-        if scores.values.holds(chunk):
+    for chunk in range(len(table)):
+        first, last = table.bounds(chunk)
+        if table.holds(chunk):
             on_progress(last - first)
             continue
         for start in range(first, last, _BLOCK_ROWS):

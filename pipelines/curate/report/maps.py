@@ -63,13 +63,14 @@ def _vectors(index: Index, name: str, ordinals: Sequence[int]) -> dict[int, Floa
     """By ordinal; a sample without one is left out."""
     scores = Scores(index, name)
     scores.complete()
+    values = scores.values
     wanted, found = np.sort(np.array(ordinals, dtype=np.int64)), dict[int, Float32[np.ndarray, " d"]]()
-    for chunk in range(len(scores.values)):
-        first, last = scores.values.bounds(chunk)
+    for chunk in range(len(values)):
+        first, last = values.bounds(chunk)
         some = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, last)]
         if not len(some):
             continue
-        table = scores.values.read(chunk)
+        table = values.read(chunk)
         if "image" not in table.column_names:
             raise ConfigError(
                 f"scores {name!r} of {index.url} hold no embeddings of pictures: mm data score {index.url} embeddings --model MODEL"
