@@ -83,18 +83,19 @@ class Bands:
 
         A pair that an earlier band finds is left to it, so over all bands every pair comes once.
         """
+        masks, earlier = self._masks(band), [self._places(band, other) for other in range(band)]
         order = np.argsort(queries)
         ordered = queries[order]
         rest = np.uint64((1 << (BITS - _widths(self.count)[band])) - 1)
         values, starts = np.unique(ordered & ~rest, return_index=True)
         ends = np.r_[starts[1:], len(ordered)]
         for at in range(0, len(values), _BLOCK_VALUES):
-            wanted = values[at : at + _BLOCK_VALUES, None] ^ self._masks(band)
+            wanted = values[at : at + _BLOCK_VALUES, None] ^ masks
             lows, highs = np.searchsorted(entries, wanted), np.searchsorted(entries, wanted | rest, side="right")
             for low, high, start, end in zip(lows, highs, starts[at:], ends[at:], strict=False):
                 some = ordered[start:end]
-                for query, entry, cut in self._of_value(some, entries, low, high, self._masks(band)):
-                    found = self._first_here(some[query] ^ entries[entry], band)
+                for query, entry, cut in self._of_value(some, entries, low, high, masks):
+                    found = self._found_first(some[query] ^ entries[entry], earlier)
                     yield order[start:end][query[found]], entry[found], cut
 
     def _of_value(self, queries: U64, entries: U64, low: I64, high: I64, masks: U64) -> Iterator[tuple[I64, I64, int]]:
@@ -124,11 +125,11 @@ class Bands:
                     query, entry = np.divmod(found, differ.shape[1])
                     yield row + query, column + entry
 
-    def _first_here(self, differ: U64, band: int) -> NDArray[np.bool_]:
-        """Of pairs, by the bits in which their keys differ: whether no earlier band finds them."""
+    def _found_first(self, differ: U64, earlier: list[np.uint64]) -> NDArray[np.bool_]:
+        """Of pairs, by the bits in which their keys differ: whether none of the earlier bands, whose places those are, finds them."""
         first = np.ones(len(differ), dtype=bool)
-        for earlier in range(band):
-            first &= np.bitwise_count(differ & self._places(band, earlier)) > self.radius
+        for places in earlier:
+            first &= np.bitwise_count(differ & places) > self.radius
         return first
 
     def _masks(self, band: int) -> U64:

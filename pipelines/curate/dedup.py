@@ -64,7 +64,7 @@ class Keep(StrEnum):
 
 
 class DedupConfig(Config):
-    methods: tuple[Method, ...] = Field(default=(Method.EXACT, Method.PERCEPTUAL), min_length=1)
+    methods: tuple[Method, ...] = Field(default=(Method.EXACT, Method.PERCEPTUAL))
     distance: int = Field(default=8, ge=0, le=16, description="Bits in which the hashes of two pictures that look the same may differ.")
     similarity: float = Field(default=0.95, gt=0, le=1, description="The least cosine of two embeddings that mean the same.")
     embeddings: str = Field(default=EMBEDDINGS, description="Name of the scores that hold the embeddings.")
