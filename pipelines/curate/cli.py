@@ -301,10 +301,12 @@ def report(
 
     from mm_core.data.index import Index
     from mm_core.data.ledger import Source
-    from pipelines.curate.report.write import add_to_run, write_report
+    from pipelines.curate.report.write import add_to_run, check_run, write_report
 
     console, source = Console(as_json), Source.parse(index, ledger or ())
     opened = Index.open(source.index)
+    if run_id is not None:
+        check_run(tracking_config(settings), run_id)
     with ExitStack() as counting:
         tracker = counting.enter_context(console.progress("report", 2 * opened.summary.rows, "rows"))
 

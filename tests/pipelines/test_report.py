@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -55,6 +56,9 @@ def index(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
     scores.begin(
         ScoresSummary(index_fingerprint=found.summary.fingerprint, kind="embeddings", settings={}, columns=("image",), complete=True)
     )
+    numbers = Scores(found, "numbers")
+    numbers.begin(ScoresSummary(index_fingerprint=found.summary.fingerprint, kind="x", settings={}, columns=("x",), complete=True))
+    numbers.values.write(0, pa.table({"x": np.zeros(rows)}))
     column = pa.array([None, *(vector.tobytes() for vector in vectors[1:])], pa.binary(16))
     scores.values.write(0, pa.table({"image": column}))
     return found
@@ -262,6 +266,12 @@ def test_wrong_use_is_said_and_writes_nothing(index: Index, tmp_path: Path) -> N
         write_report(index, [], str(out), compare=("clean", "clean"))
     with pytest.raises(DataError, match=r"scores 'clip' .* are not there"):
         write_report(index, ["clean"], str(out), embeddings="clip")
+    with pytest.raises(ConfigError, match=r"scores 'numbers' .* hold no embeddings of pictures: mm data score .* embeddings --model"):
+        write_report(index, ["clean"], str(out), embeddings="numbers")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot write .*/file/report.html"):
+        write_report(index, ["clean"], str(tmp_path / "file" / "report.html"))
+    (tmp_path / "file").unlink()
     with pytest.raises(ConfigError, match="is a folder: name a file in it"):
         write_report(index, ["clean"], str(tmp_path))
     assert not list(tmp_path.iterdir())
@@ -277,8 +287,35 @@ def test_the_command_keeps_the_report_with_a_run(index: Index, tmp_path: Path, m
     assert set(found) == {"out", "bytes", "samples", "kept", "ledgers", "pictures", "unreadable"}
     assert found["bytes"] == (tmp_path / "report.html").stat().st_size
     assert [item.path for item in open_client(tracking).list_artifacts(run_id, "report")] == ["report/report.html"]
-    with pytest.raises(ServiceError, match=r"the report is in report\.html, but run 0 did not take it"):
+    with pytest.raises(ServiceError, match="looking up run 0 failed in the MLflow store"):
         CliRunner().invoke(mm.app, [*command, "--run-id", "0"], catch_exceptions=False)
+
+
+def test_concepts_and_groups_that_lie_beside_a_ledger_are_shown(index: Index, tmp_path: Path) -> None:
+    folder = Path(index.url) / "ledgers" / "heldout"
+    entries = pa.table({"rule": ["balance"] * 3, "entry": ["red", "<b>blue", "rare"], "matched": [90, 200, 0], "kept": [80, 100, 0]})
+    pq.write_table(entries, folder / "concepts.parquet")
+    cell = {"groups": ["women"], "samples": 1200, "kept": 300, "keep_rate": 0.25, "share": 0.5, "epoch_share": 0.4, "rules": {}}
+    empty = cell | {"groups": ["none"], "samples": 0, "kept": 0, "keep_rate": None}
+    difference = {"rule": None, "category": "gender", "groups": ["men", "women"], "keep_rates": [0.5, 0.25], "difference": 0.25}
+    groups = {
+        "ledger_fingerprint": Ledger(index, "heldout").summary().fingerprint,
+        "max_difference": 0.05,
+        "categories": {"gender": [cell, empty]},
+        "crosses": [[["job", "gender"], [cell | {"groups": ["nurse", "women"]}]]],
+        "differences": [difference],
+    }
+    (folder / "groups.json").write_text(json.dumps(groups))
+    page = report(index, tmp_path / "report.html", ("heldout",))
+    rows = page.tables["The most frequent entries of balance"][1:]
+    assert [(row[0], number(row[1]), number(row[2])) for row in rows] == [("<b>blue", 200, 100), ("red", 90, 80)]
+    assert page.tables["Groups: gender"][1] == ["women", "1,200", "300", "25.0%", "50.0%", "40.0%"]
+    assert page.tables["Groups: job and gender"][1][0] == "nurse, women"
+    (row,) = page.tables["Keep rates that surely differ by more than 5%"][1:]
+    assert row == ["gender: men, women", "all of them", "50.0% and 25.0%", "25.0%"]
+
+    (folder / "groups.json").write_text(json.dumps(groups | {"ledger_fingerprint": "of another state"}))
+    assert "Groups: gender" not in report(index, tmp_path / "report.html", ("heldout",)).tables
 
 
 def test_an_index_alone_is_shown_too(index: Index, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mm_core.data.ledger import Ledger, LedgerSummary
 from mm_core.data.personal import PersonalKind
 from pipelines.curate.report.draw import KEPT, POINTS
 from pipelines.curate.report.histogram import Axis, Histogram
-from pipelines.curate.report.maps import EmbeddingMap, embedding_map
+from pipelines.curate.report.maps import EmbeddingMap, check_embeddings, embedding_map
 from pipelines.curate.report.pictures import Shown, read_samples
 from pipelines.curate.report.tally import Tally
 from pipelines.curate.report.view import Column, Question, View, chunks
@@ -67,6 +67,8 @@ def find(
     """
     index = Index.open(question.index)
     summaries = {name: Ledger(index, name).summary() for name in question.ledgers}
+    if embeddings:
+        check_embeddings(index, embeddings)
     tally = Tally()
     for chunk, part in _each(partial(Tally.of, question), index):
         tally.add(part, question)

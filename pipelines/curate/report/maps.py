@@ -19,6 +19,7 @@ from mm_core.data.scores import Scores
 from mm_core.errors import ConfigError
 from pipelines.curate.report.draw import Drawn
 
+_COLUMN = "image"
 _MIN_POINTS = 12
 _DIRECTIONS = 50
 """That the embeddings are reduced to before t-SNE, as its authors do."""
@@ -46,8 +47,7 @@ def embedding_map(index: Index, name: str, drawn: Sequence[Drawn], seed: int) ->
     """Of the scores `name`, of whose files only those are read that hold a drawn sample, one at a time.
 
     Raises:
-        DataError: there are no such scores, or they are not finished.
-        ConfigError: they are no embeddings of pictures.
+        DataError: they are damaged.
     """
     vectors = _vectors(index, name, [point.ordinal for point in drawn])
     points = tuple(point for point in drawn if point.ordinal in vectors)
@@ -59,23 +59,32 @@ def embedding_map(index: Index, name: str, drawn: Sequence[Drawn], seed: int) ->
     return EmbeddingMap(points, _positions(embeddings, seed), clusters, typical, without)
 
 
-def _vectors(index: Index, name: str, ordinals: Sequence[int]) -> dict[int, Float32[np.ndarray, " d"]]:
-    """By ordinal; a sample without one is left out."""
+def check_embeddings(index: Index, name: str) -> None:
+    """
+    Raises:
+        DataError: there are no such scores, or they are not finished.
+        ConfigError: they are no embeddings of pictures.
+    """
     scores = Scores(index, name)
     scores.complete()
     values = scores.values
+    if len(values) and _COLUMN not in values.read(0).column_names:
+        raise ConfigError(
+            f"scores {name!r} of {index.url} hold no embeddings of pictures: mm data score {index.url} embeddings --model MODEL makes some"
+        )
+
+
+def _vectors(index: Index, name: str, ordinals: Sequence[int]) -> dict[int, Float32[np.ndarray, " d"]]:
+    """By ordinal; a sample without one is left out."""
+    values = Scores(index, name).values
     wanted, found = np.sort(np.array(ordinals, dtype=np.int64)), dict[int, Float32[np.ndarray, " d"]]()
     for chunk in range(len(values)):
         first, last = values.bounds(chunk)
         some = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, last)]
         if not len(some):
             continue
-        table = values.read(chunk)
-        if "image" not in table.column_names:
-            raise ConfigError(
-                f"scores {name!r} of {index.url} hold no embeddings of pictures: mm data score {index.url} embeddings --model MODEL"
-            )
-        for ordinal, vector in zip(some.tolist(), table["image"].take(some - first).to_pylist(), strict=True):
+        vectors = values.read(chunk, [_COLUMN])[_COLUMN].take(some - first).to_pylist()
+        for ordinal, vector in zip(some.tolist(), vectors, strict=True):
             if vector is not None:
                 found[ordinal] = np.frombuffer(vector, dtype="<f2").astype(np.float32)
     return found

@@ -36,7 +36,9 @@ def _page(found: Findings) -> dict[str, Any]:
         shown += [{"name": "kept", "value": f"{tally.kept:,}"}, {"name": "share kept", "value": percent(tally.kept, summary.samples)}]
     return {
         "title": _title(found.question.together, found.index.url.rpartition("/")[2]),
-        "lead": "Which samples are read in training, which are not, and why.",
+        "lead": "Which samples are read in training, which are not, and why."
+        if ledgers
+        else "Its samples, before any ledger chooses among them.",
         "sections": sections,
         "tiles": shown,
         "index": found.index.url,

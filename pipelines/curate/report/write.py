@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm_core.data.index import Index
-from mm_core.errors import ConfigError, ServiceError
-from mm_core.store import open_file, open_store, write_whole
+from mm_core.errors import ConfigError, DataError
+from mm_core.store import open_file, open_store, reaching, write_whole
 from pipelines.curate.report.findings import Findings, find
 from pipelines.curate.report.page import render
 from pipelines.curate.report.view import Question
-from pipelines.tracking import TrackingConfig, log_artifacts
+from pipelines.tracking import TrackingConfig, open_client, store_errors
 
 _GROUPS = 8
 _POINTS = 1500
@@ -57,7 +57,7 @@ def write_report(
 
     Raises:
         ConfigError: `out` is a folder, or a ledger is compared with itself.
-        DataError: a ledger or scores that are not there, are of another index, or are damaged.
+        DataError: a ledger or scores that are not there, are of another index, or are damaged; or `out` cannot be written.
     """
     if compare is not None and compare[0] == compare[1]:
         raise ConfigError(f"--compare {compare[0]} {compare[1]}: a ledger differs in nothing from itself; name two")
@@ -69,22 +69,37 @@ def write_report(
     question = Question(index.url, named, together, compare, gallery, _GROUPS, _POINTS if embeddings else 0, seed)
     found = find(question, embeddings, on_progress, on_step)
     page = render(found).encode()
-    write_whole(out, page)
+    try:
+        with reaching(out):
+            write_whole(out, page)
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error}; name another file with --out") from None
     return _report(found, out, len(page))
+
+
+def check_run(tracking: TrackingConfig, run_id: str) -> None:
+    """Look the run up, before the work for it is done.
+
+    Raises:
+        ServiceError: the store does not answer, or has no such run.
+    """
+    client = open_client(tracking)
+    with store_errors(tracking, f"looking up run {run_id}"):
+        client.get_run(run_id)
 
 
 def add_to_run(tracking: TrackingConfig, run_id: str, report: Report) -> None:
     """Keep a report with a run, as the artifact `report/NAME`.
 
     Raises:
-        ServiceError: the store has no such run, or does not take it.
+        ServiceError: the store does not take it.
     """
-    with tempfile.TemporaryDirectory(prefix="mm-report-") as folder:
-        copy = Path(folder) / (report.out.rpartition("/")[2] or "report.html")
-        with open_file(report.out, "rb") as file:
-            copy.write_bytes(file.read())
-        if not log_artifacts(tracking, run_id, copy, "report"):
-            raise ServiceError(f"the report is in {report.out}, but run {run_id} did not take it: is that a run of {tracking.uri}?")
+    client = open_client(tracking)
+    with tempfile.TemporaryDirectory(prefix="mm-report-") as folder, open_file(report.out, "rb") as file:
+        copy = Path(folder) / report.out.rpartition("/")[2]
+        copy.write_bytes(file.read())
+        with store_errors(tracking, f"the report is in {report.out}; adding it to run {run_id}"):
+            client.log_artifact(run_id, str(copy), "report")
 
 
 def _report(found: Findings, out: str, size: int) -> Report:
