@@ -132,6 +132,7 @@ def main() -> None:
             mm("train", arguments.recipe, "--data", index, "--ledger", fold, "--name", f"on-{fold}", *common)
         bundles = {fold: f"{folder}/runs/on-{fold}/bundle" for fold in ("a", "b")}
         mm("data", "score", index, "similarity", "--name", "crossfit", "--fold", f"a={bundles['b']}", "--fold", f"b={bundles['a']}")
+        mm("data", "score", index, "hash")
         mm("data", "dedup", index, "--method", "perceptual", "--distance", "2", "--name", "once")
         mm("data", "filter", index, "--rules", str(rules), "--name", "clean")
         found = {}
