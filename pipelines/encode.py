@@ -74,7 +74,9 @@ def encode(
     size = check_sizes(models)
     gpus, cpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("GPU", "CPU"))
     actors = actors or max(1, min(gpus or cpus, len(blocks) // _BLOCKS_PER_ACTOR))
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True  # what Ray would put in its place has lost the cause, on its way from the worker
     items = [{"ordinals": block.ordinals, "models": block.models} for block in blocks]
     decoded = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _decode_block,

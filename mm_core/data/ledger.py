@@ -110,6 +110,9 @@ class Ledger:
     index: Index
     name: str
 
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
     @property
     def url(self) -> str:
         return f"{self.index.url}/ledgers/{self.name}"

@@ -23,6 +23,7 @@ from mm_core.data.index import Index
 from mm_core.data.ledger import Ledger, compile_kept, split
 from mm_core.data.scores import Scores, ScoresSummary
 from mm_core.errors import ConfigError, DataError, ServiceError
+from pipelines.curate.dedup import DedupConfig, Method, dedup_index
 from pipelines.curate.filter import filter_index
 from pipelines.curate.report import findings
 from pipelines.curate.report.findings import find
@@ -171,6 +172,20 @@ def test_duplicates_stand_beside_the_one_that_is_kept(index: Index) -> None:
     }
     assert len(duplicates.drawn) == 5
     assert "33 groups hold 99 samples; 5 of them" in render(found)
+
+
+def test_what_another_index_holds_stands_beside_it(corpus: Path, tmp_path: Path) -> None:
+    ours = build_index([str(corpus / "train")], str(tmp_path / "ours"))
+    theirs = build_index([str(corpus / "train" / "00003.tar")], str(tmp_path / "theirs"))
+    config = DedupConfig(methods=(Method.EXACT,), only_against=True)
+    assert dedup_index(ours, "apart", config, against=[theirs]).dropped == {"in_theirs": 30}
+    page = report(ours, tmp_path / "report.html", ("apart",), gallery=4)
+    pairs = [text for text in page.texts["p"] if re.match(r"00003\.tar: ", text)]
+    assert len(pairs) == 12, "four pairs, and the gallery of those dropped"
+    assert pairs[0:8:2] == pairs[1:8:2]
+    shutil.rmtree(tmp_path / "theirs")
+    gone = report(ours, tmp_path / "report.html", ("apart",), gallery=4)
+    assert not any("Beside what they match" in text for text in gone.texts["h3"])
 
 
 def test_the_page_does_not_depend_on_how_the_rows_are_divided(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

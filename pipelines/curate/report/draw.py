@@ -30,6 +30,8 @@ class Drawn(NamedTuple):
     kept: bool
     note: str
     """What decided about it, for people."""
+    match: int = -1
+    """Of a sample that another index holds, the ordinal there."""
 
 
 Draws = dict[Kind, list[Drawn]]
@@ -53,7 +55,8 @@ def of(view: View, question: Question) -> Draws:
         found["kept", name] = _some(view, question, flags, flags, _weight(view, name))
         for reason in counted(reasons.filter(pa.array(~flags))):
             chosen = pc.equal(reasons, reason).to_numpy(zero_copy_only=False) & ~flags
-            found["dropped", name, reason] = _some(view, question, chosen, flags, _value(view, name, reason))
+            drawn = _some(view, question, chosen, flags, _value(view, name, reason))
+            found["dropped", name, reason] = _matched(view, name, drawn)
     return found | (_compared(view, question, *question.compare) if question.compare else {})
 
 
@@ -75,6 +78,16 @@ def _some(
     return [
         Drawn(int(key), int(view.ordinals[i]), bool(kept[i]), note(int(i))) for key, i in zip(keys[lowest], places[lowest], strict=True)
     ]
+
+
+def _matched(view: View, ledger: str, drawn: list[Drawn]) -> list[Drawn]:
+    """With what a search for duplicates found of them in another index."""
+    table = view.decisions[ledger]
+    if "against" not in table.column_names:
+        return drawn
+    places = np.searchsorted(view.ordinals, [one.ordinal for one in drawn])
+    matches = pc.fill_null(table["against"].take(places).cast(pa.int64()), -1).to_pylist()
+    return [one._replace(match=match) for one, match in zip(drawn, matches, strict=True)]
 
 
 def _compared(view: View, question: Question, one: str, other: str) -> Draws:

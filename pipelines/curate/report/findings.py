@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int64
@@ -16,6 +16,7 @@ from jaxtyping import Int64
 from mm_core.data.index import Index
 from mm_core.data.ledger import Ledger, LedgerSummary
 from mm_core.data.personal import PersonalKind
+from mm_core.errors import DataError
 from pipelines.curate.report.draw import KEPT, POINTS
 from pipelines.curate.report.histogram import Axis, Histogram
 from pipelines.curate.report.maps import EmbeddingMap, check_embeddings, embedding_map
@@ -25,12 +26,15 @@ from pipelines.curate.report.view import Column, Question, View, chunks
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks
 
-_ALONE_CHUNKS = 16
-"""Up to four million rows are counted by this process before Ray would have started."""
+_ALONE_CHUNKS = 32
+"""Up to so many this process counts by itself: it takes half a second for each, and Ray ten to start (39 chunks: 18 s, by Ray on two
+cores 29 s)."""
 MAX_PICTURES = 720
 """Of one report: some 5 MB."""
 Progress = Callable[[int], None]
 Result = TypeVar("Result")
+Match = tuple[str, str, int]
+"""A ledger, a reason, and an ordinal of the other index that the reason names."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Findings:
     map: EmbeddingMap | None
     samples: dict[int, Shown]
     """Of the galleries, by ordinal."""
+    matches: dict[Match, Shown]
+    """What other indexes hold of samples that are dropped for it."""
     captions: dict[int, Shown]
     """Of the map's points, without pictures."""
     mask: tuple[PersonalKind, ...]
@@ -82,9 +88,10 @@ def find(
     chosen = _chosen(tally, question, found, gallery)
     on_step(f"reading the {len(chosen):,} samples that are shown")
     samples = read_samples(index, chosen, mask)
+    matches = _matches(tally, summaries, gallery, mask)
     captions = read_samples(index, [point.ordinal for point in found.points], mask, pictures=False) if found else {}
     question = replace(question, gallery=gallery)
-    return Findings(index, question, summaries, tally, histograms, found, samples, captions, mask)
+    return Findings(index, question, summaries, tally, histograms, found, samples, matches, captions, mask)
 
 
 def _each(function: Callable[[int], Result], index: Index) -> Iterator[tuple[int, Result]]:
@@ -155,3 +162,25 @@ def _chosen(tally: Tally, question: Question, found: EmbeddingMap | None, galler
     groups = [(kept, *copies) for ledger in tally.ledgers.values() for (_, kept), copies in ledger.duplicates.drawn.items()]
     typical = {found.points[n].ordinal for n in found.typical} if found else set()
     return drawn | {ordinal for group in groups for ordinal in group} | typical
+
+
+def _matches(tally: Tally, summaries: dict[str, LedgerSummary], gallery: int, mask: tuple[PersonalKind, ...]) -> dict[Match, Shown]:
+    found: dict[Match, Shown] = {}
+    for kind, drawn in tally.draws.items():
+        wanted = [one.match for one in drawn[:gallery] if one.match >= 0]
+        if wanted:
+            _, ledger, reason = kind
+            samples = _elsewhere(summaries[ledger].rules.get(reason, {}), wanted, mask)
+            found |= {(ledger, reason, ordinal): shown for ordinal, shown in samples.items()}
+    return found
+
+
+def _elsewhere(rule: dict[str, Any], ordinals: list[int], mask: tuple[PersonalKind, ...]) -> dict[int, Shown]:
+    """Samples of the index that `rule` names; one that is gone, or another by now, has none to show."""
+    if "index" not in rule:
+        return {}
+    try:
+        index = Index.open(rule["index"])
+    except DataError:
+        return {}
+    return read_samples(index, ordinals, mask) if index.summary.fingerprint == rule.get("fingerprint") else {}

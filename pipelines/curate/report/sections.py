@@ -81,9 +81,7 @@ def of_ledger(found: Findings, name: str) -> Section:
     columns = [column for column in found.histograms if column[0] == name]
     varied = [column for column in columns if found.histograms[column].spread.low < found.histograms[column].spread.high]
     galleries = [_gallery(found, ("kept", name), f"Kept by {name}", ledger.kept)]
-    galleries += [
-        _gallery(found, ("dropped", name, reason), f"Dropped by {reason or name}", count) for reason, _, count in dropped if count
-    ]
+    galleries += [_gallery(found, ("dropped", name, why), f"Dropped by {why or name}", n, says) for why, says, n in dropped if n]
     return {
         "id": _id(name),
         "title": f"Ledger {name}",
@@ -108,6 +106,7 @@ def of_ledger(found: Findings, name: str) -> Section:
         "concepts": concepts_of(found.index, name),
         "tables": group_tables(found.index, name),
         "duplicates": _duplicates(found, ledger),
+        "elsewhere": [pairs for reason, _, count in dropped for pairs in _elsewhere(found, name, reason, count)],
         "galleries": [gallery for gallery in galleries if gallery["drawn"]],
     }
 
@@ -176,7 +175,7 @@ def _reasons(summary: LedgerSummary, ledger: LedgerTally) -> list[str]:
 
 
 def _decided(summary: LedgerSummary) -> str:
-    return f"{len(summary.rules)} {summary.rule}" if summary.rules else summary.rule
+    return f"{len(summary.rules)} {summary.rule}" if summary.rule.startswith("rules ") else summary.rule
 
 
 def listed(names: Sequence[str]) -> str:
@@ -186,7 +185,7 @@ def listed(names: Sequence[str]) -> str:
 
 def _parameters(rule: dict[str, Any]) -> str:
     given = [f"{key} {_value(value)}" for key, value in rule.items() if key != "rule" and value is not None]
-    text = ", ".join([*([str(rule["rule"])] if rule else []), *given])
+    text = ", ".join([*([str(rule["rule"])] if "rule" in rule else []), *given])
     return text if len(text) <= _PARAMETER_CHARACTERS else f"{text[:_PARAMETER_CHARACTERS]}…"
 
 
@@ -279,6 +278,17 @@ def _duplicates(found: Findings, ledger: LedgerTally) -> dict[str, Any] | None:
     ]
     says = f"{duplicates.groups:,} groups hold {duplicates.samples:,} samples; {len(groups)} of them, drawn at random, are here."
     return {"says": says, "groups": groups}
+
+
+def _elsewhere(found: Findings, ledger: str, reason: str, count: int) -> list[dict[str, Any]]:
+    """Samples dropped because another index holds them, beside what that has."""
+    drawn = found.tally.draws.get(("dropped", ledger, reason), [])[: found.question.gallery]
+    pairs = [
+        [(found.matches[ledger, reason, one.match], "there"), (found.samples[one.ordinal], "here, dropped")]
+        for one in drawn
+        if (ledger, reason, one.match) in found.matches
+    ]
+    return [{"title": f"Beside what they match: {reason}", "says": f"{len(pairs)} of {count:,}.", "groups": pairs}] if pairs else []
 
 
 def _used(counts: Any) -> slice:
