@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float
+from pydantic import Field
 
 from mm_core.curation.rows import Rows
 from mm_core.curation.rule import Judgement, Rule, SampleRule
@@ -64,7 +65,7 @@ class ImageFormat(Rule):
     rule: Literal["image_format"] = "image_format"
     modality = "image"
     columns = ("image_format",)
-    formats: tuple[Literal["jpeg", "png", "webp"], ...]
+    formats: tuple[Literal["jpeg", "png", "webp"], ...] = Field(min_length=1, description="Those that are kept.")
     """Those that are kept."""
 
     def judge(self, rows: Rows) -> Judgement:

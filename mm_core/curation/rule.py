@@ -94,8 +94,8 @@ class CountingRule(Rule):
 class Bounded(Rule):
     """A rule that keeps values from `min` to `max`, both included. Without bounds it keeps everything and its values are written."""
 
-    min: float | None = Field(default=None, description="Keep what is at least this.")
-    max: float | None = Field(default=None, description="Keep what is at most this.")
+    min: float | None = Field(default=None, allow_inf_nan=False, description="Keep what is at least this.")
+    max: float | None = Field(default=None, allow_inf_nan=False, description="Keep what is at most this.")
 
     @model_validator(mode="after")
     def _in_order(self) -> Bounded:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mm_core.curation.captions import Captions
 from mm_core.curation.language import languages_of
@@ -80,6 +80,10 @@ class FileName(Rule):
         return _found(rows, pc.match_substring_regex(rows.captions.texts, _FILE_NAME))
 
 
+_PHRASES_AT_ONCE = 1000
+"""A pattern of more is too large for RE2."""
+
+
 class Boilerplate(Rule):
     """Drops captions that say nothing of the picture: those that contain, or are, one of some phrases. 1 where one does, else 0."""
 
@@ -89,10 +93,21 @@ class Boilerplate(Rule):
     phrases: tuple[str, ...] = Field(min_length=1, description="Whatever their case; a space stands for any white space.")
     match: Literal["contains", "equals"] = Field(default="contains", description="As whole words within the caption, or all of it.")
 
+    @field_validator("phrases")
+    @classmethod
+    def _say_something(cls, phrases: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(phrase.strip() for phrase in phrases):
+            raise ValueError("a phrase is blank, which every caption contains")
+        return phrases
+
     def judge(self, rows: Rows) -> Judgement:
-        options = "|".join(r"\s+".join(map(re.escape, phrase.split())) for phrase in self.phrases)
-        whole = r"^[\s\pP]*(?:{})[\s\pP]*$" if self.match == "equals" else r"(?:^|[^\pL\pN])(?:{})(?:[^\pL\pN]|$)"
-        return _found(rows, pc.match_substring_regex(rows.captions.texts, "(?i)" + whole.format(options)))
+        found = pa.array(np.zeros(len(rows.captions.texts), dtype=bool))
+        for at in range(0, len(self.phrases), _PHRASES_AT_ONCE):
+            some = self.phrases[at : at + _PHRASES_AT_ONCE]
+            options = "|".join(r"\s+".join(map(re.escape, phrase.split())) for phrase in some)
+            whole = r"^[\s\pP]*(?:{})[\s\pP]*$" if self.match == "equals" else r"(?:^|[^\pL\pN])(?:{})(?:[^\pL\pN]|$)"
+            found = pc.or_(found, pc.match_substring_regex(rows.captions.texts, "(?i)" + whole.format(options)))
+        return _found(rows, found)
 
 
 class Language(Rule):
@@ -103,6 +118,14 @@ class Language(Rule):
     columns = ("captions",)
     languages: tuple[str, ...] = Field(min_length=1, description="ISO 639 codes that are kept, `en`, or `unknown`.")
     min_score: float = Field(default=0.5, ge=0, le=1, description="Below this the language is `unknown`: junk is not called a language.")
+
+    @field_validator("languages")
+    @classmethod
+    def _are_codes(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
+        for language in languages:
+            if language != "unknown" and not re.fullmatch("[a-z]{2,3}", language):
+                raise ValueError(f"{language!r} is no ISO 639 code, as en or deu")
+        return languages
 
     def judge(self, rows: Rows) -> Judgement:
         found, scores = languages_of(rows.captions.texts)

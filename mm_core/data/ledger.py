@@ -35,7 +35,7 @@ from mm_core.data.personal import PersonalKind
 from mm_core.data.scan import usable
 from mm_core.data.side_table import SideTable, check_name
 from mm_core.errors import ConfigError, DataError
-from mm_core.store import open_file, open_store, write_whole
+from mm_core.store import open_file, open_store, reaching, write_whole
 
 
 class LedgerSummary(Config):
@@ -181,14 +181,15 @@ class Ledger:
             DataError: there is no such ledger, or it is of another index.
         """
         try:
-            with open_file(f"{self.url}/ledger.json", "rt") as file:
-                values: dict[str, Any] = json.load(file)
-        except (OSError, ValueError):
+            with reaching(self.url), open_file(f"{self.url}/ledger.json", "rt") as file:
+                summary = LedgerSummary.model_validate(json.load(file))
+        except (FileNotFoundError, NotADirectoryError):
             known = ", ".join(ledger_names(self.index)) or "none (mm data filter and mm data split make some)"
             raise DataError(f"the index at {self.index.url} has no ledger {self.name!r}; it has: {known}") from None
-        summary = LedgerSummary.model_validate(values)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read {self.url}/ledger.json: {' '.join(str(error).split())[:200]}") from None
         if summary.index_fingerprint != self.index.summary.fingerprint:
-            raise DataError(f"ledger {self.name!r} was made for another state of the index at {self.index.url}: make it again")
+            raise DataError(f"ledger {self.name!r} was made for another state of the index at {self.index.url}: remove {self.url}")
         return summary
 
     def weights(self) -> NDArray[np.float32]:

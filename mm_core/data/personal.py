@@ -22,7 +22,7 @@ class PersonalKind(StrEnum):
 
 _CANDIDATE = r"@|\d(?:[ ().+/-]{0,3}\d){6}"
 """RE2. Whatever the patterns below find, this finds."""
-_EMAIL = re.compile(r"[A-Za-z0-9._%+-]+@(?:[A-Za-z0-9-]+\.)+[A-Za-z]{2,24}\b")
+_EMAIL = re.compile(r"[\w.%+-]+@(?:[\w-]+\.)+[^\W\d_]{2,24}\b")
 _NUMBER = re.compile(r"(?<![\w.,/-])\+?\(?\d(?:[ ().+/-]{0,3}\d){6,18}\)?(?![\w/-]|[.,]\d)")
 _DATE = re.compile(r"(?:\d{4}[ ./-]\d{1,2}[ ./-]\d{1,2}|\d{1,2}[ ./-]\d{1,2}[ ./-]\d{4})(?:\D|$)|(?:19|20)\d\d ?[-/] ?(?:19|20)\d\d$")
 _CARD_DIGITS, _PHONE_DIGITS = range(13, 20), range(7, 16)

@@ -20,7 +20,7 @@ from mm_core.config import Config
 from mm_core.data.index import Index
 from mm_core.data.side_table import SideTable, check_name
 from mm_core.errors import ConfigError, DataError
-from mm_core.store import open_file, write_whole
+from mm_core.store import open_file, reaching, write_whole
 
 
 class ScoresSummary(Config):
@@ -63,13 +63,15 @@ class Scores:
         """None where there are none of this name.
 
         Raises:
-            DataError: they are of another index.
+            DataError: they are of another index, or cannot be read.
         """
         try:
-            with open_file(f"{self.url}/scores.json", "rt") as file:
+            with reaching(self.url), open_file(f"{self.url}/scores.json", "rt") as file:
                 summary = ScoresSummary.model_validate(json.load(file))
-        except (OSError, ValueError):
+        except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:  # of another version, or a store that did not answer: they are not ours to write over
+            raise DataError(f"cannot read {self.url}/scores.json: {' '.join(str(error).split())[:200]}") from None
         if summary.index_fingerprint != self.index.summary.fingerprint:
             raise DataError(f"scores {self.name!r} were measured of another state of the index at {self.index.url}: remove {self.url}")
         return summary

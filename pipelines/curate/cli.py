@@ -243,6 +243,7 @@ def dedup(
     against: Annotated[
         list[str] | None, typer.Option(help="Another index, such as a test set: what is in it is dropped. Again for several.")
     ] = None,
+    ledger: Ledgers = None,
     method: Annotated[
         list[str] | None,
         typer.Option(help="exact (every byte), picture (every byte of the picture), perceptual, semantic; again for several."),
@@ -269,7 +270,13 @@ def dedup(
     opened, others = Index.open(index), [Index.open(each) for each in against or ()]
     with console.progress("dedup", unit="tasks") as tracker:
         summary = dedup_index(
-            opened, name, config, against=others, replace_ledger=replace, on_progress=lambda what: tracker.advance(1, what)
+            opened,
+            name,
+            config,
+            against=others,
+            ledgers=ledger or (),
+            replace_ledger=replace,
+            on_progress=lambda what: tracker.advance(1, what),
         )
     counted = list(dict.fromkeys(key for counts in summary.counts.values() for key in counts))
     console.table(("by", *counted), [(by, *(counts.get(key, "") for key in counted)) for by, counts in summary.counts.items()])

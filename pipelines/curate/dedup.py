@@ -21,9 +21,9 @@ from pydantic import Field
 
 from mm_core.config import Config
 from mm_core.curation.components import NO_PAIRS, Groups, Pairs, grouped, lowest_match
-from mm_core.curation.score_rules import HASH
+from mm_core.curation.score_rules import EMBEDDINGS, HASH
 from mm_core.data.index import Index
-from mm_core.data.ledger import Decided, Ledger, LedgerSummary
+from mm_core.data.ledger import Decided, Ledger, LedgerSummary, compile_kept
 from mm_core.data.scores import Scores, ScoresSummary
 from mm_core.data.side_table import SideTable
 from mm_core.errors import ConfigError, DataError
@@ -34,8 +34,7 @@ from pipelines.curate.vector_pairs import vector_pairs
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks
 
-EMBEDDINGS = "embeddings"
-"""Kind of the scores that hold vectors, and their name where none is given."""
+_NOBODY: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 class Method(StrEnum):
@@ -106,10 +105,12 @@ def dedup_index(
     config: DedupConfig,
     *,
     against: Sequence[Index] = (),
+    ledgers: Sequence[str] = (),
     replace_ledger: bool = False,
     on_progress: Progress = lambda what: None,
 ) -> LedgerSummary:
-    """Write the ledger `name` of `index`. The same settings as those of a ledger that is there give it back as it is.
+    """Write the ledger `name` of `index`. Of `ledgers` only what all keep is looked at: else the best of a group could be one that they
+    drop, and with it the group were gone. The same settings as those of a ledger that is there give it back as it is.
 
     Its decisions have further columns: `group`, in every group the ordinal of the sample that is kept, its own too; `against` and
     `against_index`, the ordinal of what a sample matches in another index, and the place of that index among those given.
@@ -122,7 +123,8 @@ def dedup_index(
     reasons = {f"in_{label}": {"index": other.url, "fingerprint": other.summary.fingerprint} for label, other in _labels(against)}
     if not config.only_against:
         reasons |= {f"duplicate_{method}": config.parameters(method) | {"keep": config.keep} for method in config.ordered}
-    rule = _rule(config, against)
+    among = compile_kept(index, ledgers)
+    rule = _rule(config, against) + (f", among {' and '.join(sorted(set(ledgers)))} {among.fingerprint}" if ledgers else "")
     ledger = Ledger(index, name)
     if ledger.exists() and not replace_ledger:
         found = ledger.summary()
@@ -132,7 +134,8 @@ def dedup_index(
             f"the index at {index.url} has a ledger {name!r} by other rules ({found.rule}): give another --name, or --replace"
         )
     with ray_session():
-        decision = _decide(index, config, against, list(reasons), on_progress)
+        others = np.setdiff1d(np.arange(index.summary.rows), among.ordinals.astype(np.int64), assume_unique=True) if ledgers else _NOBODY
+        decision = _decide(index, config, against, list(reasons), others, on_progress)
         ledger.remove()
         decided = _write(ledger, decision, [other.summary.rows for other in against])
     failed = {reason: len(decision.reason.get(reason, ())) for reason in reasons}
@@ -149,8 +152,11 @@ def _rule(config: DedupConfig, against: Sequence[Index]) -> str:
 
 def _labels(against: Sequence[Index]) -> list[tuple[str, Index]]:
     """Each index by the last part of its address, with a number where several have the same."""
-    names = [other.url.rpartition("/")[2] for other in against]
-    return [(name if names.count(name) == 1 else f"{name}_{n}", other) for n, (name, other) in enumerate(zip(names, against, strict=True))]
+    labels: list[str] = []
+    for other in against:
+        name = other.url.rpartition("/")[2]
+        labels.append(next(label for label in (name, *(f"{name}_{n}" for n in range(2, len(against) + 2))) if label not in labels))
+    return list(zip(labels, against, strict=True))
 
 
 def _scores(index: Index, config: DedupConfig, against: Sequence[Index]) -> dict[str, str]:
@@ -198,14 +204,18 @@ def _complete(index: Index, name: str, how: str) -> ScoresSummary:
         raise DataError(f"{error}; make them: {how.replace('INDEX', index.url)}") from None
 
 
-def _decide(index: Index, config: DedupConfig, against: Sequence[Index], reasons: list[str], on_progress: Progress) -> _Decision:
+def _decide(
+    index: Index, config: DedupConfig, against: Sequence[Index], reasons: list[str], others: NDArray[np.int64], on_progress: Progress
+) -> _Decision:
+    """`others`: samples that are not looked at, ascending."""
     rows = np.cumsum([0, index.summary.rows, *(other.summary.rows for other in against)])
     sides = [Side(each.url, int(offset), each.summary.rows) for each, offset in zip((index, *against), rows[:-1], strict=True)]
     decision = _Decision(reasons)
     if against:
-        _leave_out_matches(decision, Comparison(sides[0], tuple(sides[1:])), config, on_progress)
+        _leave_out_matches(decision, Comparison(sides[0], tuple(sides[1:]), left_out=ray.put(others)), config, on_progress)
     if not config.only_against:
-        _group(decision, Comparison(sides[0], left_out=ray.put(np.sort(decision.matches[:, 0]))), config, index, on_progress)
+        left_out = ray.put(np.union1d(others, decision.matches[:, 0]))
+        _group(decision, Comparison(sides[0], left_out=left_out), config, index, on_progress)
     return decision
 
 

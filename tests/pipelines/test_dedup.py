@@ -19,7 +19,7 @@ from mm_core.curation.bands import Bands
 from mm_core.data import side_table
 from mm_core.data.columns import vectors_column
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, compile_kept
+from mm_core.data.ledger import Ledger, compile_kept, write_ledger
 from mm_core.data.scores import Scores, ScoresSummary
 from mm_core.errors import ConfigError, DataError
 from pipelines.curate import equal_pairs, picture_pairs, vector_pairs
@@ -109,6 +109,25 @@ def test_a_group_keeps_its_best_and_each_other_has_the_first_method_that_found_i
         **{"plain": 2, "unreadable": 1, "cut": 0, "uncompared": 0},
     }
     assert set(compile_kept(index, ["all"]).ordinals.tolist()) == set(range(len(ROWS))) - set(reasons)
+
+
+def test_of_what_other_ledgers_drop_nothing_is_looked_at(index: Index) -> None:
+    """The best of a group is dropped by rules: the group must not go with it."""
+    every = dedup_index(index, "everyone", DedupConfig(methods=(Method.PICTURE,)))
+    assert every.kept < index.summary.samples
+    row, best = next(
+        (row, group) for row, group in enumerate(decisions(index, "everyone")["group"].to_pylist()) if group not in (None, row)
+    )
+    repeat = np.ones(index.summary.rows, dtype=np.float32)
+    repeat[best] = 0
+    write_ledger(index, "ruled", rule="test", repeat=repeat, reason="by a rule")
+    dedup_index(index, "among", DedupConfig(methods=(Method.PICTURE,)), ledgers=["ruled"])
+    together = set(compile_kept(index, ["ruled", "among"]).ordinals.tolist())
+    assert best not in together
+    assert row in together
+    assert row not in set(compile_kept(index, ["ruled", "everyone"]).ordinals.tolist())
+    with pytest.raises(ConfigError, match="by other rules"):
+        dedup_index(index, "among", DedupConfig(methods=(Method.PICTURE,)))
 
 
 def test_decisions_do_not_depend_on_how_the_work_is_divided(index: Index, tests: Index, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool, Int64, UInt64
+from jaxtyping import Bool, Float32, Int64, UInt64
 
 from pipelines.curate.report import draw
 from pipelines.curate.report.draw import Draws
@@ -63,6 +63,8 @@ class LedgerTally:
     kept: int = 0
     weight: float = 0.0
     """Sum of the sampling weights."""
+    uneven: int = 0
+    """Samples whose weight is neither 0 nor 1."""
     reasons: Counter[str] = field(default_factory=Counter)
     together: Int64[np.ndarray, "rules rules"] = field(default_factory=lambda: np.zeros((MAX_RULES, MAX_RULES), dtype=np.int64))
     """Samples that fail both of two rules; on the diagonal, that fail one."""
@@ -81,14 +83,15 @@ class LedgerTally:
             if column.startswith("label.")
         }
         together, alone = co_failures(table["fails"].to_numpy()) if "fails" in table.column_names else (_none(), _none().diagonal())
-        weight = float(table["repeat"].to_numpy().sum(dtype=np.float64))
+        weight, uneven = _weights(table["repeat"].to_numpy())
         duplicates = Duplicates.of(view, ledger, question)
         reasons = Counter(counted(view.reasons(ledger).filter(pa.array(~kept))))
-        return cls(int(kept.sum()), weight, reasons, together, alone, labels, duplicates)
+        return cls(int(kept.sum()), weight, uneven, reasons, together, alone, labels, duplicates)
 
     def add(self, other: LedgerTally, question: Question) -> None:
         self.kept += other.kept
         self.weight += other.weight
+        self.uneven += other.uneven
         self.reasons.update(other.reasons)
         self.together = self.together + other.together
         self.alone = self.alone + other.alone
@@ -106,6 +109,7 @@ class Tally:
     """By the ledgers that are read together."""
     weight: float = 0.0
     """Sum of their sampling weights, multiplied."""
+    uneven: int = 0
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
     """The first ledger, and its reason, of those that they do not keep."""
     ledgers: dict[str, LedgerTally] = field(default_factory=dict)
@@ -128,7 +132,7 @@ class Tally:
         return cls(
             len(view.ordinals),
             int(kept.sum()),
-            float(view.together["repeat"].to_numpy().sum(dtype=np.float64)),
+            *_weights(view.together["repeat"].to_numpy()),
             Counter((ledger, reason or "") for ledger, reason in pairs),
             {name: LedgerTally.of(view, name, question) for name in question.ledgers},
             _sizes(view, kept),
@@ -142,6 +146,7 @@ class Tally:
         self.samples += other.samples
         self.kept += other.kept
         self.weight += other.weight
+        self.uneven += other.uneven
         self.sizes = self.sizes + other.sizes
         self.reasons.update(other.reasons)
         self.formats.update(other.formats)
@@ -187,3 +192,8 @@ def _crossed(view: View, question: Question) -> Counter[tuple[str, str]]:
     one, other = (pc.fill_null(view.reasons(name), "") for name in question.compare)
     table = pa.table({"one": one, "other": other}).group_by(["one", "other"]).aggregate([([], "count_all")])
     return Counter({(row["one"], row["other"]): row["count_all"] for row in table.to_pylist()})
+
+
+def _weights(repeat: Float32[np.ndarray, " rows"]) -> tuple[float, int]:
+    """Their sum, and how many are neither 0 nor 1."""
+    return float(repeat.sum(dtype=np.float64)), int(((repeat != 0) & (repeat != 1)).sum())

@@ -153,3 +153,26 @@ def test_sharp_and_plain_pictures() -> None:
     assert information(plain) == 0
     assert information(smooth) == pytest.approx(6)
     assert information(np.arange(256, dtype=np.uint8)[None]) == pytest.approx(8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rules:\n  a: {rule: words, min: 9}\n  a: {rule: words, min: 1}\n", "the key 'a' comes twice"),
+        ("rules:\n  1: {rule: words, min: 9}\n  '1': {rule: words, min: 1}\n", "the key '1' comes twice"),
+        ("rules:\n  a: {rule: words, min: .nan}\n", "finite number"),
+        ("rules:\n  a: {rule: language, languages: [english]}\n", "'english' is no ISO 639 code"),
+        ("rules:\n  a: {rule: image_format, formats: []}\n", "at least 1 item"),
+        ("rules:\n  a: {rule: boilerplate, phrases: [' ', dog]}\n", "a phrase is blank"),
+    ],
+)
+def test_what_would_silently_keep_or_drop_everything_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        RuleSet.read(tmp_path / "rules.yaml")
+
+
+def test_a_long_list_of_phrases_is_looked_for() -> None:
+    rules = RuleSet.parse({"stock": {"rule": "boilerplate", "phrases": [f"phrase {n}" for n in range(5000)]}}, where="test")
+    table = pa.table({"captions": pa.array([["a dog"], ["see phrase 4999 here"], ["phrase 17"]], pa.list_(pa.string()))})
+    assert rules.judge(Rows(table, {})).judgements[0].keep.tolist() == [True, False, False]

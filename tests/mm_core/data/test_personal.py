@@ -47,3 +47,8 @@ def test_only_what_is_asked_for() -> None:
     text = "a@b.org, +49 30 901820, 4111111111111111"
     assert mask_personal(text, (PersonalKind.PHONE,)) == "a@b.org, [phone], 4111111111111111"
     assert mask_personal(text, (PersonalKind.EMAIL, PersonalKind.CARD)) == "[email], +49 30 901820, [card]"
+
+
+@pytest.mark.parametrize("address", ["josé@example.com", "josé@exämple.de", "имя@почта.рф"])
+def test_addresses_of_any_script_are_masked(address: str) -> None:
+    assert mask_personal(f"write to {address} now", [PersonalKind.EMAIL]) == "write to [email] now"
