@@ -70,10 +70,11 @@ def plant(samples: list[tuple[bytes, list[str]]], folder: Path, seed: int = 0) -
         kinds[place], captions[place] = "wrong", samples[other][1]
     for place in junk:
         kinds[place], captions[place] = "junk", [draw.choice(_JUNK_CAPTIONS).format(n=draw.randrange(9999))]
-    rows = [(image, captions[i], kinds[i]) for i, (image, _) in enumerate(samples)]
-    rows += [
-        (image, texts, "twice") for image, texts, _ in draw.sample([row for row in rows if row[2] == "right"], round(_TWICE * len(rows)))
-    ]
+    copied = draw.sample([place for place, kind in enumerate(kinds) if kind == "right"], round(_TWICE * len(samples)))
+    for place in copied:
+        kinds[place] = "copied"  # a copy may be in the fold of the model that scores it: neither counts as right or wrong
+    rows = [(image, captions[place], kinds[place]) for place, (image, _) in enumerate(samples)]
+    rows += [(samples[place][0], captions[place], "twice") for place in copied]
     draw.shuffle(rows)
     folder.mkdir(parents=True)
     for start in range(0, len(rows), 1000):
@@ -133,8 +134,8 @@ def main() -> None:
         bundles = {fold: f"{folder}/runs/on-{fold}/bundle" for fold in ("a", "b")}
         mm("data", "score", index, "similarity", "--name", "crossfit", "--fold", f"a={bundles['b']}", "--fold", f"b={bundles['a']}")
         mm("data", "score", index, "hash")
-        mm("data", "dedup", index, "--method", "perceptual", "--distance", "2", "--name", "once")
         mm("data", "filter", index, "--rules", str(rules), "--name", "clean")
+        mm("data", "dedup", index, "--ledger", "clean", "--method", "perceptual", "--distance", "2", "--name", "once")
         found = {}
         for name, ledgers in (("noisy", []), ("kept", ["--ledger", "once", "--ledger", "clean"])):
             trained = mm("train", arguments.recipe, "--data", index, *ledgers, "--name", name, *common)
@@ -149,9 +150,9 @@ def main() -> None:
         "recipe": arguments.recipe,
         "steps": arguments.steps,
         "samples": len(kinds),
-        "auroc_wrong": round(auroc(scores[(kinds == "right") | (kinds == "twice")], scores[kinds == "wrong"]), 3),
-        "auroc_junk": round(auroc(scores[(kinds == "right") | (kinds == "twice")], scores[kinds == "junk"]), 3),
-        "kept_fraction": {kind: round(float(both[kinds == kind].mean()), 3) for kind in ("right", "wrong", "junk", "twice")},
+        "auroc_wrong": round(auroc(scores[kinds == "right"], scores[kinds == "wrong"]), 3),
+        "auroc_junk": round(auroc(scores[kinds == "right"], scores[kinds == "junk"]), 3),
+        "kept_fraction": {kind: round(float(both[kinds == kind].mean()), 3) for kind in ("right", "wrong", "junk", "copied", "twice")},
         "noisy": {key: found["noisy"][key] for key in ("t2i_r10", "i2t_r10")},
         "kept": {key: found["kept"][key] for key in ("t2i_r10", "i2t_r10")},
     }
