@@ -373,10 +373,12 @@ def evaluation_metrics(bundle: Path, tracking: TrackingConfig) -> dict[str, floa
 
 
 def resolve_model(reference: str, settings: Sequence[str] | None = None) -> str:
-    """The local folder, or hub id, that a MODEL argument stands for."""
+    """The local folder, from the root, as workers have working folders of their own; or hub id, that a MODEL argument stands for."""
+    from mm_core.address import absolute
     from pipelines.registry import resolve_model as look_up
 
-    return str(look_up(reference, tracking_config(settings)))
+    found = str(look_up(reference, tracking_config(settings)))
+    return absolute(found) if Path(found).is_dir() else found
 
 
 def _need(modality: str) -> tuple[str, ...]:
