@@ -152,7 +152,7 @@ def train(
     gpu_type: Annotated[str, typer.Option(help="Of --gpus: a100-40, a100-80, h100 or h200.")] = "h100",
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1, help="Of --gpus: share of a GPU's operations that training is taken to reach.")
-    ] = 0.4,
+    ] = 0.3,
     as_json: Json = False,
 ) -> None:
     """Train a model; every restart continues the same run.

@@ -16,7 +16,7 @@ from mm_core.data.scores import Scores
 from mm_core.data.side_table import SideTable
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def opened(url: str) -> Index:
     """Once in a process."""
     return Index.open(url)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ import ray
 from numpy.typing import NDArray
 
 from mm_core.curation.components import NO_PAIRS, Pairs, forest, lowest_match
-from mm_core.data.index import Index
 from mm_core.data.scan import usable
+from pipelines.curate.batches import opened
 
 _HELD_PAIRS = 1 << 20
 Progress = Callable[[str], None]
@@ -104,8 +103,3 @@ def gathered(blocks: Sequence[tuple[ray.ObjectRef, ...]]) -> Iterator[Loaded]:
     """The blocks' arrays, one block at a time."""
     for refs in blocks:
         yield tuple(ray.get(list(refs)))
-
-
-@lru_cache(maxsize=8)
-def opened(url: str) -> Index:
-    return Index.open(url)

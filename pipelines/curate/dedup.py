@@ -27,7 +27,8 @@ from mm_core.data.ledger import Decided, Ledger, LedgerSummary, compile_kept
 from mm_core.data.scores import Scores, ScoresSummary
 from mm_core.data.side_table import SideTable
 from mm_core.errors import ConfigError, DataError
-from pipelines.curate.comparison import Comparison, Found, Progress, Side, opened
+from pipelines.curate.batches import opened
+from pipelines.curate.comparison import Comparison, Found, Progress, Side
 from pipelines.curate.equal_pairs import equal_pairs
 from pipelines.curate.picture_pairs import picture_pairs
 from pipelines.curate.vector_pairs import vector_pairs

@@ -20,7 +20,8 @@ from mm_core.data.columns import vectors_of
 from mm_core.data.scores import Scores
 from mm_core.data.side_table import SideTable
 from pipelines.causes import own_errors
-from pipelines.curate.comparison import Comparison, Found, Progress, Side, gathered, load, opened
+from pipelines.curate.batches import opened
+from pipelines.curate.comparison import Comparison, Found, Progress, Side, gathered, load
 from pipelines.tasks import run_tasks
 
 _PART_SAMPLES = 1 << 22

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from mm_core.data.index import Index
 from mm_core.data.scores import Scores, ScoresSummary
 from mm_core.errors import ConfigError, DataError
 from mm_core.store import open_file, reaching
+from pipelines.curate.batches import opened
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks
 
@@ -119,7 +120,7 @@ def _embeddings(index: Index, name: str) -> ScoresSummary:
 
 
 def _score_chunk(url: str, head: HeadScore, loaded: Head, name: str, chunk: int) -> None:
-    index = _opened(url)
+    index = opened(url)
     column = Scores(index, head.embeddings).values.read(chunk, [_VECTORS])[_VECTORS]
     present = column.combine_chunks().is_valid().to_numpy(zero_copy_only=False)
     vectors = vectors_of(column, np.float16).astype(np.float32)
@@ -127,8 +128,3 @@ def _score_chunk(url: str, head: HeadScore, loaded: Head, name: str, chunk: int)
     values = loaded(vectors, head.between, head.output)
     columns = {key: pa.array(values[:, i], mask=~present) for i, key in enumerate(loaded.columns)}
     Scores(index, name).values.write(chunk, pa.table(columns))
-
-
-@lru_cache(maxsize=4)
-def _opened(url: str) -> Index:
-    return Index.open(url)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ from mm_core.data.index import Index
 from mm_core.data.ledger import Ledger, combine
 from mm_core.data.scan import usable
 from mm_core.data.side_table import SideTable
+from pipelines.curate.batches import opened
 
 _COLUMNS = ["image_format", "width", "height", "caption_characters"]
 CAPTION_CHARACTERS = "caption_characters"
@@ -60,7 +60,7 @@ class View:
         Raises:
             DataError: decisions that are damaged.
         """
-        index = _opened(question.index)
+        index = opened(question.index)
         first, last = chunks(index).bounds(chunk)
         good = usable(index.locators["flags"][first:last], index.summary.need)
         chosen = pa.array(good)
@@ -108,8 +108,3 @@ def text(table: pa.Table, column: str) -> pa.Array:
 
 def _numbers(table: pa.Table, column: str) -> Float[np.ndarray, " rows"]:
     return np.asarray(pc.cast(table[column], pa.float64()).to_numpy(), dtype=np.float64)
-
-
-@lru_cache(maxsize=4)
-def _opened(url: str) -> Index:
-    return Index.open(url)
