@@ -32,7 +32,7 @@ from mm_core.schedule import lr_at
 from pipelines.recipes import recipe
 from pipelines.stream import StepBatch
 from pipelines.train.config import TrainRun
-from pipelines.train.loop import build_step, run_steps
+from pipelines.train.loop import LoopTools, build_step, run_steps
 
 _BATCHES = 4
 _TOKENS = SpecialTokens(bos=3, eos=4, pad=0)
@@ -60,7 +60,7 @@ def ours(run: TrainRun, batches: list[StepBatch]) -> float:
     step = build_step(run, fresh(run), torch.device("cpu"))
     started = time.perf_counter()
     endless: Iterator[StepBatch] = itertools.cycle(batches)
-    run_steps(run, step, endless, 0, log=lambda step, metrics: None, save=lambda step, metrics: None)
+    run_steps(run, step, endless, 0, LoopTools())
     return run.steps * run.global_batch_size / (time.perf_counter() - started)
 
 

@@ -24,13 +24,13 @@ _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure", 
 
 def open_store(url: str) -> tuple[Any, str]:
     """The fsspec file system of `url`, and the path there."""
-    fs, path = fsspec.core.url_to_fs(url, **_options(url))
+    fs, path = fsspec.core.url_to_fs(url, **store_options(url))
     return fs, path
 
 
 def open_file(url: str, mode: str) -> Any:
     """`fsspec.open`, with folders made for a file that is written where the store has folders."""
-    return fsspec.open(url, mode, auto_mkdir=_protocol(url) not in _OBJECT_STORES, **_options(url))
+    return fsspec.open(url, mode, auto_mkdir=_protocol(url) not in _OBJECT_STORES, **store_options(url))
 
 
 def write_whole(url: str, data: bytes) -> None:
@@ -116,7 +116,7 @@ def _protocol(url: str) -> str:
     return "file" if is_local(url) else url.partition("://")[0]
 
 
-def _options(url: str) -> dict[str, Any]:
+def store_options(url: str) -> dict[str, Any]:
     if _protocol(url) not in ("s3", "s3a"):
         return {}
     configured = fsspec.config.conf.get("s3", {})

@@ -6,6 +6,7 @@ Ray, torch and MLflow are imported inside the commands, so that `mm --help` is q
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -138,7 +139,9 @@ def train(
     ] = None,
     ledger: Ledgers = None,
     init: Annotated[str | None, typer.Option(help="Start from the weights of a bundle or hub id.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Ranks.")] = None,
+    workers: Annotated[
+        str | None, typer.Option(metavar="N|N..M", help="Ranks; 2..8: as many as the cluster has room for, at least two.")
+    ] = None,
     settings: Settings = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; by default recipe and time.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run from its last checkpoint.")] = False,
@@ -165,7 +168,7 @@ def train(
 
     console = Console(as_json)
     overrides = list(settings or [])
-    overrides += [f"resources.workers={workers}"] if workers else []
+    overrides += worker_settings(workers) if workers else []
     overrides += [f"init={init}"] if init else []
     overrides += ["data.verify=true"] if verify else []
     run, origins = resolve_run(recipe, overrides)
@@ -203,6 +206,19 @@ def train(
     console.say(f"follow: {describe_run(run.tracking.resolved(), result.run_id)}")
     console.say(f"next: mm eval {result.bundle} --retrieval SHARDS; mm serve {result.bundle}")
     console.result(asdict(result))
+
+
+def worker_settings(workers: str) -> list[str]:
+    """`--workers N` or `N..M` as settings.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", workers)
+    if found is None:
+        raise ConfigError(f"--workers {workers} is no number of ranks: give 4, or 2..8 for as many as there is room for")
+    fewest, most = found.groups()
+    return [f"resources.workers={most}", f"resources.min_workers={fewest}"] if most else [f"resources.workers={fewest}"]
 
 
 def evaluate(

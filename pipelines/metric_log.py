@@ -174,8 +174,12 @@ class MetricLog:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Take `values` at `step`, stamped with the time now; returns within a disk write."""
-        self._step = step
+        self._step = max(self._step, step)
         self._append(step, values)
+
+    def at(self, step: int) -> None:
+        """The run stands at `step`."""
+        self._step = step
 
     def log_now(self, values: Mapping[str, float]) -> None:
         """Take `values` at the latest step, for what is measured by the clock. From any thread."""

@@ -33,6 +33,21 @@ _BAR = 0.36
 _DASHED: dict[str, Any] = {"color": _INK, "linewidth": 1.2, "linestyle": (0, (3, 2))}
 
 
+def time_bars(parts: Sequence[tuple[str, float, float]], path: Path) -> Path:
+    """(name, seconds, share) of each part of a run's wall time as a bar, the largest on top."""
+    figure = Figure(figsize=(8, 0.6 + 0.32 * len(parts)), layout="constrained")
+    axes = figure.add_subplot()
+    names = [name.replace("_", " ") for name, _, _ in parts]
+    bars = axes.barh(names, [share for _, _, share in parts], color=_COLOURS[0], height=0.7)
+    axes.bar_label(bars, [f"{share:.1%}   {seconds:,.0f} s" for _, seconds, share in parts], padding=4, color=_INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.25 * max((share for _, _, share in parts), default=1.0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    _style(axes)
+    axes.set_xlabel("share of the wall time", color=_MUTED)
+    return _write(figure, path)
+
+
 def loss_curve(series: Mapping[str, Points], path: Path) -> Path:
     """Each named series over steps, smoothed where it is long, with its last value in the legend."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")

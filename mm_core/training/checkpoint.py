@@ -1,7 +1,9 @@
 """Checkpoints: all that an interrupted run needs to go on as if it had not been, on any number of workers.
 
     .metadata, *.distcp   model, optimiser and mean of the weights (torch.distributed.checkpoint; each rank writes its part)
-    state.json            step, data cursor, fingerprints, resolved config, code revision, tracking run
+    metrics.json          what was measured at its step, for choosing the best one
+    state.json            step, data cursor, fingerprints, resolved config, code revision, tracking run; written last, so that a
+                          folder with it is whole
 
 The random state of a step is drawn from (seed, step, rank) by `seed_step`, so it is restored by the step number.
 `.metadata` is unpickled by torch: load checkpoints only from storage you trust. Bundles are what travels.
@@ -11,22 +13,26 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
+from mm_core.address import is_local
 from mm_core.config import Config
 from mm_core.data.permutation import mix
 from mm_core.errors import CheckpointError
+from mm_core.store import open_file, open_store, store_options
 from mm_core.training.ema import WeightMean
 
-FORMAT = 1
-_STATE = "state.json"
+FORMAT = 2
+STATE, METRICS = "state.json", "metrics.json"
 
 
 class CheckpointState(Config):
@@ -42,62 +48,52 @@ class CheckpointState(Config):
     config: dict[str, Any]
     code_revision: str
     tracking_run_id: str | None = None
+    left_out: tuple[tuple[int, int], ...] = ()
+    """Steps [first, last) whose batches a rollback has left out."""
+    recent_losses: tuple[float, ...] = ()
+    """What a spike of the loss is measured by."""
 
 
-def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: CheckpointState,
-    *,
-    rank: int,
-    mean: WeightMean | None = None,
-) -> None:
-    """Write this rank's part into its own `folder`. A collective: every rank calls it with the same `state`."""
+def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer, mean: WeightMean | None = None) -> dict[str, Any]:
+    """All tensors of a run, by name; sharded ones as they are. Not copies."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    whole = {"model": model_state, "optimizer": optimizer_state} | _mean_state(mean)
-    state_dict_saver.save(whole, checkpoint_id=folder)
-    if rank == 0:
-        (folder / _STATE).write_text(state.model_dump_json(indent=1), encoding="utf-8")
+    return {"model": model_state, "optimizer": optimizer_state} | _mean_state(mean)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, mean: WeightMean | None = None) -> None:
+def load_checkpoint(url: str, model: nn.Module, optimizer: torch.optim.Optimizer, mean: WeightMean | None = None) -> None:
     """Restore in place. A collective.
 
     Raises:
         CheckpointError: the checkpoint is of another model, or damaged.
     """
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    _load({"model": model_state, "optimizer": optimizer_state} | _mean_state(mean), folder)
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    state = whole_state(model, optimizer, mean)
+    _load(state, url)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
-def load_weights(folder: Path, model: nn.Module, mean: WeightMean | None = None) -> None:
+def load_weights(url: str, model: nn.Module, mean: WeightMean | None = None) -> None:
     """The weights alone, in one process, for export and evaluation; with `mean` their mean, where there is one.
 
     Raises:
         CheckpointError: as `load_checkpoint`.
     """
     model_state = get_model_state_dict(model)
-    _load({"model": model_state} | _mean_state(mean), folder, alone=True)
+    _load({"model": model_state} | _mean_state(mean), url, alone=True)
     set_model_state_dict(model, {**model_state, **(mean.state if mean else {})})
 
 
-def _mean_state(mean: WeightMean | None) -> dict[str, Any]:
-    return {} if mean is None else {"mean": mean.state}
-
-
-def read_state(folder: Path) -> CheckpointState:
+def read_state(url: str) -> CheckpointState:
     """
     Raises:
-        CheckpointError: there is no checkpoint in `folder`, or its format is another.
+        CheckpointError: there is no checkpoint in `url`, or its format is another.
     """
     try:
-        values = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        with open_file(f"{url}/{STATE}", "rt") as file:
+            values = json.load(file)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is no checkpoint of mm: {error}") from None
+        raise CheckpointError(f"{url} is no checkpoint of mm: {error}") from None
     if values.get("format") != FORMAT:
-        raise CheckpointError(f"the checkpoint {folder} has format {values.get('format')!r}, this mm reads {FORMAT}")
+        raise CheckpointError(f"the checkpoint {url} has format {values.get('format')!r}, this mm reads {FORMAT}")
     return CheckpointState.model_validate(values)
 
 
@@ -106,16 +102,29 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(mix(seed, step, rank)))
 
 
-def _load(state: dict[str, Any], folder: Path, *, alone: bool = False) -> None:
+def checkpoint_writer(url: str) -> StorageWriter:
+    """Where `torch.distributed.checkpoint` writes a checkpoint at `url`."""
+    return FileSystemWriter(open_store(url)[1]) if is_local(url) else FsspecWriter(url, **store_options(url))
+
+
+def _reader(url: str) -> StorageReader:
+    return FileSystemReader(open_store(url)[1]) if is_local(url) else FsspecReader(url, **store_options(url))
+
+
+def _mean_state(mean: WeightMean | None) -> dict[str, Any]:
+    return {} if mean is None else {"mean": mean.state}
+
+
+def _load(state: dict[str, Any], url: str, *, alone: bool = False) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `alone` says
-            state_dict_loader.load(state, checkpoint_id=folder, no_dist=alone)
+            state_dict_loader.load(state, storage_reader=_reader(url), no_dist=alone)
     except (Exception, CheckpointException) as error:  # CheckpointException, what each rank met, is no Exception
-        raise CheckpointError(f"the checkpoint {folder} is damaged or of another model: {_cause(error)}") from None
+        raise CheckpointError(f"the checkpoint {url} is damaged or of another model: {cause_of(error)}") from None
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """One line: what went wrong on one of the ranks."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]

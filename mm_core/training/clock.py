@@ -39,13 +39,18 @@ class StepClock:
         """The phase that began, and when."""
         self.enter(Phase.OTHER)
 
+    @property
+    def phase_now(self) -> Phase:
+        """Of the thread that trains; may be read from another."""
+        return self._marks[-1][0]
+
     def enter(self, phase: Phase) -> None:
         """Everything from here on is `phase`."""
         self._marks.append((phase, self._now()))
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        outer = self._marks[-1][0]
+        outer = self.phase_now
         self.enter(phase)
         try:
             yield

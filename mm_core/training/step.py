@@ -23,6 +23,7 @@ from mm_core.schedule import ScheduleConfig, lr_at
 from mm_core.training.clock import Phase, StepClock
 from mm_core.training.ema import WeightMean
 from mm_core.training.gradient_cache import cached_backward, pieces_for
+from mm_core.training.guard import StepGuard, Trouble
 from mm_core.training.parallel import Parallel, clip_gradients
 
 
@@ -43,6 +44,8 @@ class StepResult:
     grad_norm: Tensor
     """Before clipping; the same on every rank, and not finite on all of them if it is on one."""
     lr: float
+    trouble: Trouble | None = None
+    """What the guard found; then the update was left out."""
 
 
 class TrainStep:
@@ -63,18 +66,20 @@ class TrainStep:
         clock: StepClock,
         micro_batch_size: int | None = None,
         mean: WeightMean | None = None,
+        guard: StepGuard | None = None,
     ) -> None:
         """
         Args:
             counts: samples per rank of a global step.
             micro_batch_size: samples that go through the model at a time; None for all of a rank's.
             mean: is kept up to date.
+            guard: looks at every step before its update.
         """
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self._optimizer_config, self._schedule, self._total_steps = optimizer_config, schedule, total_steps
         self._counts, self.device, self.clock = list(counts), device, clock
         self._bf16 = _use_bf16(precision, device)
-        self.mean = mean
+        self.mean, self.guard = mean, guard
         self._pieces = 1 if micro_batch_size is None else pieces_for(self._counts, micro_batch_size)
 
     def __call__(self, batch: ImageTextBatch, step: int) -> StepResult:
@@ -86,11 +91,20 @@ class TrainStep:
         with self.clock.phase(Phase.OPTIMIZER):
             self.model.finish_gradients()
             grad_norm = clip_gradients(self.model.module.parameters(), self._optimizer_config.grad_clip_norm)
-            self.optimizer.step()
-            clamp_logit_scale(self.model.module)
-            if self.mean is not None:
-                self.mean.update(step)
-        return StepResult({name: term.detach() for name, term in loss.terms.items()}, grad_norm.detach(), lr)
+        trouble = self._judge(loss, grad_norm)
+        if trouble is None:
+            with self.clock.phase(Phase.OPTIMIZER):
+                self.optimizer.step()
+                clamp_logit_scale(self.model.module)
+                if self.mean is not None:
+                    self.mean.update(step)
+        return StepResult({name: term.detach() for name, term in loss.terms.items()}, grad_norm.detach(), lr, trouble)
+
+    def _judge(self, loss: LossOutput, grad_norm: Tensor) -> Trouble | None:
+        if self.guard is None:
+            return None
+        with self.clock.phase(Phase.COLLECTIVE):
+            return self.guard.judge(loss, grad_norm)
 
     def _backward(self, batch: ImageTextBatch) -> LossOutput:
         with self.clock.phase(Phase.FORWARD):

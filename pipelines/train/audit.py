@@ -1,7 +1,8 @@
 """The audit: which sample every rank consumed at every step, as Parquet, so that "exactly once" can be checked, not believed.
 
-Columns `epoch, step, position, source, rank, uid, attempt`; `source` counts the indexes of a mix from 0. A restart replays the steps
-since the last checkpoint under a higher attempt: the rows of a step's highest attempt are what trained the model.
+Columns `epoch, step, position, source, rank, uid, attempt, applied`; `source` counts the indexes of a mix from 0. A restart replays steps
+since the last checkpoint under a higher attempt: the rows of a step's highest attempt are what trained the model, but for those that are
+not `applied`: of a step whose update was left out (`faults`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Audit:
         self._rows: list[pa.Table] = []
         self._first_step = 0
 
-    def add(self, batch: StepBatch) -> None:
+    def add(self, batch: StepBatch, *, applied: bool = True) -> None:
         if not self._rows:
             self._first_step = batch.step
         # Copies: columns of a batch are views of its block, which they would hold in the object store, pictures and all.
@@ -32,13 +33,14 @@ class Audit:
         constants = {"step": batch.step, "rank": self._rank, "attempt": self._attempt}
         for name, value in constants.items():
             rows = rows.append_column(name, pa.repeat(pa.scalar(value, pa.int64()), rows.num_rows))
+        rows = rows.append_column("applied", pa.repeat(pa.scalar(applied), rows.num_rows))
         self._rows.append(rows.append_column("position", pa.array(batch.positions.copy())))
 
     def flush(self) -> None:
         if not self._rows:
             return
         name = f"attempt{self._attempt:05d}-rank{self._rank:05d}-step{self._first_step:08d}.parquet"
-        table = pa.concat_tables(self._rows).select(["epoch", "step", "position", "source", "rank", "uid", "attempt"])
+        table = pa.concat_tables(self._rows).select(["epoch", "step", "position", "source", "rank", "uid", "attempt", "applied"])
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer)
         write_whole(f"{self._folder}/{name}", buffer.getvalue().to_pybytes())

@@ -1,30 +1,65 @@
-"""Where rank 0 writes how far it is and the driver reads it: an actor of small messages, sent at log steps only.
+"""Where the ranks write how far they are and what happened, and the driver reads it: an actor of small messages, sent at log steps only.
 
 In a module of its own, so that the actor's process loads neither torch nor the tracking client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import ray
 
 from mm_core.errors import MMError
+from pipelines.train.goodput import Goodput
+
+SHARE = "time_fraction/"
+"""What the metrics of phases begin with."""
+
+
+class News(NamedTuple):
+    """What the driver did not know yet, and how far the run is."""
+
+    step: int | None
+    metrics: dict[str, float]
+    said: list[str]
+    goodput: dict[str, object]
+    """As `Goodput.record` makes it."""
 
 
 class Board:
-    """Progress, and the error that no restart would mend, if a worker met one."""
+    """Progress, messages, the run's time; and the error that no restart would mend, if a worker met one."""
 
-    def __init__(self) -> None:
-        self._progress: tuple[int, dict[str, float]] | None = None
+    def __init__(self, goodput: Mapping[str, object]) -> None:
+        """`goodput`: what earlier commands of this run recorded."""
+        self._step: int | None = None
+        self._metrics: dict[str, float] = {}
+        self._said: list[str] = []
         self._error: MMError | None = None
+        self._goodput = Goodput.of(goodput)
+        self._goodput.began(time.monotonic())
+
+    def started(self, step: int) -> None:
+        """The workers are about to take `step`."""
+        self._goodput.started(step, time.monotonic())
+        self._step, self._metrics = step, {}
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
-        self._progress = (step, metrics)
+        shares = {name.removeprefix(SHARE): value for name, value in metrics.items() if name.startswith(SHARE)}
+        if shares:
+            self._goodput.report(step, shares, time.monotonic())
+        self._step = step
+        self._metrics |= metrics
 
-    def progress(self) -> tuple[int, dict[str, float]] | None:
-        return self._progress
+    def say(self, text: str) -> None:
+        """Something for the person who watches."""
+        self._said.append(text)
+
+    def news(self) -> News:
+        said, self._said = self._said, []
+        return News(self._step, self._metrics, said, self._goodput.record())
 
     def fail(self, error: MMError) -> None:
         self._error = self._error or error
@@ -33,9 +68,10 @@ class Board:
         return self._error
 
 
-def start_board() -> ray.actor.ActorHandle:
+def start_board(goodput: Mapping[str, object]) -> ray.actor.ActorHandle:
     """On the driver's node, which outlives every worker's."""
-    return ray.remote(num_cpus=0, label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()})(Board).remote()
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ray.remote(num_cpus=0, label_selector=here)(Board).remote(goodput)
 
 
 @contextmanager

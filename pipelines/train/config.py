@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mm_core.config import Config
 from mm_core.data.augment import AugmentConfig
@@ -18,6 +18,8 @@ from mm_core.models.warm_start import InitMatch
 from mm_core.objectives.config import ObjectiveConfig
 from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig
+from mm_core.training.checkpoints import Retention
+from mm_core.training.guard import GuardConfig
 from mm_core.training.parallel import Parallelism
 from mm_core.training.step import Precision
 from pipelines.stream import StreamConfig
@@ -59,9 +61,21 @@ class TokenizerConfig(Config):
     max_captions: int = Field(default=200_000, gt=0, description="Captions a tokenizer is trained on, at most.")
 
 
-class CheckpointConfig(Config):
+class CheckpointConfig(Retention):
+    """When a checkpoint is written, and which stay. They are written beside training."""
+
     every_steps: int = Field(default=500, gt=0, description="Steps between checkpoints; the last step makes one too.")
-    keep: int = Field(default=2, gt=0, description="Checkpoints kept, the newest.")
+
+
+class FaultsConfig(GuardConfig):
+    """What is done when something goes wrong."""
+
+    step_timeout_s: float = Field(
+        default=1800.0,
+        gt=0,
+        description="A rank that takes longer for a step, checkpoint and evaluation included, tells where it stands and is started again.",
+    )
+    max_failures: int = Field(default=8, ge=0, description="Restarts after lost workers before the run gives up; preemptions do not count.")
 
 
 class TowersConfig(Config):
@@ -88,8 +102,21 @@ class ResourceConfig(Config):
     """What the run may use. Changes neither the samples nor the mathematics."""
 
     workers: int = Field(default=1, ge=1, description="Ranks.")
+    min_workers: int | None = Field(
+        default=None, ge=1, description="With so many the run goes on where the cluster has no room for all; by default it waits."
+    )
     gpus_per_worker: float | None = Field(default=None, ge=0, description="By default 1 where the cluster has that many GPUs, else 0.")
-    max_failures: int = Field(default=8, ge=0, description="Restarts after lost workers before the run gives up.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is above workers {self.workers}")
+        return self
+
+    @property
+    def elastic(self) -> tuple[int, int] | None:
+        """The fewest and the most workers, where they may change."""
+        return None if self.min_workers is None else (self.min_workers, self.workers)
 
 
 class TrainRun(Config):
@@ -115,6 +142,7 @@ class TrainRun(Config):
     parallel: ParallelConfig = ParallelConfig()
     log_every_steps: int = Field(default=10, gt=0)
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     stream: StreamConfig = StreamConfig()
     resources: ResourceConfig = ResourceConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -122,5 +150,5 @@ class TrainRun(Config):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides what is learned: two runs equal in it, on equal data, are the same run."""
-        whole = {"parallel", "log_every_steps", "checkpoint", "stream", "resources", "tracking", "storage"}
+        whole = {"parallel", "log_every_steps", "checkpoint", "faults", "stream", "resources", "tracking", "storage"}
         return self.model_dump(mode="json", exclude=dict.fromkeys(whole, True) | {"data": {"gap_bytes", "verify", "max_bad_fraction"}})

@@ -32,7 +32,7 @@ from mm_core.revision import code_revision
 from mm_core.training.checkpoint import load_weights
 from mm_core.training.ema import WeightMean
 from pipelines.metric_log import MetricLog, spool_folder
-from pipelines.plots import loss_curve
+from pipelines.plots import loss_curve, time_bars
 from pipelines.session import ray_session
 from pipelines.shards import check_shards
 from pipelines.tracking import (
@@ -44,11 +44,13 @@ from pipelines.tracking import (
     final_metrics,
     finish_run,
     log_artifacts,
+    log_metrics,
     metric_history,
 )
 from pipelines.train.board import start_board
 from pipelines.train.config import TrainRun
-from pipelines.train.launch import check_resources, launch
+from pipelines.train.goodput import Goodput
+from pipelines.train.launch import check_resources, launch, preemption_watched
 from pipelines.train.loop import WorkerTask
 from pipelines.train.outcome import Outcome
 from pipelines.train.run_data import RunData
@@ -117,7 +119,7 @@ def _train(
     resumed = record is not None
     if record is None:
         record = _begin(request, run, data, folder, console)
-    elif folder.latest_checkpoint() is None:
+    elif folder.checkpoints.newest() is None:
         console.note(f"{folder.url} has no checkpoint yet: starting from step 0")
     if resumed:
         continue_run(run.tracking, record.tracking_run_id)
@@ -138,11 +140,13 @@ def _train(
         console.note(f"stopped; continue with the same command and --resume --name {folder.name}")
         raise
     except MMError:
-        if (checkpoint := folder.latest_checkpoint()) is not None:
-            console.note(f"{checkpoint} is kept: once this is mended, continue with the same command and --resume --name {folder.name}")
+        if (step := folder.checkpoints.newest()) is not None:
+            kept = folder.checkpoints.at(step)
+            console.note(f"{kept} is kept: once this is mended, continue with the same command and --resume --name {folder.name}")
         raise
     finally:
         MetricLog(run.tracking.uri, record.tracking_run_id, spool_folder()).close(5)  # what a killed rank 0 on this machine left
+        _log_goodput(run, folder, record.tracking_run_id, console)
         finish_run(run.tracking, record.tracking_run_id, status)
     return _result(run, folder, record, outcome.steps, outcome.metrics)
 
@@ -157,27 +161,29 @@ def _result(run: TrainRun, folder: RunFolder, record: RunRecord, steps: int, met
         samples_per_s=metrics.get("samples_per_s", math.nan),
         data_wait_fraction=metrics.get("time_fraction/data_wait", math.nan),
         final_loss=metrics.get("loss", math.nan),
-        checkpoint=f"{folder.url}/{folder.latest_checkpoint()}",
+        checkpoint=folder.checkpoints.at(steps),
         bundle=f"{folder.url}/bundle",
     )
 
 
 def export_bundle(folder: RunFolder, name: str = "bundle", *, metrics: Mapping[str, float] | None = None) -> BundleManifest:
-    """Write the newest checkpoint of a run as a bundle below its folder. `metrics` go into its card.
+    """Write a checkpoint of a run as a bundle below its folder: the best, where the run says by what, else the newest. `metrics` go into
+    its card.
 
     Raises:
         CheckpointError: the run has no checkpoint, or it does not fit.
     """
     record = folder.read()
     run = TrainRun.model_validate(record.config)
-    checkpoint = folder.latest_checkpoint()
-    if checkpoint is None:
+    best = run.checkpoint.best(folder.checkpoints.metrics()) if run.checkpoint.best_metric else None
+    step = folder.checkpoints.newest() if best is None else best
+    if step is None:
         raise CheckpointError(f"the run {folder.url} has no checkpoint to export yet")
     tokenizer = load_tokenizer(str(folder.get("tokenizer")))
     model = TwoTower(build_model(run.model, special_tokens(tokenizer)), mean=run.model.image_mean, std=run.model.image_std)
     if run.towers.frozen is not None:
         model.freeze(run.towers.frozen)
-    load_weights(folder.get(checkpoint), model, None if run.mean_decay is None else WeightMean(model, run.mean_decay))
+    load_weights(folder.checkpoints.at(step), model, None if run.mean_decay is None else WeightMean(model, run.mean_decay))
     with tempfile.TemporaryDirectory(prefix="mm-bundle-") as temporary:
         manifest = write_bundle(
             Path(temporary) / name,
@@ -298,7 +304,8 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
         tracking_run_id=record.tracking_run_id,
         initial_weights=None if initial is None else ray.put(initial),
         teacher=None if run.objective.teacher is None else ray.put(load_teacher(run.objective.teacher, run.model, tokenizer)),
-        board=start_board(),
+        board=start_board(folder.read_goodput()),
+        preemption_watched=preemption_watched(),
     )
 
 
@@ -328,6 +335,20 @@ def _log_data(run: TrainRun, run_id: str, outcome: Outcome) -> None:
         for name, rows in found.items():
             Path(temporary, f"{name}.json").write_text(json.dumps(rows, indent=1))
         log_artifacts(run.tracking, run_id, Path(temporary), "data")
+
+
+def _log_goodput(run: TrainRun, folder: RunFolder, run_id: str, console: Console) -> None:
+    """Where the wall time of the whole run went: a table here; metrics, `data/goodput.json` and a plot in MLflow."""
+    goodput = Goodput.of(folder.read_goodput())
+    if not goodput.seconds:
+        return
+    console.table(("wall time", "s", "share"), [(part, round(s, 1), f"{share:.1%}") for part, s, share in goodput.rows()])
+    log_metrics(run.tracking, run_id, goodput.metrics())
+    with tempfile.TemporaryDirectory() as temporary:
+        Path(temporary, "goodput.json").write_text(json.dumps(goodput.record(), indent=1))
+        log_artifacts(run.tracking, run_id, Path(temporary), "data")
+    with tempfile.TemporaryDirectory() as temporary:
+        log_artifacts(run.tracking, run_id, time_bars(goodput.rows(), Path(temporary) / "goodput.png"), "plots")
 
 
 def _log_results(run: TrainRun, folder: RunFolder, run_id: str) -> None:

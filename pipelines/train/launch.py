@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -18,6 +20,7 @@ from mm_core.console import Console, Tracker
 from mm_core.errors import ConfigError, MMError, TrainingError
 from mm_core.store import open_store
 from pipelines.causes import own_error
+from pipelines.train.board import SHARE, News
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import WorkerTask, train_worker
 from pipelines.train.outcome import Outcome
@@ -25,6 +28,7 @@ from pipelines.train.run_folder import RunFolder
 
 _WORKER_MEMORY_BYTES = 256 << 20
 _ABORT_S = 15
+_LOOK_S, _KEEP_S = 0.5, 30.0
 
 
 def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
@@ -40,7 +44,7 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
         partial(train_worker, task),  # bound, not as `train_loop_config`, for which Train's controller would load all of this too
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=run.resources.workers,
+            num_workers=run.resources.elastic or run.resources.workers,
             use_gpu=bool(gpus),
             # CPU workers book memory, as Train wants something booked, and no CPU: a booked CPU is lost to the stream, and
             # with all booked it would never start.
@@ -49,12 +53,12 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
         run_config=ray.train.RunConfig(
             name=folder.name,
             **_storage(folder),
-            failure_config=ray.train.FailureConfig(max_failures=run.resources.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run.checkpoint.keep),
+            # A worker that is gone must not keep the others from their last checkpoint.
+            failure_config=ray.train.FailureConfig(max_failures=run.faults.max_failures, relax_collectives_on_preemption=True),
         ),
     )
     try:
-        with console.progress("train", run.steps, "steps") as tracker, _shown(task.board, tracker):
+        with console.progress("train", run.steps, "steps") as tracker, _shown(task.board, folder, console, tracker):
             result = trainer.fit()
     except KeyboardInterrupt:
         trainer.abort()
@@ -77,19 +81,27 @@ def _storage(folder: RunFolder) -> dict[str, Any]:
 
 
 @contextmanager
-def _shown(board: ray.actor.ActorHandle, tracker: Tracker) -> Iterator[None]:
-    """Show the board on the terminal until the block ends."""
+def _shown(board: ray.actor.ActorHandle, folder: RunFolder, console: Console, tracker: Tracker) -> Iterator[None]:
+    """Show the board on the terminal until the block ends, and keep its account of the time in the run's folder."""
     stop = threading.Event()
 
     def show() -> None:
-        while not stop.wait(0.5):
+        kept = time.monotonic()
+        ended = False
+        while not ended:
+            ended = stop.wait(_LOOK_S)
             try:
-                state = ray.get(board.progress.remote(), timeout=5)
+                news: News = ray.get(board.news.remote(), timeout=5)
             except Exception:  # the display must not end a run
                 continue
-            if state is not None:
-                step, metrics = state
-                tracker.update(step, _headline(metrics))
+            for text in news.said:
+                console.note(text)
+            if news.step is not None:
+                tracker.update(news.step, headline(news.metrics))
+            if ended or time.monotonic() - kept > _KEEP_S:
+                kept = time.monotonic()
+                with suppress(Exception):  # nor must a store that fails for a moment
+                    folder.write_goodput(news.goodput)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -100,10 +112,17 @@ def _shown(board: ray.actor.ActorHandle, tracker: Tracker) -> Iterator[None]:
         thread.join(timeout=10)
 
 
-def _headline(metrics: dict[str, float]) -> str:
-    if not metrics:
-        return ""
-    return f"loss {metrics['loss']:.3f}  {metrics['samples_per_s']:,.0f} samples/s  data wait {metrics['time_fraction/data_wait']:.0%}"
+def headline(metrics: Mapping[str, float]) -> str:
+    """The figures that a person follows, as far as they are known."""
+    shown = {
+        "loss": "loss {:.3f}",
+        "lr": "lr {:.1e}",
+        "samples_per_s": "{:,.0f} samples/s",
+        "mfu": "MFU {:.0%}",
+        f"{SHARE}data_wait": "data wait {:.0%}",
+        "memory/gpu_peak_gb": "GPU {:.1f} GB",
+    }
+    return "  ".join(text.format(metrics[name]) for name, text in shown.items() if name in metrics)
 
 
 def _explained(error: Exception) -> MMError:
@@ -132,7 +151,7 @@ def check_resources(run: TrainRun) -> None:
     Raises:
         ConfigError: the cluster has fewer GPUs than the workers ask for.
     """
-    wanted = (run.resources.gpus_per_worker or 0) * run.resources.workers
+    wanted = (run.resources.gpus_per_worker or 0) * (run.resources.min_workers or run.resources.workers)
     there = ray.cluster_resources().get("GPU", 0)
     if wanted > there:
         raise ConfigError(
@@ -143,4 +162,9 @@ def check_resources(run: TrainRun) -> None:
 def _gpus_per_worker(run: TrainRun) -> float:
     if run.resources.gpus_per_worker is not None:
         return run.resources.gpus_per_worker
-    return 1 if ray.cluster_resources().get("GPU", 0) >= run.resources.workers else 0
+    return 1 if ray.cluster_resources().get("GPU", 0) >= (run.resources.min_workers or run.resources.workers) else 0
+
+
+def preemption_watched() -> bool:
+    """Whether Ray Train looks for nodes that are about to be taken away."""
+    return os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1") != "0"

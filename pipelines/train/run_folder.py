@@ -2,7 +2,9 @@
 
 STORAGE/NAME/run.json      what was asked for, the data it was asked for, the tracking run
 STORAGE/NAME/tokenizer/    the tokenizer, in Hugging Face's layout
-STORAGE/NAME/checkpoint_*  Ray Train's checkpoints
+STORAGE/NAME/checkpoint_*  as `mm_core.training.checkpoints` has them
+STORAGE/NAME/goodput.json  where its wall time went
+STORAGE/NAME/standstill/   where a rank stood that made no progress
 STORAGE/NAME/bundle/       the finished model
 """
 
@@ -23,6 +25,7 @@ from mm_core.config import Config, flatten
 from mm_core.data.ledger import Source
 from mm_core.errors import CheckpointError, ConfigError
 from mm_core.store import make_folder, open_file, open_store, write_whole
+from mm_core.training.checkpoints import CheckpointFolder
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -107,16 +110,26 @@ class RunFolder:
             raise
         return local
 
+    @property
+    def checkpoints(self) -> CheckpointFolder:
+        return CheckpointFolder(self.url)
+
     def is_finished(self, steps: int) -> bool:
         """Whether its last step has a checkpoint and the model was exported."""
         fs, path = open_store(self.url)
-        return bool(fs.exists(f"{path}/checkpoint_{steps:08d}/state.json") and fs.exists(f"{path}/bundle/mm.json"))
+        return self.checkpoints.newest() == steps and bool(fs.exists(f"{path}/bundle/mm.json"))
 
-    def latest_checkpoint(self) -> str | None:
-        """Name of the newest checkpoint."""
-        fs, path = open_store(self.url)
-        found = sorted(posixpath.basename(p) for p in fs.glob(f"{path}/checkpoint_*") if fs.exists(f"{p}/state.json"))
-        return found[-1] if found else None
+    def read_goodput(self) -> dict[str, Any]:
+        """What was kept of where its time went; nothing of a new run."""
+        try:
+            with open_file(f"{self.url}/goodput.json", "rt") as file:
+                kept: dict[str, Any] = json.load(file)
+                return kept
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def write_goodput(self, record: dict[str, Any]) -> None:
+        write_whole(f"{self.url}/goodput.json", json.dumps(record).encode())
 
 
 def newest_run(storage: str, identity: dict[str, Any], data_fingerprint: str) -> RunFolder | None:

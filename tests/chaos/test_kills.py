@@ -32,7 +32,7 @@ _TOWER = "{width: 32, layers: 1, heads: 2}"
 SETTINGS = [
     f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}", f"data.chunk={CHUNK}", "precision=fp32", "log_every_steps=5",
     "checkpoint.every_steps=5", "model.image_size=32", f"model.vision={_TOWER}", f"model.text={_TOWER}", "model.embed_dim=16",
-    "tokenizer.vocab_size=320", "tracking.system_metrics=false", "resources.max_failures=100",
+    "tokenizer.vocab_size=320", "tracking.system_metrics=false", "faults.max_failures=100",
 ]  # fmt: skip
 
 

@@ -1,0 +1,124 @@
+"""A run's checkpoints, as its training loop sees them: save here, go on from there, go back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch.distributed as dist
+
+from mm_core.errors import CheckpointError
+from mm_core.models.two_tower import TwoTower
+from mm_core.store import open_store, write_whole
+from mm_core.training.checkpoint import CheckpointState, load_checkpoint, read_state
+from mm_core.training.checkpoints import CheckpointFolder, CheckpointWriter
+from mm_core.training.guard import StepGuard
+from mm_core.training.step import TrainStep
+from pipelines.train.audit import Audit
+from pipelines.train.remedies import LeftOut, Rollback
+
+if TYPE_CHECKING:
+    from pipelines.train.loop import WorkerTask
+
+
+class Start(NamedTuple):
+    """Where the steps go on."""
+
+    step: int
+    left_out: LeftOut
+
+
+class RunCheckpoints:
+    """One per rank; every method but `close` is a collective."""
+
+    def __init__(
+        self, task: WorkerTask, model: TwoTower, train_step: TrainStep, chunks_per_step: int, log: Callable[[int, dict[str, float]], None]
+    ) -> None:
+        self._task, self._model, self._train_step, self._chunks = task, model, train_step, chunks_per_step
+        self._log = log
+        self._folder = CheckpointFolder(task.folder)
+        config = task.run.checkpoint
+        self._writer = CheckpointWriter(
+            self._folder, model, train_step.optimizer, train_step.mean, retention=config, reach_back=task.run.faults.reach_back
+        )
+        self._left_out: tuple[tuple[int, int], ...] = ()
+        self.audit: Audit | None = None
+        """Is written before each checkpoint, so that no step before one is without its rows."""
+
+    def save(self, step: int, metrics: dict[str, float], wait: bool) -> None:
+        began = time.monotonic()
+        if self.audit is not None:
+            self.audit.flush()
+        guard = self._train_step.guard
+        state = CheckpointState(
+            step=step,
+            chunks_consumed=step * self._chunks,
+            plan_fingerprint=self._task.spec.plan.fingerprint,
+            data_fingerprint=self._task.data_fingerprint,
+            config=self._task.run.model_dump(mode="json"),
+            code_revision=self._task.code_revision,
+            tracking_run_id=self._task.tracking_run_id,
+            left_out=self._left_out,
+            recent_losses=() if guard is None else guard.recent_losses,
+        )
+        self._writer.save(state, metrics, wait=wait)
+        self._log(step, {"checkpoint/blocked_s": time.monotonic() - began, "checkpoint/last_write_s": self._writer.write_s})
+
+    def restore(self) -> Start:
+        """Load the newest checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: it is damaged, or its data cursor is of another plan than this run's.
+        """
+        step = self._agreed(self._folder.newest() if dist.get_rank() == 0 else None)
+        if step is None:
+            if self._task.run.faults.reach_back:  # there is something to go back to from the start
+                self.save(0, {}, wait=True)
+            return Start(0, self._left_out)
+        url = self._folder.at(step)
+        state = read_state(url)
+        if (state.plan_fingerprint, state.chunks_consumed) != (self._task.spec.plan.fingerprint, state.step * self._chunks):
+            raise CheckpointError(
+                f"the newest checkpoint of {self._task.folder} stopped at chunk {state.chunks_consumed:,} of another order of samples than"
+                " this run's: it was written for other data, seed or batch size"
+            )
+        load_checkpoint(url, self._model, self._train_step.optimizer, self._train_step.mean)
+        self._left_out = tuple(sorted({*state.left_out, *self._left_out}))
+        if self._train_step.guard is not None:
+            self._train_step.guard = StepGuard(self._task.run.faults, state.recent_losses)
+        return Start(state.step, self._left_out)
+
+    def roll_back(self, wanted: Rollback) -> None:
+        """Make the newest checkpoint from before `wanted` the newest of all, or the oldest there is; `restore` goes on from it."""
+        self._writer.finish()
+        if dist.get_rank() == 0:
+            steps = self._folder.steps()
+            self._folder.remove_after(max((step for step in steps if step <= wanted.first), default=steps[0]))
+        dist.barrier()
+        self._left_out = tuple(sorted({*self._left_out, (wanted.first, wanted.last)}))
+
+    def finish(self) -> None:
+        """Wait for the one that is being written."""
+        self._writer.finish()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    @staticmethod
+    def _agreed(step: int | None) -> int | None:
+        """What rank 0 sees in the store, for all: a listing on another machine may be older."""
+        shared = [step]
+        dist.broadcast_object_list(shared)
+        return shared[0]
+
+
+def next_attempt(folder: str, rank: int) -> int:
+    """How often this run has started workers or gone back. Rank 0 counts, all ranks hear."""
+    shared: list[int] = [0]
+    if rank == 0:
+        fs, path = open_store(f"{folder}/attempt")
+        shared[0] = int(fs.cat_file(path)) + 1 if fs.exists(path) else 1
+        write_whole(f"{folder}/attempt", str(shared[0]).encode())
+    dist.broadcast_object_list(shared)
+    return shared[0]

@@ -1,0 +1,89 @@
+"""Who is told of a run's steps: MLflow and the driver's display, by rank 0; the store, by a rank that stands still."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import ray
+import ray.train
+import torch.distributed as dist
+
+from mm_core.store import write_whole
+from mm_core.training.clock import StepClock
+from mm_core.training.watchdog import Standstill, Watchdog
+from pipelines.metric_log import MetricLog, spool_folder, system_metrics
+
+if TYPE_CHECKING:
+    from pipelines.train.loop import WorkerTask
+
+
+class RunLog:
+    """Rank 0's metrics and messages go to MLflow and to the driver; the other ranks' nowhere."""
+
+    def __init__(self, task: WorkerTask, rank: int) -> None:
+        self._task, self._rank = task, rank
+        self._stack = ExitStack()
+        self._log: MetricLog | None = None
+
+    def __enter__(self) -> RunLog:
+        if self._rank == 0:
+            tracking = self._task.run.tracking
+            self._log = MetricLog(tracking.uri, self._task.tracking_run_id, spool_folder())
+            self._stack.callback(self._log.close)
+            if tracking.system_metrics:
+                self._stack.enter_context(system_metrics(self._log, interval_s=tracking.system_metrics_interval_s))
+        return self
+
+    def started(self, step: int) -> None:
+        """The workers are about to take `step`."""
+        if self._log is not None:
+            self._log.at(step)
+            self._task.board.started.remote(step)
+
+    def metrics(self, step: int, metrics: dict[str, float]) -> None:
+        if self._log is not None:
+            self._log.log(step, metrics)
+            self._task.board.update.remote(step, metrics)
+
+    def say(self, text: str) -> None:
+        if self._log is not None:
+            self._task.board.say.remote(text)
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+@contextmanager
+def watching(task: WorkerTask, clock: StepClock) -> Iterator[Watchdog]:
+    """A rank that stands still writes where into the run's folder, says so to the driver, and ends; Ray Train starts all again."""
+    rank = dist.get_rank()
+
+    def tell(found: Standstill) -> None:
+        task.board.say.remote(str(found))
+        where = f"{task.folder}/standstill/step{found.step:08d}-rank{rank:05d}.txt"
+        write_whole(where, f"{found}\n\n{found.stack}".encode())
+
+    watchdog = Watchdog(task.run.faults.step_timeout_s, rank=rank, phase=lambda: clock.phase_now, tell=tell)
+    try:
+        yield watchdog
+    finally:
+        watchdog.close()
+
+
+class Preemption:
+    """Whether a node of this run is about to be taken away, as Ray's autoscaler or the cloud announces it. Each notice counts once."""
+
+    def __init__(self, watched: bool) -> None:
+        """`watched`: whether anybody looks for notices; the same on all ranks."""
+        self._watched = watched
+        self._known: set[str] = set()
+
+    def __call__(self) -> bool:
+        """A collective where notices are watched for."""
+        if not self._watched or (info := ray.train.get_preemption_info()) is None:
+            return False
+        new = set(info.preempted_node_ids) - self._known
+        self._known |= new
+        return bool(new)
