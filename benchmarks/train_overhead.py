@@ -29,6 +29,7 @@ from mm_core.objectives.config import ObjectiveConfig
 from mm_core.objectives.contrastive import build_objective
 from mm_core.optim import build_optimizer, clamp_logit_scale
 from mm_core.schedule import lr_at
+from mm_core.training.clock import StepClock
 from pipelines.recipes import recipe
 from pipelines.stream import StepBatch
 from pipelines.train.config import TrainRun
@@ -57,7 +58,7 @@ def fresh(run: TrainRun) -> TwoTower:
 
 
 def ours(run: TrainRun, batches: list[StepBatch]) -> float:
-    step = build_step(run, fresh(run), torch.device("cpu"))
+    step = build_step(run, fresh(run), StepClock(torch.device("cpu")))
     started = time.perf_counter()
     endless: Iterator[StepBatch] = itertools.cycle(batches)
     run_steps(run, step, endless, 0, LoopTools())

@@ -34,6 +34,7 @@ class StepClock:
     """One per rank. A moment is in one phase only: an inner phase's time is not its outer one's."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[Phase, float | torch.cuda.Event]] = []
         """The phase that began, and when."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
@@ -46,9 +47,11 @@ class Replicated:
 
     def __init__(self, model: nn.Module, device: torch.device, clock: StepClock) -> None:
         device_ids = [device.index] if device.type == "cuda" else None
-        self._parallel = DistributedDataParallel(
-            model.to(device), device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # what follows it came with torch 2.13
+            self._parallel = DistributedDataParallel(
+                model.to(device), device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         if dist.get_world_size() > 1:
             self._parallel.register_comm_hook(clock, timed_all_reduce)
         self.module = model

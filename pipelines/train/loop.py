@@ -76,55 +76,62 @@ def train_worker(task: WorkerTask) -> Outcome:
 
 
 def _train(task: WorkerTask) -> Outcome:
-    run = task.run
+    run, rank = task.run, dist.get_rank()
     torch.set_num_threads(_threads())
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # batches are views of shared memory
-
-    # 1. Who this rank is, and its share of every global step.
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    device = ray.train.torch.get_device()
-    chunks = chunks_per_step(run.global_batch_size, run.data.chunk, world_size)
-    share = Share(rank, world_size, chunks)
-
-    # 2. Model, objective, optimiser: equal on every rank, since the seed is.
-    torch.manual_seed(run.seed)
-    model = TwoTower(build_model(run.model, task.tokens), mean=run.model.image_mean, std=run.model.image_std)
-    if task.initial_weights is not None:
-        model.model.load_state_dict(ray.get(task.initial_weights))
-    train_step = build_step(run, model, device, ray.get(task.teacher) if task.teacher else None)
-
-    # 3. What is kept of it, and who is told.
-    with (
-        RunLog(task, rank) as log,
-        watching(task, train_step.clock) as watchdog,
-        closing(RunCheckpoints(task, model, train_step, chunks, log.metrics)) as checkpoints,
-    ):
-        tools = LoopTools(
-            log.metrics, checkpoints.save, watchdog.step_done, Preemption(task.preemption_watched), Remedies(run.faults, log.say)
-        )
+    clock = StepClock(ray.train.torch.get_device())
+    with RunLog(task, rank) as log, watching(task, clock) as watchdog:
+        remedies = Remedies(run.faults, log.say)
+        left_out: LeftOut = ()
         while True:
-            # 4. Where an earlier attempt stopped: weights, optimiser, step. The step gives schedule, random state and data cursor.
-            start = checkpoints.restore()
-            log.started(start.step)
-            attempt = next_attempt(task.folder, rank)
-            audit = Audit(task.audit, rank=rank, attempt=attempt) if task.audit else None
-            checkpoints.audit = audit
-
-            # 5. The samples from there on, and the steps.
-            cpus = _stream_cpus(run)
-            batches = stream(task.spec, share, first_step=start.step, last_step=run.steps, config=run.stream, cpus=cpus)
-            ended = run_steps(run, train_step, batches, start.step, tools, left_out=start.left_out, audit=audit)
-            if isinstance(ended, Rollback):
-                checkpoints.roll_back(ended)
-            else:
-                checkpoints.finish()
-                return ended
+            with closing(_Attempt(task, clock, left_out, log)) as attempt:
+                tools = LoopTools(log.metrics, attempt.checkpoints.save, watchdog.step_done, Preemption(task.preemption_watched), remedies)
+                ended = attempt.steps(tools)
+                if isinstance(ended, Outcome):
+                    attempt.checkpoints.finish()
+                    return ended
+                left_out = attempt.checkpoints.roll_back(ended)
 
 
-def build_step(run: TrainRun, model: TwoTower, device: torch.device, teacher: TwoTower | None = None) -> TrainStep:
-    """`model` on its device, over all ranks, with its objective and optimiser."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    clock = StepClock(device)
+class _Attempt:
+    """From a checkpoint, or from the start, to the end or a rollback; what it needs is made anew, as if workers had been started again."""
+
+    def __init__(self, task: WorkerTask, clock: StepClock, left_out: LeftOut, log: RunLog) -> None:
+        self._task, self._log = task, log
+        run = task.run
+
+        # 1. Who this rank is, and its share of every global step.
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        chunks = chunks_per_step(run.global_batch_size, run.data.chunk, world_size)
+        self._share = Share(rank, world_size, chunks)
+
+        # 2. Model, objective, optimiser: equal on every rank, since the seed is.
+        torch.manual_seed(run.seed)
+        model = TwoTower(build_model(run.model, task.tokens), mean=run.model.image_mean, std=run.model.image_std)
+        if task.initial_weights is not None:
+            model.model.load_state_dict(ray.get(task.initial_weights))
+        self._step = build_step(run, model, clock, ray.get(task.teacher) if task.teacher else None)
+
+        # 3. Where an earlier attempt stopped: weights, optimiser, step. The step gives schedule, random state and data cursor.
+        self._number = next_attempt(task.folder, rank)
+        self._audit = Audit(task.audit, rank=rank, attempt=self._number) if task.audit else None
+        self.checkpoints = RunCheckpoints(task, model, self._step, chunks, log.metrics, self._audit)
+        self._start = self.checkpoints.restore(left_out)
+
+    def steps(self, tools: LoopTools) -> Outcome | Rollback:
+        # 4. The samples from there on, and the steps.
+        task, first, run = self._task, self._start.step, self._task.run
+        self._log.started(first)
+        batches = stream(task.spec, self._share, first_step=first, last_step=run.steps, config=run.stream, cpus=_stream_cpus(run))
+        return run_steps(run, self._step, batches, first, tools, left_out=self._start.left_out, audit=self._audit)
+
+    def close(self) -> None:
+        self.checkpoints.close()
+
+
+def build_step(run: TrainRun, model: TwoTower, clock: StepClock, teacher: TwoTower | None = None) -> TrainStep:
+    """`model` on the clock's device, over all ranks, with its objective and optimiser."""
+    rank, world_size, device = dist.get_rank(), dist.get_world_size(), clock.device
     model.attend_for(device)
     if run.towers.frozen is not None:
         model.freeze(run.towers.frozen)

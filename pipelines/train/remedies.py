@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from mm_core.training.step import StepResult
 from pipelines.stream import StepBatch
 from pipelines.train.outcome import Outcome
 
-LeftOut = Sequence[tuple[int, int]]
+LeftOut = tuple[tuple[int, int], ...]
 """Steps [first, last) whose batches train nothing."""
 _UIDS_SHOWN = 8
 

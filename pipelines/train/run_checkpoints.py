@@ -33,23 +33,32 @@ class RunCheckpoints:
     """One per rank; every method but `close` is a collective."""
 
     def __init__(
-        self, task: WorkerTask, model: TwoTower, train_step: TrainStep, chunks_per_step: int, log: Callable[[int, dict[str, float]], None]
+        self,
+        task: WorkerTask,
+        model: TwoTower,
+        train_step: TrainStep,
+        chunks_per_step: int,
+        log: Callable[[int, dict[str, float]], None],
+        audit: Audit | None = None,
     ) -> None:
+        """`audit` is written before each checkpoint, so that no step before one is without its rows."""
         self._task, self._model, self._train_step, self._chunks = task, model, train_step, chunks_per_step
-        self._log = log
+        self._log, self._audit = log, audit
         self._folder = CheckpointFolder(task.folder)
-        config = task.run.checkpoint
         self._writer = CheckpointWriter(
-            self._folder, model, train_step.optimizer, train_step.mean, retention=config, reach_back=task.run.faults.reach_back
+            self._folder,
+            model,
+            train_step.optimizer,
+            train_step.mean,
+            retention=task.run.checkpoint,
+            reach_back=task.run.faults.reach_back,
         )
-        self._left_out: tuple[tuple[int, int], ...] = ()
-        self.audit: Audit | None = None
-        """Is written before each checkpoint, so that no step before one is without its rows."""
+        self._left_out: LeftOut = ()
 
     def save(self, step: int, metrics: dict[str, float], wait: bool) -> None:
         began = time.monotonic()
-        if self.audit is not None:
-            self.audit.flush()
+        if self._audit is not None:
+            self._audit.flush()
         guard = self._train_step.guard
         state = CheckpointState(
             step=step,
@@ -65,17 +74,19 @@ class RunCheckpoints:
         self._writer.save(state, metrics, wait=wait)
         self._log(step, {"checkpoint/blocked_s": time.monotonic() - began, "checkpoint/last_write_s": self._writer.write_s})
 
-    def restore(self) -> Start:
+    def restore(self, left_out: LeftOut = ()) -> Start:
         """Load the newest checkpoint, if there is one.
+
+        Args:
+            left_out: steps to leave out beside those that the checkpoint knows of.
 
         Raises:
             CheckpointError: it is damaged, or its data cursor is of another plan than this run's.
         """
         step = self._agreed(self._folder.newest() if dist.get_rank() == 0 else None)
         if step is None:
-            if self._task.run.faults.reach_back:  # there is something to go back to from the start
-                self.save(0, {}, wait=True)
-            return Start(0, self._left_out)
+            self._left_out = left_out
+            return Start(0, left_out)
         url = self._folder.at(step)
         state = read_state(url)
         if (state.plan_fingerprint, state.chunks_consumed) != (self._task.spec.plan.fingerprint, state.step * self._chunks):
@@ -84,19 +95,22 @@ class RunCheckpoints:
                 " this run's: it was written for other data, seed or batch size"
             )
         load_checkpoint(url, self._model, self._train_step.optimizer, self._train_step.mean)
-        self._left_out = tuple(sorted({*state.left_out, *self._left_out}))
         if self._train_step.guard is not None:
             self._train_step.guard = StepGuard(self._task.run.faults, state.recent_losses)
+        self._left_out = tuple(sorted({*state.left_out, *left_out}))
         return Start(state.step, self._left_out)
 
-    def roll_back(self, wanted: Rollback) -> None:
-        """Make the newest checkpoint from before `wanted` the newest of all, or the oldest there is; `restore` goes on from it."""
+    def roll_back(self, wanted: Rollback) -> LeftOut:
+        """Remove the checkpoints from after the first step of `wanted`, but never the oldest. Returns what `restore` has to leave out."""
         self._writer.finish()
+        target = None
         if dist.get_rank() == 0:
             steps = self._folder.steps()
-            self._folder.remove_after(max((step for step in steps if step <= wanted.first), default=steps[0]))
-        dist.barrier()
-        self._left_out = tuple(sorted({*self._left_out, (wanted.first, wanted.last)}))
+            target = max((step for step in steps if step <= wanted.first), default=min(steps, default=0))
+            self._folder.remove_after(target)
+        target = self._agreed(target)
+        assert target is not None, "rank 0 has set it"
+        return (*self._left_out, (max(target, wanted.first), wanted.last))
 
     def finish(self) -> None:
         """Wait for the one that is being written."""
