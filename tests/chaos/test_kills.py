@@ -1,14 +1,17 @@
-"""Random SIGKILLs to every role of a training run: what was consumed is what an undisturbed run consumes.
+"""Random faults of every role of a training run: what was consumed is what an undisturbed run consumes, and the loss ends where its does.
 
-Two Ray nodes on this machine: a head with the driver, and one that holds the workers and can be lost. `make chaos` runs it.
+Two Ray nodes on this machine: a head with the driver, and one that holds the workers and can be lost. `make chaos` runs three seeds with
+two faults of each role; `MM_CHAOS_OF_EACH=10 make chaos` ten of each.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -19,6 +22,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
@@ -26,13 +31,15 @@ from pipelines.index import build_index
 from pipelines.train.audit import read_audit
 
 pytestmark = pytest.mark.chaos
-STEPS, GLOBAL_BATCH, CHUNK = 150, 40, 8
-KILLS_PER_RUN = 8
+OF_EACH = int(os.environ.get("MM_CHAOS_OF_EACH", "2"))
+GLOBAL_BATCH, CHUNK = 40, 8
+LOSS_TOLERANCE = 1e-2
+"""Sums over one, two, three and four ranks are rounded differently."""
 _TOWER = "{width: 32, layers: 1, heads: 2}"
 SETTINGS = [
-    f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}", f"data.chunk={CHUNK}", "precision=fp32", "log_every_steps=5",
+    f"global_batch_size={GLOBAL_BATCH}", f"data.chunk={CHUNK}", "precision=fp32", "log_every_steps=5",
     "checkpoint.every_steps=5", "model.image_size=32", f"model.vision={_TOWER}", f"model.text={_TOWER}", "model.embed_dim=16",
-    "tokenizer.vocab_size=320", "tracking.system_metrics=false", "faults.max_failures=100",
+    "tokenizer.vocab_size=320", "tracking.system_metrics=false", "faults.max_failures=1000", "faults.step_timeout_s=20",
 ]  # fmt: skip
 
 
@@ -41,6 +48,11 @@ class Role(StrEnum):
     ALL_WORKERS = "all workers"
     DRIVER = "driver"
     RAYLET = "raylet"
+    HUNG = "hung worker"
+    PREEMPTED = "preempted node"
+
+
+STEPS = 18 * OF_EACH * len(Role)
 
 
 class Nodes:
@@ -71,6 +83,15 @@ class Nodes:
         psutil.wait_procs(family, timeout=30)
         self._start()
 
+    def preempt(self, notice_s: int = 8) -> None:
+        """Announce that the node is taken away, and take it away."""
+        gcs = GcsClient(address=self.address)
+        deadline = time.time_ns() // 1_000_000 + notice_s * 1000
+        accepted, why = gcs.drain_node(self.node.node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", deadline)
+        assert accepted, why
+        time.sleep(notice_s)
+        self.lose()
+
     def stop(self) -> None:
         self._cluster.shutdown()
 
@@ -100,8 +121,21 @@ class Training:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, workers: int) -> None:
-        settings = [*SETTINGS, f"storage={self.folder / 'runs'}", f"tracking.uri=sqlite:///{self.folder / 'mlflow.db'}"]
-        command = [sys.executable, "-m", "mm", "train", "clip-tiny", "--data", self._index.url, "--name", "tiny", "--workers", str(workers)]
+        settings = [*SETTINGS, f"steps={STEPS}", f"storage={self.folder / 'runs'}", f"tracking.uri=sqlite:///{self.folder / 'mlflow.db'}"]
+        command = [
+            sys.executable,
+            "-m",
+            "mm",
+            "train",
+            "clip-tiny",
+            "--data",
+            self._index.url,
+            "--name",
+            "tiny",
+            "--workers",
+            str(workers),
+            "--json",
+        ]
         command += ["--audit", str(self.folder / "audit"), *(item for setting in settings for item in ("--set", setting))]
         command += ["--resume"] if (self.folder / "runs" / "tiny" / "run.json").exists() else []
         with (self.folder / "log").open("ab") as log:
@@ -126,6 +160,11 @@ class Training:
             time.sleep(0.05)
 
     @property
+    def final_loss(self) -> float:
+        (line,) = [line for line in self.log.splitlines() if line.startswith('{"run_id"')]
+        return float(json.loads(line)["final_loss"])
+
+    @property
     def log(self) -> str:
         return (self.folder / "log").read_text()[-4000:]
 
@@ -143,11 +182,11 @@ def consumed(training: Training) -> dict[int, list[tuple[int, int, str]]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(index: Index, nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[tuple[int, int, str]]]:
+def undisturbed(index: Index, nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Training:
     training = Training(index, tmp_path_factory.mktemp("undisturbed"), nodes.address)
     training.start(2)
-    training.wait(lambda: training.ended)
-    return consumed(training)
+    training.wait(lambda: training.ended, timeout_s=1200)
+    return training
 
 
 def kill(role: Role, training: Training, nodes: Nodes, draw: random.Random) -> None:
@@ -159,6 +198,10 @@ def kill(role: Role, training: Training, nodes: Nodes, draw: random.Random) -> N
                 worker.send_signal(signal.SIGKILL)
         case Role.RAYLET:
             nodes.lose()
+        case Role.HUNG:
+            draw.choice(nodes.workers()).send_signal(signal.SIGSTOP)
+        case Role.PREEMPTED:
+            nodes.preempt()
         case Role.DRIVER:
             training.process.kill()
             training.process.wait()
@@ -166,32 +209,41 @@ def kill(role: Role, training: Training, nodes: Nodes, draw: random.Random) -> N
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_kills_change_nothing_that_is_consumed(
-    seed: int, index: Index, nodes: Nodes, undisturbed: dict[int, list[tuple[int, int, str]]], tmp_path: Path
+def test_random_faults_change_nothing_that_is_consumed(
+    seed: int, index: Index, nodes: Nodes, undisturbed: Training, tmp_path: Path
 ) -> None:
-    """Each run meets every role twice, in random order, at random moments between checkpoints."""
+    """Each run meets every role equally often, in random order, at random moments between checkpoints."""
     draw = random.Random(seed)
-    roles = [role for role in Role for _ in range(KILLS_PER_RUN // len(Role))]
+    roles = [role for role in Role for _ in range(OF_EACH)]
     draw.shuffle(roles)
     training = Training(index, tmp_path, nodes.address)
     training.start(draw.randint(1, 4))
     done: list[tuple[Role, int]] = []
+    recovery_s: dict[Role, list[float]] = {role: [] for role in Role}
     for role in roles:
         after = training.step + draw.randint(1, 9)
         training.wait(lambda after=after: training.step >= after and bool(nodes.workers()))
         time.sleep(draw.uniform(0, 0.5))
         assert not training.ended, f"over before {role} could be killed, raise STEPS: {done}"
-        done.append((role, training.step))
+        at, moment = training.step, time.monotonic()
+        done.append((role, at))
         kill(role, training, nodes, draw)
-    training.wait(lambda: training.ended)
+        training.wait(lambda at=at: training.step > at + 1)  # the preempted one's own checkpoint is no recovery
+        recovery_s[role].append(time.monotonic() - moment)
+    training.wait(lambda: training.ended, timeout_s=1200)
 
     found = consumed(training)
     assert sorted(found) == list(range(STEPS))
-    assert found == undisturbed
+    assert found == consumed(undisturbed)
+    assert abs(training.final_loss - undisturbed.final_loss) < LOSS_TOLERANCE
     epochs = Counter((epoch, uid) for step in found.values() for epoch, _, uid in step)
     samples = len(compile_kept(index))
     whole = STEPS * GLOBAL_BATCH // samples
     assert set(epochs.values()) == {1}
     assert all(sum(e == epoch for e, _ in epochs) == samples for epoch in range(whole))
-    print(f"seed {seed}: {len(done)} kills: " + ", ".join(f"{role} at {step}" for role, step in done))
+    print(f"seed {seed}: {len(done)} faults: " + ", ".join(f"{role} at {step}" for role, step in done))
+    print(f"final loss {training.final_loss}, undisturbed {undisturbed.final_loss}")
+    for role, seconds in recovery_s.items():
+        print(f"{role}: next checkpoint after {statistics.median(seconds):.1f} s (median), {max(seconds):.1f} s (longest)")
+    print((training.folder / "runs" / "tiny" / "goodput.json").read_text())
     shutil.rmtree(tmp_path / "runs")
