@@ -31,7 +31,9 @@ def rank(number: int, ranks: int, rendezvous: str, folder: str, runs: int) -> No
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     writer = CheckpointWriter(CheckpointFolder(folder), model, optimizer, retention=Retention(keep=1))
-    blocked, written, waited = [], [], []
+    blocked: list[float] = []
+    waited: list[float] = []
+    written: list[float] = []
     for step in range(2 * runs):
         state = CheckpointState(
             step=step, chunks_consumed=0, plan_fingerprint="", data_fingerprint="", config={}, code_revision="", tracking_run_id=None
@@ -63,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or f"{temporary}/run"
-        mp.spawn(rank, (arguments.ranks, temporary, folder, arguments.runs), nprocs=arguments.ranks)
+        mp.start_processes(rank, (arguments.ranks, temporary, folder, arguments.runs), nprocs=arguments.ranks, start_method="spawn")
 
 
 if __name__ == "__main__":
