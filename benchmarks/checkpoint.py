@@ -65,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or f"{temporary}/run"
-        mp.start_processes(rank, (arguments.ranks, temporary, folder, arguments.runs), nprocs=arguments.ranks, start_method="spawn")
+        mp.start_processes(rank, (arguments.ranks, temporary, folder, arguments.runs), nprocs=arguments.ranks, start_method="spawn")  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
