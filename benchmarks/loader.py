@@ -40,8 +40,8 @@ from mm_core.data.plan import Plan
 from mm_core.data.reader import IndexReader, ReadSpec
 from mm_core.data.sample import Sample
 from mm_core.data.text import CaptionTokenizer
+from mm_core.models.sizes import OPENAI_MEAN, OPENAI_STD
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
-from mm_core.models.two_tower import OPENAI_MEAN, OPENAI_STD
 from pipelines.index import build_index
 from pipelines.session import ray_session
 from pipelines.shards import expand_shards

@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 
 from mm_core.models.family import build_model
+from mm_core.models.logit_scale import clamp_logit_scale
 from mm_core.models.sizes import SpecialTokens
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
 from mm_core.objectives.config import ObjectiveConfig
 from mm_core.objectives.contrastive import build_objective
-from mm_core.optim import build_optimizer, clamp_logit_scale
+from mm_core.optim import build_optimizer
 from mm_core.schedule import lr_at
 from mm_core.training.clock import StepClock
 from pipelines.recipes import recipe

@@ -2,7 +2,7 @@
 
 transformers' own layout (config.json, model.safetensors, tokenizer, preprocessor_config.json), plus `mm.json` (task, recipe, data
 fingerprint, metrics, SHA-256 of every file) and a model card. Loaded from safetensors after the digests are checked; no pickle,
-no remote code. A plain CLIP folder or hub id loads too, without digests to check.
+no remote code. A plain folder or hub id of such a model loads too, without digests to check.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from mm_core.config import Config
 from mm_core.errors import BundleError, ConfigError
 from mm_core.models.family import ModelConfig
-from mm_core.models.pretrained import architecture, check_pooling, joint_width, load_normalisation, load_two_tower
+from mm_core.models.pretrained import (
+    architecture,
+    check_pooling,
+    fed_context_length,
+    fed_image_size,
+    joint_width,
+    load_normalisation,
+    load_two_tower,
+)
 from mm_core.models.quiet import quiet
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer
 from mm_core.models.two_tower import TwoTower
@@ -63,10 +71,11 @@ class Bundle:
     towers: TwoTower
     tokenizer: PreTrainedTokenizerFast
     image_size: int
+    context_length: int
     device: torch.device
 
     def __post_init__(self) -> None:
-        self._tokenise = caption_tokenizer(self.tokenizer, int(self.model.config.text_config.max_position_embeddings))
+        self._tokenise = caption_tokenizer(self.tokenizer, self.context_length)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -168,7 +177,7 @@ def _verify(folder: Path, expected: Mapping[str, str]) -> None:
 
 
 def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.device = "cpu") -> Bundle:
-    """Load a bundle, a plain transformers CLIP folder, or a hub id.
+    """Load a bundle, a plain transformers folder of a two-tower model, or a hub id.
 
     Raises:
         BundleError: there is no such model, it is damaged, or it is of another kind.
@@ -182,11 +191,13 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
     model = load_two_tower(str(source))
     mean, std = (manifest.model.image_mean, manifest.model.image_std) if manifest else load_normalisation(str(source))
     towers = TwoTower(model, mean=mean, std=std).to(device).eval()
-    image_size = int(model.config.vision_config.image_size)
+    towers.attend("sdpa")
+    image_size = manifest.model.image_size if manifest else fed_image_size(model, str(source))
     try:
         tokenizer = load_tokenizer(str(source))
         check_pooling(model, tokenizer)
-        return Bundle(folder.resolve().name, manifest, towers, tokenizer, image_size, torch.device(device))
+        context_length = manifest.model.context_length if manifest else fed_context_length(model, tokenizer)
+        return Bundle(folder.resolve().name, manifest, towers, tokenizer, image_size, context_length, torch.device(device))
     except ConfigError as error:
         raise BundleError(f"the model {source} cannot be used: {error}") from None
 
@@ -208,7 +219,7 @@ def init_from(
     """
     start = load_bundle(source)
     if match is InitMatch.PARTIAL:
-        return take_over(model, start.model)
+        return take_over(model, start.model.state_dict())
     theirs, ours = architecture(start.model), architecture(model)
     for key in ours:
         if theirs.get(key) != ours[key]:
@@ -221,7 +232,7 @@ def init_from(
         raise BundleError(
             f"{source} was trained with another tokenizer, to which its token ids belong: --set tokenizer.source={source} takes its own"
         )
-    return take_over(model, start.model)
+    return take_over(model, start.model.state_dict())
 
 
 def load_teacher(source: str, student: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> TwoTower:
@@ -236,10 +247,10 @@ def load_teacher(source: str, student: ModelConfig, tokenizer: PreTrainedTokeniz
             f"the teacher {source} takes images of {teacher.image_size} pixels, the model {student.image_size}:"
             f" --set model.image_size={teacher.image_size}, or take another teacher"
         )
-    context = int(teacher.model.config.text_config.max_position_embeddings)
-    if context < student.context_length:
+    if teacher.context_length < student.context_length:
         raise BundleError(
-            f"the teacher {source} takes {context} tokens, the model {student.context_length}: --set model.context_length={context}"
+            f"the teacher {source} takes {teacher.context_length} tokens, the model {student.context_length}:"
+            f" --set model.context_length={teacher.context_length}"
         )
     if teacher.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise BundleError(f"the teacher {source} has another tokenizer than the model: --set tokenizer.source={source} takes its own")
@@ -269,6 +280,7 @@ def _card(
 ) -> str:
     """A model card in the hub's form. The same model gives the same card: no dates, no host names."""
     rows = "".join(f"| {key} | {value:.4f} |\n" for key, value in sorted(metrics.items()))
+    mask = "attention_mask=texts.attention_mask, " if config.masks_padding else ""
     table = f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
     return f"""---
 library_name: transformers
@@ -278,8 +290,8 @@ tags: [{config.family}, mm]
 
 # {name}
 
-A {config.family} model trained with mm, recipe `{recipe}`: images of {config.image_size} pixels in patches of {config.patch_size},
-captions of up to {config.context_length} tokens, features of {config.embed_dim} dimensions.
+A {config.family} model trained with mm, recipe `{recipe}`: images of {config.image_size} pixels, captions of up to {config.context_length}
+tokens, features of {config.embed_dim} dimensions.
 
 | | |
 |---|---|
@@ -302,7 +314,7 @@ images = CLIPImageProcessor.from_pretrained(FOLDER)
 
 texts = tokenizer(["a cat", "a dog"], padding="max_length", truncation=True, return_tensors="pt")
 pixels = images(Image.open("picture.jpg"), return_tensors="pt")
-print(model(input_ids=texts.input_ids, pixel_values=pixels.pixel_values).logits_per_image.softmax(-1))
+print(model(input_ids=texts.input_ids, {mask}pixel_values=pixels.pixel_values).logits_per_image.softmax(-1))
 ```
 """
 

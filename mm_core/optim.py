@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from pydantic import Field
 from torch import nn
 
 from mm_core.config import Config
-
-MAX_LOGIT_SCALE = math.log(100)
-"""CLIP, section 2.5: the temperature is kept from scaling logits by more than 100."""
 
 
 class OptimizerConfig(Config):
@@ -45,11 +40,3 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith("bias")
-
-
-def clamp_logit_scale(model: nn.Module) -> None:
-    """Keep every `logit_scale` parameter of the model within [0, ln 100], in place."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.rpartition(".")[2] == "logit_scale":
-                parameter.clamp_(0, MAX_LOGIT_SCALE)

@@ -342,7 +342,8 @@ def config_recipes(as_json: Json = False) -> None:
     for name, make in RECIPES.items():
         run = make()
         summary = (make.__doc__ or "").split("\n")[0]
-        rows.append((name, f"{parameter_count(run.model) / 1e6:.1f} M", run.steps, run.global_batch_size, summary))
+        parameters = f"{parameter_count(run.model) / 1e6:.1f} M" if run.model.is_resolved else "by source"
+        rows.append((name, parameters, run.steps, run.global_batch_size, summary))
     console.table(("recipe", "parameters", "steps", "batch", ""), rows)
     console.result({"recipes": [row[0] for row in rows]})
 

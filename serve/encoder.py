@@ -84,8 +84,7 @@ class Encoder:
         return decode_centre(data, self._bundle.image_size, max_pixels=self._config.max_pixels)
 
     def _tokens(self, texts: list[str]) -> int:
-        context = int(self._bundle.model.config.text_config.max_position_embeddings)
-        tokenizer = self._bundle.tokenizer
+        tokenizer, context = self._bundle.tokenizer, self._bundle.context_length
         return sum(len(ids) for ids in tokenizer(texts, truncation=True, max_length=context)["input_ids"]) if texts else 0
 
     @ray.serve.batch  # type: ignore[untyped-decorator]

@@ -8,20 +8,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from mm_core.errors import ConfigError
-from mm_core.models.sizes import SpecialTokens, TowerConfig, TwoTowerConfig, check_sizes, tower_settings
-from mm_core.models.two_tower import OPENAI_MEAN, OPENAI_STD
+from mm_core.models.sizes import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    SpecialTokens,
+    TowerConfig,
+    TransformerTowersConfig,
+    check_sizes,
+    tower_settings,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig as HFClipConfig
     from transformers import CLIPModel
 
 Activation = Literal["quick_gelu", "gelu"]
-"""Of the MLPs: OpenAI's models have the first."""
+"""Of the MLPs: OpenAI's models have the first, open_clip's own the second."""
 LEGACY_EOS = 2
 """With this `eos_token_id`, which the first CLIP exports state whatever their tokenizer's, transformers pools at the largest token id."""
 
 
-class ClipConfig(TwoTowerConfig):
+class ClipConfig(TransformerTowersConfig):
     """Sizes of both towers, and how images are fed."""
 
     family: Literal["clip"] = "clip"
@@ -53,6 +60,52 @@ def clip_vit_l14() -> ClipConfig:
             "embed_dim": 768,
             "vision": TowerConfig(width=1024, layers=24, heads=16),
             "text": TowerConfig(width=768, layers=12, heads=12),
+        }
+    )
+
+
+def clip_vit_ti16() -> ClipConfig:
+    """CLIP-KD's smallest (Yang et al. 2024, arXiv 2307.12732; its repository's ViT-T-16.json): DeiT-Ti for images, S's text tower."""
+    return clip_vit_s16().model_copy(update={"embed_dim": 512, "vision": TowerConfig(width=192, layers=12, heads=3)})
+
+
+def clip_vit_s32() -> ClipConfig:
+    """open_clip's ViT-S-32.json."""
+    return clip_vit_b32().model_copy(
+        update={
+            "embed_dim": 384,
+            "vision": TowerConfig(width=384, layers=12, heads=6),
+            "text": TowerConfig(width=384, layers=12, heads=6),
+            "hidden_act": "gelu",
+        }
+    )
+
+
+def clip_vit_s16() -> ClipConfig:
+    """open_clip's ViT-S-16.json."""
+    return clip_vit_s32().model_copy(update={"patch_size": 16})
+
+
+def clip_vit_h14() -> ClipConfig:
+    """open_clip's ViT-H-14.json (Schuhmann et al. 2022, arXiv 2210.08402, table 12)."""
+    return clip_vit_b32().model_copy(
+        update={
+            "patch_size": 14,
+            "embed_dim": 1024,
+            "vision": TowerConfig(width=1280, layers=32, heads=16),
+            "text": TowerConfig(width=1024, layers=24, heads=16),
+            "hidden_act": "gelu",
+        }
+    )
+
+
+def clip_vit_bigg14() -> ClipConfig:
+    """open_clip's ViT-bigG-14.json."""
+    return clip_vit_h14().model_copy(
+        update={
+            "embed_dim": 1280,
+            "vision": TowerConfig(width=1664, layers=48, heads=16, mlp_width=8192),
+            "text": TowerConfig(width=1280, layers=32, heads=20),
         }
     )
 

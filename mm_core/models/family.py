@@ -7,14 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from pydantic import Field
 
+from mm_core.models.align import AlignConfig, build_align
 from mm_core.models.clip import ClipConfig, build_clip
+from mm_core.models.dual import DualConfig, build_dual, resolve_dual
 from mm_core.models.siglip import SiglipConfig, build_siglip
 from mm_core.models.sizes import SpecialTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ModelConfig = Annotated[ClipConfig | SiglipConfig, Field(discriminator="family")]
+ModelConfig = Annotated[ClipConfig | SiglipConfig | AlignConfig | DualConfig, Field(discriminator="family")]
+
+
+def resolved(config: ModelConfig) -> ModelConfig:
+    """The same with what its sources decide, if it has some.
+
+    Raises:
+        ConfigError: a source that is not there or does not fit.
+    """
+    return resolve_dual(config) if isinstance(config, DualConfig) else config
 
 
 def build_model(config: ModelConfig, tokens: SpecialTokens) -> PreTrainedModel:
@@ -28,9 +39,21 @@ def build_model(config: ModelConfig, tokens: SpecialTokens) -> PreTrainedModel:
             return build_clip(config, tokens)
         case SiglipConfig():
             return build_siglip(config, tokens)
+        case AlignConfig():
+            return build_align(config, tokens)
+        case DualConfig():
+            return build_dual(config, tokens)
+
+
+def outline(config: ModelConfig) -> PreTrainedModel:
+    """The model on the meta device: nothing is allocated.
+
+    Raises:
+        ConfigError: as `build_model`.
+    """
+    with torch.device("meta"):
+        return build_model(config, SpecialTokens(bos=0, eos=config.vocab_size - 1, pad=1))
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Counted on the meta device: nothing is allocated."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_model(config, SpecialTokens(bos=0, eos=config.vocab_size - 1, pad=1)).parameters())
+    return sum(p.numel() for p in outline(config).parameters())

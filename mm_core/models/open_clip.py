@@ -19,9 +19,8 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from mm_core.errors import BundleError
 from mm_core.models.clip import Activation, ClipConfig, build_clip
-from mm_core.models.sizes import TowerConfig
+from mm_core.models.sizes import OPENAI_MEAN, OPENAI_STD, TowerConfig
 from mm_core.models.tokenizer import special_tokens
-from mm_core.models.two_tower import OPENAI_MEAN, OPENAI_STD
 
 _CONFIG = "open_clip_config.json"
 _HEAD_WIDTH = 64
@@ -127,12 +126,18 @@ def _config(
         context_length=context_length,
         vocab_size=vocab_size,
         embed_dim=embed_dim,
-        vision=TowerConfig(width=width, layers=_layers(weights, "visual.transformer"), heads=heads),
-        text=TowerConfig(width=text_width, layers=_layers(weights, "transformer"), heads=text_heads),
+        vision=_tower(weights, "visual.transformer", width, heads),
+        text=_tower(weights, "transformer", text_width, text_heads),
         hidden_act=activation or ("quick_gelu" if model.get("quick_gelu") else "gelu"),
         image_mean=tuple(preprocess.get("mean", OPENAI_MEAN)),
         image_std=tuple(preprocess.get("std", OPENAI_STD)),
     )
+
+
+def _tower(weights: Mapping[str, Tensor], prefix: str, width: int, heads: int) -> TowerConfig:
+    mlp = weights.get(f"{prefix}.resblocks.0.mlp.c_fc.weight")
+    mlp_width = None if mlp is None or len(mlp) == 4 * width else len(mlp)
+    return TowerConfig(width=width, layers=_layers(weights, prefix), heads=heads, mlp_width=mlp_width)
 
 
 def _layers(weights: Mapping[str, Tensor], tower: str) -> int:

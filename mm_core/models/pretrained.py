@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, CLIPModel, PreTrainedModel, PreTrainedTokenizerFast, SiglipModel
+from transformers import (
+    AlignModel,
+    AutoConfig,
+    CLIPModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    SiglipModel,
+    VisionTextDualEncoderModel,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 
 from mm_core.errors import BundleError, ConfigError
 from mm_core.models.clip import LEGACY_EOS
 from mm_core.models.quiet import quiet
+from mm_core.models.sizes import OPENAI_MEAN, OPENAI_STD
 from mm_core.models.tokenizer import special_tokens
-from mm_core.models.two_tower import OPENAI_MEAN, OPENAI_STD
 
-_TOWER_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps")
+_TRANSFORMER = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps")
+_EFFICIENTNET = (
+    *("width_coefficient", "depth_coefficient", "depth_divisor", "kernel_sizes", "in_channels", "out_channels", "depthwise_padding"),
+    *("strides", "num_block_repeats", "expand_ratios", "squeeze_expansion_ratio", "pooling_type", "batch_norm_eps"),
+)
+_ARCHITECTURE = (
+    *("model_type", *_TRANSFORMER, "vocab_size", "max_position_embeddings", "type_vocab_size", "patch_size"),
+    *_EFFICIENTNET,
+)
+"""What of a tower's configuration decides its shapes and what its weights mean, where it has it."""
 
-
-_CLASSES: dict[str, type[PreTrainedModel]] = {"clip": CLIPModel, "siglip": SiglipModel}
+_CLASSES: dict[str, type[PreTrainedModel]] = {
+    "clip": CLIPModel,
+    "siglip": SiglipModel,
+    "align": AlignModel,
+    "vision-text-dual-encoder": VisionTextDualEncoderModel,
+}
 """By `model_type` of config.json."""
 
 
@@ -30,7 +53,7 @@ def load_two_tower(source: str) -> PreTrainedModel:
         with quiet():
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if config.model_type not in _CLASSES:
-            raise BundleError(f"{source} is a {config.model_type} model; this command takes {' and '.join(_CLASSES)} models")
+            raise BundleError(f"{source} is a {config.model_type} model; this command takes {', '.join(_CLASSES)} models")
         with quiet():
             model, report = _CLASSES[config.model_type].from_pretrained(
                 source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
@@ -60,36 +83,60 @@ def hub_commit(source: str) -> str:
     return str(commit)
 
 
-def load_normalisation(source: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the pixels a model was trained on, [0, 1]; OpenAI's where it does not say."""
+def load_normalisation(
+    source: str, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the pixels a model was trained on, [0, 1]; the given ones where it does not say."""
+    values = _preprocessing(source)
+    return tuple(values.get("image_mean", mean)), tuple(values.get("image_std", std))
+
+
+def fed_image_size(model: PreTrainedModel, source: str) -> int:
+    """Side of the images a model was trained on. An EfficientNet takes any, so ALIGN's is the one that its preprocessing crops to."""
+    size = int(model.config.vision_config.image_size)
+    if model.config.model_type != "align":
+        return size
+    return int(_preprocessing(source).get("crop_size", {}).get("height", size))
+
+
+def _preprocessing(source: str) -> dict[str, Any]:
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(source)
     except (OSError, ValueError):
-        return OPENAI_MEAN, OPENAI_STD
-    return tuple(values.get("image_mean", OPENAI_MEAN)), tuple(values.get("image_std", OPENAI_STD))
+        return {}
+    return values
+
+
+def fed_context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Tokens of a text, at most, of a model that mm did not train: what it and its tokenizer allow."""
+    return min(int(model.config.text_config.max_position_embeddings), tokenizer.model_max_length)
 
 
 def architecture(model: PreTrainedModel) -> dict[str, object]:
     """What two models must agree on for the weights of one to work in the other: sizes, and what changes no shape. Not the image size:
     position embeddings can be resized."""
     config = model.config
-    text = {f"text_config.{key}": getattr(config.text_config, key) for key in (*_TOWER_KEYS, "vocab_size", "max_position_embeddings")}
-    vision = {f"vision_config.{key}": getattr(config.vision_config, key) for key in (*_TOWER_KEYS, "patch_size")}
-    return {"model_type": config.model_type, "embed_dim": joint_width(model)} | text | vision
+    towers = {
+        f"{name}.{key}": getattr(tower, key)
+        for name, tower in (("text_config", config.text_config), ("vision_config", config.vision_config))
+        for key in _ARCHITECTURE
+        if hasattr(tower, key)
+    }
+    return {"model_type": config.model_type, "embed_dim": joint_width(model)} | towers
 
 
 def joint_width(model: PreTrainedModel) -> int:
     """Of the joint space; SigLIP's image tower has no projection."""
-    return int(model.config.projection_dim if model.config.model_type == "clip" else model.config.vision_config.hidden_size)
+    return int(model.config.vision_config.hidden_size if model.config.model_type == "siglip" else model.config.projection_dim)
 
 
 def check_pooling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The token at which a CLIP model pools is the one that the tokenizer puts at the end of a text.
+    """The token at which CLIP's text tower pools is the one that the tokenizer puts at the end of a text.
 
     Raises:
         ConfigError: it is another, so that text features would be of the wrong token.
     """
-    if model.config.model_type != "clip":
+    if model.config.text_config.model_type != "clip_text_model":
         return
     pooled, eos = model.config.text_config.eos_token_id, special_tokens(tokenizer).eos
     if pooled == LEGACY_EOS:

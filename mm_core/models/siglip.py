@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from mm_core.errors import ConfigError
-from mm_core.models.sizes import SpecialTokens, TowerConfig, TwoTowerConfig, check_sizes, tower_settings
+from mm_core.models.sizes import SpecialTokens, TowerConfig, TransformerTowersConfig, check_sizes, tower_settings
 
 if TYPE_CHECKING:
     from transformers import SiglipModel
@@ -21,12 +21,10 @@ INITIAL_LOGIT_SCALE, INITIAL_LOGIT_BIAS = math.log(10), -10.0
 """Section 3.2: nearly all pairs do not belong together, and the first steps should not have to learn that."""
 
 
-class SiglipConfig(TwoTowerConfig):
+class SiglipConfig(TransformerTowersConfig):
     """Sizes of both towers, and how images are fed."""
 
     family: Literal["siglip"] = "siglip"
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 def siglip_vit_b16() -> SiglipConfig:

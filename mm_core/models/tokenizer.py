@@ -60,16 +60,24 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
-    """Ids of the marks; the end mark stands in for a begin mark or padding that the tokenizer lacks.
+    """Ids of the marks. BERT's tokenizers call the first [CLS], the last [SEP]; the end mark stands in for a begin mark or padding that
+    the tokenizer lacks.
 
     Raises:
         ConfigError: it has no end mark, at which CLIP pools.
     """
-    if tokenizer.eos_token_id is None:
+    eos = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
+    if eos is None:
         raise ConfigError("the tokenizer has no end-of-text token, at which CLIP pools: use another tokenizer")
-    eos = int(tokenizer.eos_token_id)
-    bos = eos if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
-    return SpecialTokens(bos=bos, eos=eos, pad=eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id))
+    bos = _first(tokenizer.bos_token_id, tokenizer.cls_token_id, eos)
+    pad = _first(tokenizer.pad_token_id, eos)
+    assert bos is not None, "the end mark stands in"
+    assert pad is not None, "the end mark stands in"
+    return SpecialTokens(bos=bos, eos=eos, pad=pad)
+
+
+def _first(*ids: int | None) -> int | None:
+    return next((int(token) for token in ids if token is not None), None)
 
 
 def caption_tokenizer(tokenizer: PreTrainedTokenizerFast, context_length: int) -> CaptionTokenizer:

@@ -1,27 +1,34 @@
 """Two towers as training calls them: uint8 images and token ids in, normalised features out.
 
-The wrapped transformers model (`CLIPModel`, `SiglipModel`) is the model: what is exported loads with its `from_pretrained` anywhere.
+The wrapped transformers model (`CLIPModel`, `SiglipModel`, `AlignModel`, `VisionTextDualEncoderModel`) is the model: what is exported loads
+with its `from_pretrained` anywhere. Where these differ, this class knows.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mm_core.errors import ConfigError
+from mm_core.models.batch_norm import batch_norms, statistics_untouched
+from mm_core.models.logit_scale import scale_parameter
 from mm_core.models.patch_dropout import drop_patches
+from mm_core.models.sizes import OPENAI_MEAN, OPENAI_STD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+UNMASKED = ("clip_text_model", "siglip_text_model")
+"""Text towers, by `model_type`, that take no attention mask: CLIP's is causal and pooled at the first end mark, so the padding behind it is
+never seen; SigLIP's sees its padding, and was trained with it."""
 
 
 class Tower(StrEnum):
@@ -59,6 +66,7 @@ class TwoTower(nn.Module):
     def __init__(self, model: PreTrainedModel, *, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD) -> None:
         super().__init__()
         self.model = model
+        self._frozen: list[nn.Module] = []
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
@@ -73,39 +81,87 @@ class TwoTower(nn.Module):
         return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
     def text_features(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
-        """No attention mask: CLIP's text is causal and pooled at the first EOS, so the padding behind it is never seen; SigLIP sees its
-        padding, and was trained with it."""
-        return _unit(self.model.get_text_features(input_ids=input_ids).pooler_output)
+        return _unit(self.model.get_text_features(input_ids=input_ids, attention_mask=self._mask(input_ids)).pooler_output)
+
+    def _mask(self, input_ids: Int[Tensor, "b l"]) -> Int[Tensor, "b l"] | Bool[Tensor, "b 1 1 l"] | None:
+        """True for text, false for padding. For SDPA in the form that its kernels take: of any other transformers first asks whether
+        something is masked at all, and waits for the device to answer."""
+        config = self.model.config.text_config
+        if config.model_type in UNMASKED:
+            return None
+        text = input_ids != config.pad_token_id
+        return text[:, None, None] if config._attn_implementation == "sdpa" else text.long()
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
-        return self.model.logit_scale.exp().reshape(())
+        found = scale_parameter(self.model)
+        return found.factor(found.parameter).reshape(())
+
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether an image's features change with the others of its batch, as batch normalisation in training makes them."""
+        return any(norm.training for norm in batch_norms(self.model))
 
     def attend_for(self, device: torch.device) -> None:
         """Choose the attention kernel: SDPA, but on a CPU, where the backward of its kernel takes 44 % of a small model's step."""
-        self.model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
+        self.attend("eager" if device.type == "cpu" else "sdpa")
+
+    def attend(self, implementation: Literal["eager", "sdpa"]) -> None:
+        """A joined tower that does not have it keeps its own."""
+        if self.model.config.model_type == "align":  # reads this at each call, though its class says that it has no SDPA
+            self.model.config.text_config._attn_implementation = implementation
+            return
+        with suppress(ValueError):
+            self.model.set_attn_implementation(implementation)
 
     def blocks(self) -> list[nn.Module]:
-        """The transformer blocks of both towers."""
+        """The blocks of both towers: transformers', and EfficientNet's of ALIGN."""
         from transformers.modeling_layers import GradientCheckpointingLayer
+        from transformers.models.align.modeling_align import AlignVisionBlock
 
-        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer | AlignVisionBlock)]
 
     def freeze(self, tower: Tower) -> None:
-        """Train the other tower alone, with the temperature (LiT: Zhai et al. 2022, arXiv 2111.07991, freezes the image tower)."""
-        names = {Tower.VISION: ("vision_model", "visual_projection"), Tower.TEXT: ("text_model", "text_projection")}[tower]
-        for name in names:
-            if hasattr(self.model, name):  # SigLIP has no projections
-                getattr(self.model, name).requires_grad_(False)
+        """Train the other tower alone, with the temperature (LiT: Zhai et al. 2022, arXiv 2111.07991, freezes the image tower).
+
+        A frozen tower computes as in evaluation: no dropout, running statistics. Its projection is frozen with it, but for two towers that
+        were joined here, of which it is no part.
+        """
+        model, projection = {Tower.VISION: ("vision_model", "visual_projection"), Tower.TEXT: ("text_model", "text_projection")}[tower]
+        joined = self.model.config.model_type == "vision-text-dual-encoder"
+        names = (model,) if joined or not hasattr(self.model, projection) else (model, projection)
+        self._frozen += [getattr(self.model, name).requires_grad_(False).eval() for name in names]
+
+    def train(self, mode: bool = True) -> TwoTower:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
 
     def drop_patches(self, share: float) -> None:
-        """In training, leave a random `share` of an image's patches out."""
-        drop_patches(self.model.vision_model.embeddings, share)
+        """In training, leave a random `share` of an image's patches out.
+
+        Raises:
+            ConfigError: the image tower does not compute patch by patch, each with its place.
+        """
+        config, embeddings = self.model.config.vision_config, self.model.vision_model.embeddings
+        if all(getattr(embeddings, name, None) is None for name in ("position_embedding", "position_embeddings")):
+            raise ConfigError(
+                f"towers.patch_dropout leaves patches of a vision transformer out, and {config.model_type} is none whose patches have"
+                " places of their own: set towers.patch_dropout=0"
+            )
+        drop_patches(embeddings, share, (config.image_size // config.patch_size) ** 2)
 
     def checkpoint_activations(self) -> None:
         """Keep only each block's input, and compute the rest again in backward."""
         for block in self.blocks():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            contexts = partial(_contexts, block)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Around the first and the second computation of a block."""
+    return nullcontext(), statistics_untouched(block)
 
 
 def normalise(images: UInt8[Tensor, "b h w 3"], mean: Float[Tensor, " 3"], std: Float[Tensor, " 3"]) -> Float[Tensor, "b 3 h w"]:

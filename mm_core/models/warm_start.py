@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -10,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-_POSITIONS = "vision_model.embeddings.position_embedding.weight"
+_POSITIONS = ("vision_model.embeddings.position_embedding.weight", "vision_model.embeddings.position_embeddings")
+"""By model: CLIP's and SigLIP's table, and the one that ViT and its kin have in front of an axis of one."""
 
 
 class InitMatch(StrEnum):
@@ -43,15 +46,13 @@ class WarmStart:
 _SHOWN = 6
 
 
-def take_over(model: PreTrainedModel, source: PreTrainedModel) -> WarmStart:
-    """Load what fits of `source` into `model`, in place. Position embeddings of images are resized to the model's grid."""
-    ours, theirs = model.state_dict(), dict(source.state_dict())
-    resized: tuple[str, ...] = ()
-    new, old = ours[_POSITIONS], theirs[_POSITIONS]
-    if len(new) != len(old) and new.shape[1] == old.shape[1]:
-        first = int(hasattr(model.vision_model.embeddings, "class_embedding"))
-        theirs[_POSITIONS] = resize_positions(old, len(new), first)
-        resized = (_POSITIONS,)
+def take_over(model: PreTrainedModel, source: Mapping[str, Tensor]) -> WarmStart:
+    """Load what fits of another model's state into `model`, in place. Position embeddings of images are resized to the model's grid."""
+    ours, theirs = model.state_dict(), dict(source)
+    resized = tuple(name for name in _POSITIONS if name in ours and name in theirs and _on_another_grid(theirs[name], ours[name]))
+    for name in resized:
+        table = resize_positions(theirs[name].flatten(0, -2), ours[name].shape[-2])
+        theirs[name] = table.view(ours[name].shape)
     fits = {name: tensor for name, tensor in theirs.items() if name in ours and ours[name].shape == tensor.shape}
     model.load_state_dict(fits, strict=False)
     return WarmStart(
@@ -62,10 +63,16 @@ def take_over(model: PreTrainedModel, source: PreTrainedModel) -> WarmStart:
     )
 
 
-def resize_positions(positions: Float[Tensor, "n d"], count: int, first: int) -> Float[Tensor, "m d"]:
-    """A square grid's embeddings for another grid, bicubic with antialiasing, as open_clip resizes them. The `first` ones stay."""
+def _on_another_grid(old: Tensor, new: Tensor) -> bool:
+    return old.shape != new.shape and old.shape[-1] == new.shape[-1]
+
+
+def resize_positions(positions: Float[Tensor, "n d"], count: int) -> Float[Tensor, "m d"]:
+    """A square grid's embeddings for another grid, bicubic with antialiasing, as open_clip resizes them. Those in front of it, a class
+    token's say, stay: they are what makes the number no square."""
+    first = len(positions) - math.isqrt(len(positions)) ** 2
     fixed, grid = positions[:first], positions[first:]
-    old, new = round(len(grid) ** 0.5), round((count - first) ** 0.5)
+    old, new = math.isqrt(len(grid)), math.isqrt(count - first)
     square = grid.T.unflatten(1, (old, old))[None]
     resized = torch.nn.functional.interpolate(square, (new, new), mode="bicubic", antialias=True)[0]
     return torch.cat([fixed, resized.flatten(1).T])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm_core.models.family import ModelConfig, build_model
-from mm_core.models.sizes import SpecialTokens
+from mm_core.models.family import ModelConfig, outline
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
 
 _SAMPLES = 8
@@ -23,7 +25,7 @@ class SampleCost:
     parameters: int
     """Of the whole model."""
     block_parameters: int
-    """Of its largest transformer block, which sharding gathers at a time."""
+    """Of its largest block, which sharding gathers at a time."""
     forward_flops: float
     backward_flops: float
     """What checkpointing computes again included."""
@@ -33,15 +35,16 @@ class SampleCost:
 
 def sample_cost(config: ModelConfig, *, views: int = 1, captions: int = 1, checkpointing: bool = False) -> SampleCost:
     """Products of matrices and convolutions, as `torch.utils.flop_counter` counts them, two operations for each multiply-add."""
+    model = outline(config)
     with torch.device("meta"):
-        towers = TwoTower(build_model(config, SpecialTokens(bos=0, eos=config.vocab_size - 1, pad=1))).to(torch.bfloat16)
+        towers = TwoTower(model).to(torch.bfloat16)
         images = torch.zeros(_SAMPLES, views, config.image_size, config.image_size, 3, dtype=torch.uint8)
         batch = ImageTextBatch(images, torch.zeros(_SAMPLES, captions, config.context_length, dtype=torch.long))
-    towers.model.set_attn_implementation("sdpa")
+    towers.attend("sdpa")
     if checkpointing:
         towers.checkpoint_activations()
     kept = _Kept(towers)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}) as counter:
         with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
             output = towers(batch)
         forward = counter.get_total_flops()
@@ -54,6 +57,15 @@ def sample_cost(config: ModelConfig, *, views: int = 1, captions: int = 1, check
         backward_flops=(total - forward) / _SAMPLES,
         activation_bytes=kept.bytes / _SAMPLES,
     )
+
+
+def _convolution_backward_flops(
+    grad_output: Sequence[int], inputs: Sequence[int], weight: Sequence[int], *rest: Any, out_shape: object = None
+) -> int:
+    """From shapes. As much as forward for each gradient that is asked for; torch's own count takes no notice of groups, and so counts a
+    depthwise convolution's as often as it has channels."""
+    input_wanted, weight_wanted, _ = rest[-1]
+    return 2 * math.prod(grad_output) * math.prod(weight[1:]) * (input_wanted + weight_wanted)
 
 
 class _Kept:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mm_core.models.batch_norm import synchronise_batch_norms
 from mm_core.training.clock import Phase, StepClock, timed_all_reduce
 
 
@@ -95,6 +96,8 @@ class Sharded:
 
 def parallelise(model: nn.Module, kind: Parallelism, device: torch.device, clock: StepClock, *, blocks: Sequence[nn.Module]) -> Parallel:
     """`model` on its device, over all ranks. `blocks`: the modules that are sharded one by one."""
+    if dist.get_world_size() > 1:
+        synchronise_batch_norms(model)
     match kind:
         case Parallelism.DDP:
             return Replicated(model, device, clock)

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mm_core.errors import ConfigError
+from mm_core.models.logit_scale import clamp_logit_scale, scale_parameter
 from mm_core.models.two_tower import ImageTextBatch
 from mm_core.objectives.contrastive import Objective
 from mm_core.objectives.output import LossOutput
-from mm_core.optim import OptimizerConfig, clamp_logit_scale
+from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig, lr_at
 from mm_core.training.clock import Phase, StepClock
 from mm_core.training.ema import WeightMean
@@ -124,9 +125,10 @@ class TrainStep:
 
     @property
     def logit_scale(self) -> Tensor:
-        """The model's temperature factor, as it is now. A collective where the model is sharded."""
-        scale = next(p for name, p in self.model.module.named_parameters() if name.endswith("logit_scale")).detach()
-        return (scale.full_tensor() if isinstance(scale, DTensor) else scale).exp()
+        """The factor of the model's logits, as it is now. A collective where the model is sharded."""
+        found = scale_parameter(self.model.module)
+        parameter = found.parameter.detach()
+        return found.factor(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext()

@@ -1,5 +1,6 @@
 """CLIP recipes. Sizes and hyperparameters of the ViT recipes: Radford et al. 2021, tables 19 and 20, as open_clip trains them on
-LAION-400M; `clip-tiny` and its variant are for two CPU cores."""
+LAION-400M; from H/14 on as it trained them on LAION-2B (Cherti et al. 2023, arXiv 2212.07143; batch and samples are in the published
+models' names, s32B-b79K and 39B-b160k). `clip-tiny` and its variant are for two CPU cores."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from mm_core.data.augment import AugmentConfig
 from mm_core.models import clip as models
 from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig
-from pipelines.train.config import CheckpointConfig, DataConfig, TokenizerConfig, TrainRun
+from mm_core.training.parallel import Parallelism
+from pipelines.train.config import CheckpointConfig, DataConfig, ParallelConfig, TokenizerConfig, TrainRun
 
 
 def clip_tiny() -> TrainRun:
@@ -58,8 +60,41 @@ def clip_vit_l14() -> TrainRun:
     return run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"lr": 4e-4})})
 
 
+def clip_vit_ti16() -> TrainRun:
+    """ViT-Ti/16 with a text tower of S, the rest as clip-vit-b32."""
+    return _vit("clip-vit-ti16", models.clip_vit_ti16())
+
+
+def clip_vit_s32() -> TrainRun:
+    """ViT-S/32, the rest as clip-vit-b32."""
+    return _vit("clip-vit-s32", models.clip_vit_s32())
+
+
+def clip_vit_s16() -> TrainRun:
+    """ViT-S/16, the rest as clip-vit-b32."""
+    return _vit("clip-vit-s16", models.clip_vit_s16())
+
+
+def clip_vit_h14() -> TrainRun:
+    """ViT-H/14 at 79k, 32 billion pairs of LAION-2B."""
+    run = _vit("clip-vit-h14", models.clip_vit_h14())
+    return run.model_copy(
+        update={"schedule": ScheduleConfig(warmup_steps=10_000), "steps": 404_531, "global_batch_size": 79_104, "parallel": _MEMORY}
+    )
+
+
+def clip_vit_bigg14() -> TrainRun:
+    """ViT-bigG/14 at 160k, 39 billion pairs of LAION-2B, the rest as clip-vit-h14."""
+    update = {"recipe": "clip-vit-bigg14", "model": models.clip_vit_bigg14(), "steps": 243_750, "global_batch_size": 160_000}
+    return clip_vit_h14().model_copy(update=update)
+
+
+_MEMORY = ParallelConfig(kind=Parallelism.FSDP, activation_checkpointing=True)
+"""Of models whose state and activations fill a GPU."""
+
+
 def _vit(name: str, model: models.ClipConfig) -> TrainRun:
-    """What the three share; 400 M pairs x 32 epochs at a batch of 32,768 are 390,625 steps."""
+    """What they share; 400 M pairs x 32 epochs at a batch of 32,768 are 390,625 steps."""
     return TrainRun(
         recipe=name,
         model=model,

@@ -84,6 +84,14 @@ class TowersConfig(Config):
     frozen: Tower | None = Field(default=None, description="A tower that is not trained: vision, with --init, is LiT.")
     patch_dropout: float = Field(default=0.0, ge=0, lt=1, description="Share of an image's patches that is left out at random (FLIP).")
 
+    @model_validator(mode="after")
+    def _drops_where_it_trains(self) -> TowersConfig:
+        if self.patch_dropout and self.frozen is Tower.VISION:
+            raise ValueError(
+                "patch_dropout leaves patches out in training, and frozen=vision does not train that tower: set one of the two"
+            )
+        return self
+
 
 class ParallelConfig(Config):
     """How a step is computed. Changes neither the samples nor, but for rounding, the mathematics."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mm_core.address import absolute
 from mm_core.bundle import BundleManifest, init_from, load_teacher, write_bundle
@@ -25,9 +25,11 @@ from mm_core.console import Console
 from mm_core.data.ledger import Source
 from mm_core.data.reader import ReadSpec
 from mm_core.errors import CheckpointError, ConfigError, MMError, TrainingError
-from mm_core.models.family import build_model
+from mm_core.models.dual import DualConfig, tower_weights
+from mm_core.models.family import build_model, resolved
+from mm_core.models.pretrained import check_pooling
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
-from mm_core.models.two_tower import TwoTower
+from mm_core.models.warm_start import WarmStart, take_over
 from mm_core.revision import code_revision
 from mm_core.training.checkpoint import load_weights
 from mm_core.training.ema import WeightMean
@@ -55,6 +57,7 @@ from pipelines.train.loop import WorkerTask
 from pipelines.train.outcome import Outcome
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
+from pipelines.train.towers import check_towers, wrapped
 
 _CURVES = ("loss", "loss/contrastive")
 _BUNDLE_METRICS = ("loss", "logit_scale")
@@ -100,7 +103,10 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
     data.plan(run)
     folder, record = _claim(request, run, data)
-    if record is not None:
+    if record is None:
+        run = run.model_copy(update={"model": resolved(run.model)})
+        check_towers(run)
+    else:
         if request.run.tracking == TrackingConfig():  # nobody named another store than the one it began in
             run = run.model_copy(update={"tracking": TrackingConfig.model_validate(record.config["tracking"])})
         if folder.is_finished(run.steps):
@@ -121,6 +127,7 @@ def _train(
         record = _begin(request, run, data, folder, console)
     elif folder.checkpoints.newest() is None:
         console.note(f"{folder.url} has no checkpoint yet: starting from step 0")
+    run = run.model_copy(update={"model": TrainRun.model_validate(record.config).model})  # with what its tokenizer and sources decided
     if resumed:
         continue_run(run.tracking, record.tracking_run_id)
     console.note(f"run {folder.name}   mlflow run {record.tracking_run_id} (experiment {run.tracking.experiment})")
@@ -180,9 +187,7 @@ def export_bundle(folder: RunFolder, name: str = "bundle", *, metrics: Mapping[s
     if step is None:
         raise CheckpointError(f"the run {folder.url} has no checkpoint to export yet")
     tokenizer = load_tokenizer(str(folder.get("tokenizer")))
-    model = TwoTower(build_model(run.model, special_tokens(tokenizer)), mean=run.model.image_mean, std=run.model.image_std)
-    if run.towers.frozen is not None:
-        model.freeze(run.towers.frozen)
+    model = wrapped(run, build_model(run.model, special_tokens(tokenizer)))
     load_weights(folder.checkpoints.at(step), model, None if run.mean_decay is None else WeightMean(model, run.mean_decay))
     with tempfile.TemporaryDirectory(prefix="mm-bundle-") as temporary:
         manifest = write_bundle(
@@ -224,15 +229,16 @@ def _claim(request: TrainRequest, run: TrainRun, data: RunData) -> tuple[RunFold
 
 
 def _identity(run: TrainRun) -> dict[str, Any]:
-    """Without what the tokenizer decides, which is known only once it is made."""
+    """Without what the tokenizer and the model's sources decide, which is known only once they are there."""
     identity = run.identity()
-    identity["model"].pop("vocab_size")
+    identity["model"] = {key: value for key, value in identity["model"].items() if key not in run.model.derived}
     return identity
 
 
 def _begin(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, console: Console) -> RunRecord:
     """Make the tokenizer, the run's folder and the tracking run."""
-    source = run.tokenizer.source or run.init or run.objective.teacher  # the weights of another model belong to its token ids
+    # The weights of another model belong to its token ids.
+    source = run.tokenizer.source or run.init or run.objective.teacher or run.model.tokenizer_source
     tokenizer = load_tokenizer(source) if source else _train_tokenizer(run, data)
     run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
     _initial_state(run, tokenizer, console)
@@ -279,8 +285,7 @@ def _train_tokenizer(run: TrainRun, data: RunData) -> PreTrainedTokenizerFast:
 
 def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, record: RunRecord) -> WorkerTask:
     tokenizer = load_tokenizer(str(folder.get("tokenizer")))
-    run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
-    initial = _initial_state(run, tokenizer)
+    initial = _initial_state(run, tokenizer) if folder.checkpoints.newest() is None else None
     spec = ReadSpec(
         sources=data.sources,
         plan=data.plan(run),
@@ -310,19 +315,28 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
 
 
 def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast, console: Console | None = None) -> dict[str, Tensor] | None:
-    """The weights that `--init` names; what was taken of them is shown.
+    """The weights that `--init` names, or the towers' sources; what was taken of them is shown.
 
     Raises:
         ConfigError, BundleError: sizes or tokenizer that do not fit the model.
     """
     model = build_model(run.model, special_tokens(tokenizer))
-    if run.init is None:
+    taken = _taken(run, model, tokenizer)
+    if taken is None:
         return None
-    taken = init_from(model, run.init, tokenizer=tokenizer, match=run.init_match)
     if console is not None:
-        console.note(f"--init {run.init}: {taken}")
+        console.note(f"--init {run.init}: {taken}" if run.init else f"the towers' sources: {taken}")
     state: dict[str, Tensor] = model.state_dict()
     return state
+
+
+def _taken(run: TrainRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> WarmStart | None:
+    if run.init is not None:
+        return init_from(model, run.init, tokenizer=tokenizer, match=run.init_match)
+    if isinstance(run.model, DualConfig):
+        check_pooling(model, tokenizer)
+        return take_over(model, tower_weights(run.model))
+    return None
 
 
 def _log_data(run: TrainRun, run_id: str, outcome: Outcome) -> None:

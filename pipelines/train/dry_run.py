@@ -7,17 +7,15 @@ from typing import Any
 
 from mm_core.data.ledger import Source
 from mm_core.data.plan import chunks_per_step
-from mm_core.models.family import parameter_count
-from mm_core.models.sizes import TowerConfig, TwoTowerConfig
+from mm_core.models.family import resolved
+from mm_core.training.cost import sample_cost
 from pipelines.train.config import TrainRun
 from pipelines.train.read_cost import Prices, read_cost
 from pipelines.train.run_data import RunData
+from pipelines.train.towers import check_towers
 
 _STATE_BYTES = 16
 """Per parameter: fp32 weight and gradient, and AdamW's two moments."""
-_ACTIVATION_BYTES = 34
-"""Per token, unit of width and layer in 16 bits, with attention that does not keep its matrix (Korthikanti et al. 2022,
-arXiv 2205.05198, section 4)."""
 
 
 def describe(
@@ -31,18 +29,21 @@ def describe(
     """
     data = RunData.open(sources)
     data.check_modalities()
+    run = run.model_copy(update={"model": resolved(run.model)})
+    check_towers(run)
     workers = run.resources.workers
     chunks = chunks_per_step(run.global_batch_size, run.data.chunk, workers)
     seen = data.plan(run).consumed(run.steps * chunks)
     epochs = {str(source): round(n / len(kept), 3) for source, kept, n in zip(data.sources, data.kept, seen, strict=True)}
     rank_batch = -(-chunks // workers) * run.data.chunk
-    parameters = parameter_count(run.model)
-    state = parameters * _STATE_BYTES
-    activations = rank_batch * activation_bytes(run.model)
+    checkpointing = run.parallel.activation_checkpointing
+    cost = sample_cost(run.model, views=run.data.augment.views, captions=run.data.captions, checkpointing=checkpointing)
+    state = cost.parameters * _STATE_BYTES
+    activations = min(rank_batch, run.parallel.micro_batch_size or rank_batch) * cost.activation_bytes
     samples = run.steps * run.global_batch_size
     reads = read_cost(data, run)
     return {
-        "parameters": parameters,
+        "parameters": cost.parameters,
         "steps": run.steps,
         "global_batch_size": run.global_batch_size,
         "samples_per_rank_and_step": rank_batch,
@@ -54,13 +55,3 @@ def describe(
         "memory_activations_mb": round(activations / 1e6),
         **(reads.report(samples, prices or Prices(), samples_per_s) if reads else {}),
     }
-
-
-def activation_bytes(model: TwoTowerConfig) -> int:
-    """Of one sample, both towers, in 16 bits; twice that in fp32."""
-    patches = (model.image_size // model.patch_size) ** 2 + 1
-    return _tower_bytes(model.vision, patches) + _tower_bytes(model.text, model.context_length)
-
-
-def _tower_bytes(tower: TowerConfig, tokens: int) -> int:
-    return _ACTIVATION_BYTES * tokens * tower.width * tower.layers

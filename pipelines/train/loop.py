@@ -42,6 +42,7 @@ from pipelines.train.outcome import Outcome
 from pipelines.train.remedies import LeftOut, Remedies, Rollback, is_left_out, not_finite, too_many_replaced
 from pipelines.train.run_checkpoints import RunCheckpoints, next_attempt
 from pipelines.train.run_log import Preemption, RunLog, watching
+from pipelines.train.towers import wrapped
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class _Attempt:
 
         # 2. Model, objective, optimiser: equal on every rank, since the seed is.
         torch.manual_seed(run.seed)
-        model = TwoTower(build_model(run.model, task.tokens), mean=run.model.image_mean, std=run.model.image_std)
+        model = wrapped(run, build_model(run.model, task.tokens))
         if task.initial_weights is not None:
             model.model.load_state_dict(ray.get(task.initial_weights))
         self._step = build_step(run, model, clock, ray.get(task.teacher) if task.teacher else None)
@@ -133,12 +134,6 @@ def build_step(run: TrainRun, model: TwoTower, clock: StepClock, teacher: TwoTow
     """`model` on the clock's device, over all ranks, with its objective and optimiser."""
     rank, world_size, device = dist.get_rank(), dist.get_world_size(), clock.device
     model.attend_for(device)
-    if run.towers.frozen is not None:
-        model.freeze(run.towers.frozen)
-    if run.towers.patch_dropout:
-        model.drop_patches(run.towers.patch_dropout)
-    if run.parallel.activation_checkpointing:
-        model.checkpoint_activations()
     parallel = parallelise(model, run.parallel.kind, device, clock, blocks=model.blocks())
     objective = build_objective(
         run.objective,

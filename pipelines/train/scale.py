@@ -12,6 +12,7 @@ from typing import Any
 from mm_core.config import nearest
 from mm_core.data.plan import chunks_per_step
 from mm_core.errors import ConfigError
+from mm_core.models.family import resolved
 from mm_core.training.cost import SampleCost, sample_cost
 from mm_core.training.parallel import Parallelism
 from pipelines.train.config import TrainRun
@@ -58,6 +59,7 @@ def describe_scale(run: TrainRun, gpus: int, gpu_type: str, *, mfu: float = 0.3)
     Raises:
         ConfigError: a type that is not known, a batch that does not fit the number of GPUs.
     """
+    run = run.model_copy(update={"model": resolved(run.model)})
     gpu, chunks = gpu_named(gpu_type), chunks_per_step(run.global_batch_size, run.data.chunk, gpus)
     cost = sample_cost(
         run.model,

@@ -186,7 +186,10 @@ def drop_tensor(folder: Path) -> None:
         (drop_tensor, r"lacks 1 of the model's tensors, visual_projection\.weight first"),
         (lambda b: (b / "model.safetensors").write_bytes(b"\0" * 64), "no model that can be loaded at"),
         (lambda b: (b / "model.safetensors").unlink(), "no model that can be loaded at"),
-        (lambda b: BertConfig().save_pretrained(b), "is a bert model; this command takes clip and siglip models"),
+        (
+            lambda b: BertConfig().save_pretrained(b),
+            "is a bert model; this command takes clip, siglip, align, vision-text-dual-encoder models",
+        ),
         (lambda b: (b / "tokenizer.json").write_text("{}"), "cannot be used: no tokenizer at"),
         (lambda b: rewrite(b / "config.json", lambda v: v["text_config"].update(eos_token_id=3)), "pools at token 3, .* with 4"),
         (lambda b: rewrite(b / "config.json", lambda v: v["text_config"].update(hidden_size=48)), "no model that can be loaded at"),

@@ -3,13 +3,12 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 from pydantic import ValidationError
 
 from mm_core.models.clip import ClipConfig, build_clip
 from mm_core.models.sizes import SpecialTokens, TowerConfig
 from mm_core.models.two_tower import TwoTower
-from mm_core.optim import OptimizerConfig, build_optimizer, clamp_logit_scale
+from mm_core.optim import OptimizerConfig, build_optimizer
 
 TOWER = TowerConfig(width=16, layers=1, heads=2)
 CONFIG = ClipConfig(image_size=16, patch_size=8, context_length=6, vocab_size=20, embed_dim=8, vision=TOWER, text=TOWER)
@@ -35,14 +34,6 @@ def test_frozen_parameters_are_left_out(model: TwoTower) -> None:
     model.model.vision_model.requires_grad_(False)
     groups = build_optimizer(model, OptimizerConfig(lr=1e-3)).param_groups
     assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize(("value", "kept"), [(9.0, math.log(100)), (-1.0, 0.0), (2.5, 2.5)])
-def test_the_temperature_is_kept_in_its_bounds(model: TwoTower, value: float, kept: float) -> None:
-    with torch.no_grad():
-        model.model.logit_scale.fill_(value)
-    clamp_logit_scale(torch.nn.ModuleDict({"module": model}))
-    assert model.model.logit_scale.item() == pytest.approx(kept)
 
 
 def test_an_infinite_bound_is_refused() -> None:

@@ -6,7 +6,7 @@ import torch
 from mm_core.errors import ConfigError
 from mm_core.models import clip
 from mm_core.models.clip import build_clip
-from mm_core.models.family import parameter_count
+from mm_core.models.family import outline, parameter_count
 from mm_core.models.sizes import SpecialTokens
 from mm_core.models.tokenizer import caption_tokenizer, special_tokens, train_bpe
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
@@ -19,6 +19,24 @@ from mm_core.models.two_tower import ImageTextBatch, TwoTower
 )
 def test_sizes_are_the_published_ones(config: clip.ClipConfig, published: int) -> None:
     assert parameter_count(config) == published
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [(clip.clip_vit_s32(), 63.09), (clip.clip_vit_s16(), 62.26), (clip.clip_vit_h14(), 986.11), (clip.clip_vit_bigg14(), 2539.57)],
+    ids=["S/32", "S/16", "H/14", "bigG/14"],
+)
+def test_sizes_are_open_clips(config: clip.ClipConfig, published: float) -> None:
+    """Millions of parameters, of open_clip's docs/model_profile.csv."""
+    assert round(parameter_count(config) / 1e6, 2) == published
+
+
+def test_ti_has_the_published_towers() -> None:
+    """CLIP-KD counts 5.6 M of images and 21.3 M in the text tower's blocks."""
+    model = outline(clip.clip_vit_ti16())
+    vision = [*model.vision_model.parameters(), *model.visual_projection.parameters()]
+    assert round(sum(p.numel() for p in vision) / 1e6, 1) == 5.6
+    assert round(sum(p.numel() for p in model.text_model.encoder.parameters()) / 1e6, 1) == 21.3
 
 
 def test_text_is_pooled_at_its_end_mark() -> None:

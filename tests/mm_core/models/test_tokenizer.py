@@ -3,8 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import BertTokenizerFast
 
 from mm_core.errors import ConfigError
+from mm_core.models.sizes import SpecialTokens
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
 
 CAPTIONS = ["a red circle above a blue square", "three green stars", "a Red ring"] * 5
@@ -39,6 +41,13 @@ def test_case_and_spacing_do_not_matter() -> None:
 def test_the_order_of_the_captions_does_not_matter() -> None:
     one, other = (train_bpe(captions, vocab_size=320, context_length=8) for captions in (CAPTIONS, reversed(CAPTIONS)))
     assert one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+
+
+def test_berts_marks_are_marks() -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red"]
+    tokenizer = BertTokenizerFast(vocab={word: number for number, word in enumerate(words)})
+    assert special_tokens(tokenizer) == SpecialTokens(bos=2, eos=3, pad=0)
+    assert caption_tokenizer(tokenizer, 5)(["red"]).tolist() == [[2, 5, 3, 0, 0]]
 
 
 def test_what_cannot_be_a_clip_tokenizer_is_refused(tmp_path: Path) -> None:

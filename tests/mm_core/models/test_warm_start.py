@@ -29,7 +29,7 @@ def test_a_finer_grid_sees_what_the_coarse_one_saw(config: ModelConfig) -> None:
         smooth = torch.stack([grid[:, None].expand(4, 4), grid[None].expand(4, 4)], dim=-1).reshape(16, 2)
         weight = small.state_dict()[POSITIONS]
         weight[-16:] = smooth @ torch.randn(2, weight.shape[1])
-    taken = take_over(large, small)
+    taken = take_over(large, small.state_dict())
     assert (taken.resized, taken.fresh, taken.unused) == ((POSITIONS,), (), ())
     with torch.no_grad():
         ours = TwoTower(large).eval().image_features(torch.full((1, 128, 128, 3), 99, dtype=torch.uint8))
@@ -41,16 +41,16 @@ def test_a_finer_grid_sees_what_the_coarse_one_saw(config: ModelConfig) -> None:
 
 def test_resizing_keeps_the_class_tokens_place_and_a_grid_of_its_size() -> None:
     positions = torch.randn(17, 5)
-    torch.testing.assert_close(resize_positions(positions, 17, 1), positions)
-    assert resize_positions(positions, 37, 1).shape == (37, 5)
-    torch.testing.assert_close(resize_positions(positions, 37, 1)[0], positions[0])
+    torch.testing.assert_close(resize_positions(positions, 17), positions)
+    assert resize_positions(positions, 37).shape == (37, 5)
+    torch.testing.assert_close(resize_positions(positions, 37)[0], positions[0])
 
 
 def test_what_does_not_fit_stays_fresh_and_is_named() -> None:
     other = clip_tiny().model_copy(update={"vocab_size": 2048})
     model, source = built(clip_tiny(), 0), built(other, 1)
     before = model.state_dict()["text_model.embeddings.token_embedding.weight"].clone()
-    taken = take_over(model, source)
+    taken = take_over(model, source.state_dict())
     assert taken.fresh == taken.unused == ("text_model.embeddings.token_embedding.weight",)
     torch.testing.assert_close(model.state_dict()[taken.fresh[0]], before)
     torch.testing.assert_close(model.state_dict()["visual_projection.weight"], source.state_dict()["visual_projection.weight"])
