@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -105,13 +106,12 @@ class Console:
     @contextmanager
     def progress(self, label: str, total: float | None = None, unit: str = "samples") -> Iterator[Tracker]:
         if self._err.is_terminal:
-            with Progress(
+            with _Noted(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 _Rate(unit),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
                 console=self._err,
                 refresh_per_second=4,
             ) as bar:
@@ -140,14 +140,26 @@ class _Rate(ProgressColumn):
         return Text(f"{task.finished_speed or task.speed or 0:,.1f} {self._unit}/s")
 
 
+class _Noted(Progress):
+    """A bar, and below it a line of whatever belongs to it: beside it there is no room on a narrow terminal."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.note:
+            yield Text(f"  {self.note}", no_wrap=True, overflow="ellipsis")
+
+
 class _BarTracker(Tracker):
-    def __init__(self, bar: Progress, label: str, total: float | None, unit: str) -> None:
+    def __init__(self, bar: _Noted, label: str, total: float | None, unit: str) -> None:
         super().__init__(label, total, unit)
         self._bar = bar
-        self._task = bar.add_task(label, total=total, note="")
+        self._task = bar.add_task(label, total=total)
 
     def _show(self) -> None:
-        self._bar.update(self._task, completed=self.done, total=self.total, note=self.note)
+        self._bar.note = self.note
+        self._bar.update(self._task, completed=self.done, total=self.total)
 
 
 class _LineTracker(Tracker):
