@@ -19,10 +19,9 @@ from ray.util.annotations import RayDeprecationWarning
 
 from mm_core.bundle import Bundle, load_bundle
 from mm_core.data.columns import column_of, rows_of, vectors_column
-from mm_core.data.image import decode_centre
+from mm_core.data.decoded import decode_samples
 from mm_core.data.index import Index
 from mm_core.data.permutation import U64
-from mm_core.data.problems import Reason, SampleProblem
 from mm_core.data.reader import IndexReader
 from mm_core.errors import BundleError, ConfigError
 from mm_core.model_digest import model_digest
@@ -176,26 +175,18 @@ def _decode_block(blocks: pa.Table, url: str, size: int) -> pa.Table:
     ordinals = np.concatenate([np.asarray(o, dtype=np.uint64) for o in blocks["ordinals"].to_pylist()])
     models = np.concatenate([np.asarray(m, dtype=np.int8) for m in blocks["models"].to_pylist()])
     wanted = np.flatnonzero(models != LEFT_OUT)
-    images, decoded = np.empty((len(wanted), size, size, 3), dtype=np.uint8), np.zeros(len(ordinals), dtype=bool)
+    found = decode_samples(index_reader(url), ordinals[wanted], size)
+    decoded = np.zeros(len(ordinals), dtype=bool)
     captions: list[list[str]] = [[] for _ in ordinals]
     labels, reasons = np.full(len(ordinals), -1), np.full(len(ordinals), None, dtype=object)
-    reader = index_reader(url)
-    for row, sample in zip(wanted, reader.read(ordinals[wanted]), strict=True):
-        try:
-            if isinstance(sample, SampleProblem):
-                raise sample
-            captions[row], labels[row] = sample.captions, -1 if sample.label is None else sample.label
-            if "text" in reader.index.summary.need and not sample.captions:
-                raise SampleProblem(Reason.NO_TEXT)
-            images[decoded.sum()] = decode_centre(sample.image or b"", size)
-            decoded[row] = True
-        except SampleProblem as problem:
-            reasons[row] = problem.reason.value
+    decoded[wanted], labels[wanted], reasons[wanted] = found.good, found.labels, found.reasons
+    for row, of_row in zip(wanted, found.captions, strict=True):
+        captions[row] = of_row
     return pa.table(
         {
             "ordinal": ordinals,
             "model": models,
-            "image": column_of(images[: decoded.sum()], decoded),
+            "image": column_of(found.images, decoded),
             "captions": pa.array(captions, pa.list_(pa.string())),
             "label": labels,
             "reason": pa.array(reasons, pa.string()),

@@ -6,7 +6,6 @@ samples x embedding dimension. The metrics themselves are pure functions of `mm_
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections import Counter
@@ -29,7 +28,9 @@ from mm_core.data.locators import HAS_LABEL
 from mm_core.data.permutation import U64
 from mm_core.data.problems import SampleProblem
 from mm_core.errors import ConfigError, DataError
-from mm_core.evaluation.retrieval import RECALL_AT, retrieval_metrics
+from mm_core.evaluation.chance import chance
+from mm_core.evaluation.encoded import check_skipped
+from mm_core.evaluation.retrieval import retrieval_metrics
 from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_templates, zeroshot_metrics
 from mm_core.store import open_store
 from pipelines.causes import own_errors
@@ -37,12 +38,11 @@ from pipelines.encode import Block, Model, encode, image_features, index_reader,
 from pipelines.index import build_index
 from pipelines.plots import recall_bars, retrieval_gallery
 from pipelines.session import ray_session
-from pipelines.tracking import TrackingConfig, has_run, log_artifacts, log_metrics, log_tags
+from pipelines.tracking import TrackingConfig, has_run, last_step, log_artifacts, log_metrics, log_tags
 
 _ROWS_PER_BLOCK = 128
 _MAX_GALLERY_QUERIES = 6
 _GALLERY_COLUMNS = 5
-_MAX_SKIPPED_FRACTION = 0.1
 Progress = Callable[[int], None]
 Skipped = Callable[[dict[str, int]], None]
 """Called with the samples that are left out of the figures, by reason."""
@@ -82,7 +82,7 @@ def evaluate_model(
     """
     bundle = load_bundle(model)
     if zeroshot is not None:
-        _classes(zeroshot)
+        classes_of(zeroshot)
     if retrieval and (source := _source(retrieval, ledgers)):
         compile_kept(Index.open(source.index), source.ledgers)
     report: dict[str, Measured] = {}
@@ -110,7 +110,7 @@ def evaluate_model(
             console.note(f"the run {run_id} that this model was trained in is not in {tracking.uri}: the figures were not logged")
             return report
         values = {f"eval/{kind}/{key}": value for kind, metrics in report.items() for key, (value, _) in metrics.items()}
-        log_metrics(tracking, run_id, values)
+        log_metrics(tracking, run_id, values, step=last_step(tracking, run_id))
         measured_on = {"zeroshot": zeroshot, "retrieval": " ".join([*retrieval, *(f"--ledger {name}" for name in ledgers)])}
         log_tags(tracking, run_id, {f"eval.{kind}.data": str(measured_on[kind]) for kind in report})
         log_artifacts(tracking, run_id, drawn, "plots")
@@ -130,21 +130,32 @@ def evaluate_zeroshot(
 
     `folder` holds `classnames.txt`, `zeroshot_classification_templates.txt` and the shards, in `test/` where there is one.
     """
-    classnames, templates = _classes(folder)
-    shards = Path(folder) / "test"
-    with _opened([str(shards if shards.is_dir() else folder)], need=("image",)) as (index, _):
-        flags = index.locators["flags"][compile_kept(index).ordinals.astype(np.int64)]
-        if unlabelled := int(((flags & HAS_LABEL) == 0).sum()):
-            raise DataError(f"{unlabelled} samples of {folder} have no class: each needs a .cls member beside its image")
+    classnames, templates = classes_of(folder)
+    with _opened([shards_of(folder)], need=("image",)) as (index, _):
+        check_labels(index, folder)
         features = encode_images(model, index, on_progress=on_progress)
     on_skipped(features.skipped)
-    if features.labels.max() >= len(classnames):
-        raise DataError(f"a sample of {folder} has class {features.labels.max()}, classnames.txt has {len(classnames)} lines")
     metrics = zeroshot_metrics(features.images, features.labels, class_embeddings(bundle, classnames, templates))
     return metrics | {"samples": len(features.labels), "classes": len(classnames)}
 
 
-def _classes(folder: str) -> tuple[list[str], list[str]]:
+def shards_of(folder: str) -> str:
+    """Where the shards of a folder in CLIP_benchmark's layout lie."""
+    shards = Path(folder) / "test"
+    return str(shards if shards.is_dir() else folder)
+
+
+def check_labels(index: Index, folder: str) -> None:
+    """
+    Raises:
+        DataError: samples of `folder`, which `index` is of, have no class.
+    """
+    flags = index.locators["flags"][compile_kept(index).ordinals.astype(np.int64)]
+    if unlabelled := int(((flags & HAS_LABEL) == 0).sum()):
+        raise DataError(f"{unlabelled} samples of {folder} have no class: each needs a .cls member beside its image")
+
+
+def classes_of(folder: str) -> tuple[list[str], list[str]]:
     """Class names and prompt templates, of `folder` or of the one it is in."""
     if not Path(folder).is_dir():
         raise DataError(f"no folder {folder}: --zeroshot takes one with classnames.txt and shards, in CLIP_benchmark's layout")
@@ -220,12 +231,7 @@ def _of_images(bundle: Bundle, images: NDArray[np.uint8], captions: list[list[st
 def _features(rows: pa.Table, index: Index) -> Features:
     reasons = [r for r in rows["reason"].to_pylist() if r]
     rows = rows.filter(pa.compute.is_null(rows["reason"])).combine_chunks()
-    if len(reasons) > _MAX_SKIPPED_FRACTION * (rows.num_rows + len(reasons)):
-        why = ", ".join(f"{reason} {n:,}" for reason, n in Counter(reasons).most_common())
-        raise DataError(
-            f"{len(reasons):,} of {rows.num_rows + len(reasons):,} samples of {index.url} cannot be evaluated, above"
-            f" {_MAX_SKIPPED_FRACTION:.0%}: {why}"
-        )
+    check_skipped(reasons, rows.num_rows, index.url)
     return Features(
         ordinals=rows["ordinal"].to_numpy(),
         images=np.array(vectors_of(rows["features"], np.float32)),
@@ -257,17 +263,25 @@ def _source(paths: Sequence[str], ledgers: Sequence[str]) -> Source | None:
     return None
 
 
+def check_need(index: Index, need: tuple[str, ...]) -> None:
+    """
+    Raises:
+        DataError: samples of the index lack one of the modalities that are needed.
+    """
+    if missing := [modality for modality in need if modality not in index.summary.need]:
+        raise DataError(
+            f"the index at {index.url} was made for {'-'.join(index.summary.need)}, and this needs {' and '.join(missing)}: index"
+            f" the shards with --modality {'-'.join(need)}, or name the shards themselves"
+        )
+
+
 @contextmanager
 def _opened(paths: Sequence[str], need: tuple[str, ...], ledgers: Sequence[str] = ()) -> Iterator[tuple[Index, tuple[str, ...]]]:
     """The index that `paths` is, or one of the shards it names, for the length of the evaluation; and the ledgers that choose from it."""
     source = _source(paths, ledgers)
     if source is not None:
         index = Index.open(source.index)
-        if missing := [modality for modality in need if modality not in index.summary.need]:
-            raise DataError(
-                f"the index at {source.index} was made for {'-'.join(index.summary.need)}, and this needs {' and '.join(missing)}: index"
-                f" the shards with --modality {'-'.join(need)}, or name the shards themselves"
-            )
+        check_need(index, need)
         yield index, source.ledgers
         return
     with tempfile.TemporaryDirectory(prefix="mm-eval-") as temporary:
@@ -278,14 +292,3 @@ def _beside_chance(metrics: dict[str, float]) -> Measured:
     """Each metric with what a model that guesses gets; counts with themselves left out."""
     expected = chance(metrics)
     return {key: (metrics[key], expected[key]) for key in expected}
-
-
-def chance(metrics: dict[str, float]) -> dict[str, float]:
-    """What a model that guesses gets, by the same keys."""
-    if "top1" in metrics:
-        classes = metrics["classes"]
-        return {"top1": 1 / classes, "top5": min(1.0, 5 / classes), "mean_per_class": 1 / classes}
-    images, texts = metrics["images"], metrics["texts"]
-    wrong = texts - texts / images
-    miss = {k: math.prod(max(0.0, wrong - i) / max(1.0, texts - i) for i in range(k)) for k in RECALL_AT}
-    return {f"t2i_r{k}": min(1.0, k / images) for k in RECALL_AT} | {f"i2t_r{k}": 1 - m for k, m in miss.items()}

@@ -173,7 +173,7 @@ class MetricLog:
         self._thread.start()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take `values` at `step`, stamped with the time now; returns within a disk write."""
+        """Take `values` at `step`, stamped with the time now; returns within a disk write. From any thread; steps may come late."""
         self._step = max(self._step, step)
         self._append(step, values)
 

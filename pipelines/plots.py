@@ -50,6 +50,24 @@ def time_bars(parts: Sequence[tuple[str, float, float]], path: Path) -> Path:
 
 def loss_curve(series: Mapping[str, Points], path: Path) -> Path:
     """Each named series over steps, smoothed where it is long, with its last value in the legend."""
+    figure, axes = _curves(series)
+    axes.set_ylabel("loss", color=_MUTED)
+    return _write(figure, path)
+
+
+def evaluation_curve(series: Mapping[str, Points], path: Path, *, chance: Mapping[str, float]) -> Path:
+    """Recalls and accuracies over steps; what guessing gives, by the same names, is a dashed line in the series' colour."""
+    figure, axes = _curves(series)
+    for colour, name in zip(_cycle(len(series)), series, strict=True):
+        if name in chance:
+            axes.axhline(chance[name], **_DASHED | {"color": colour})
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylabel("held out (dashed: chance)", color=_MUTED)
+    return _write(figure, path)
+
+
+def _curves(series: Mapping[str, Points]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for colour, (name, points) in zip(_cycle(len(series)), series.items(), strict=True):
@@ -64,14 +82,13 @@ def loss_curve(series: Mapping[str, Points], path: Path) -> Path:
     _style(axes)
     axes.grid(axis="y", color=_GRID)
     axes.set_xlabel("step", color=_MUTED)
-    axes.set_ylabel("loss", color=_MUTED)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{int(step):,}"))
     if axes.lines:
         axes.legend(frameon=False, labelcolor=_INK)
     else:
         _note(axes, "no points were logged")
-    return _write(figure, path)
+    return figure, axes
 
 
 def recall_bars(metrics: Mapping[str, float], path: Path, *, chance: Mapping[str, float] | None = None) -> Path:

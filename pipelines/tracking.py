@@ -323,6 +323,11 @@ def metric_history(config: TrackingConfig, run_id: str, names: Iterable[str]) ->
     return history
 
 
+def last_step(config: TrackingConfig, run_id: str) -> int:
+    """Of training, as its loss was logged: what is measured of the finished model counts as the latest only from there on."""
+    return metric_history(config, run_id, ["loss"]).get("loss", [(0, 0.0)])[-1][0]
+
+
 def describe_run(config: TrackingConfig, run_id: str) -> str:
     """How a person opens the run: a server's address, or the command that shows a local store."""
     page = ""

@@ -58,12 +58,19 @@ def read_templates(folder: Path) -> list[str]:
 
 def class_embeddings(encoder: TextEncoder, classnames: Sequence[str], templates: Sequence[str]) -> Float[np.ndarray, "c d"]:
     """Per class: the mean over templates of the prompts' features, normalised again."""
-    means = []
-    for name in classnames:
-        features = encoder.text_features([template.replace("{c}", name) for template in templates])
-        mean = features.mean(axis=0)
-        means.append(mean / np.linalg.norm(mean))
-    return np.stack(means)
+    features = [encoder.text_features(prompts(name, templates)) for name in classnames]
+    return mean_per_class(np.stack(features))
+
+
+def prompts(name: str, templates: Sequence[str]) -> list[str]:
+    """A class in every template."""
+    return [template.replace("{c}", name) for template in templates]
+
+
+def mean_per_class(features: Float[np.ndarray, "c t d"]) -> Float[np.ndarray, "c d"]:
+    """The mean over a class's prompts, normalised again."""
+    means = features.mean(axis=1)
+    return means / np.linalg.norm(means, axis=1, keepdims=True)
 
 
 def zeroshot_metrics(
@@ -75,7 +82,12 @@ def zeroshot_metrics(
 
     Args:
         labels: rows of `classes`.
+
+    Raises:
+        DataError: a label that is none.
     """
+    if labels.max() >= len(classes):
+        raise DataError(f"a sample has class {labels.max()}, and classnames.txt has {len(classes)} lines")
     scores = image_features @ classes.T
     own = scores[np.arange(len(labels)), labels][:, None]
     ahead = (~(scores < own)).sum(axis=1) - 1

@@ -26,6 +26,7 @@ class Phase(StrEnum):
     """What of the messages between ranks does not overlap with computing, the wait for the slowest rank included."""
     OPTIMIZER = "optimizer"
     LOGGING = "logging"
+    EVALUATION = "evaluation"
     CHECKPOINT = "checkpoint"
     OTHER = "other"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -26,3 +29,20 @@ class WeightMean:
         decay = min(self._decay, (1 + step) / (10 + step))
         for name, mean in self.state.items():
             mean.lerp_(self._followed[name].detach(), 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model with the mean as its weights, and after it again with its own, bit for bit. Costs the memory of one parameter."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, mean in self.state.items():
+            own = self._followed[name].detach()
+            kept = own.clone()
+            own.copy_(mean)
+            mean.copy_(kept)

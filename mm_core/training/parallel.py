@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -103,6 +103,13 @@ def parallelise(model: nn.Module, kind: Parallelism, device: torch.device, clock
             return Replicated(model, device, clock)
         case Parallelism.FSDP:
             return Sharded(model, device, clock, blocks=blocks)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that a forward pass without a backward left gathered: the next pass gathers them as they are then."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def clip_gradients(parameters: Iterator[nn.Parameter], max_norm: float) -> Tensor:

@@ -5,8 +5,8 @@ The loop decides when; this decides how. Everything a step changes is in `model`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from mm_core.errors import ConfigError
 from mm_core.models.logit_scale import clamp_logit_scale, scale_parameter
-from mm_core.models.two_tower import ImageTextBatch
+from mm_core.models.two_tower import ImageTextBatch, TwoTowerOutput
 from mm_core.objectives.contrastive import Objective
 from mm_core.objectives.output import LossOutput
 from mm_core.optim import OptimizerConfig
@@ -25,7 +25,7 @@ from mm_core.training.clock import Phase, StepClock
 from mm_core.training.ema import WeightMean
 from mm_core.training.gradient_cache import cached_backward, pieces_for
 from mm_core.training.guard import StepGuard, Trouble
-from mm_core.training.parallel import Parallel, clip_gradients
+from mm_core.training.parallel import Parallel, clip_gradients, reshard
 
 
 class Precision(StrEnum):
@@ -123,6 +123,22 @@ class TrainStep:
                 self.model, batch, lambda output: self.objective(output, batch, self._counts), self._pieces, forward=self._autocast
             )
 
+    @contextmanager
+    def evaluating(self) -> Iterator[Callable[[ImageTextBatch], TwoTowerOutput]]:
+        """The model as it is evaluated: nothing dropped, no gradients, the mean of the weights where there is one. Afterwards
+        everything is as it was. Where it is sharded, every call is a collective."""
+        module = self.model.module
+        training = module.training
+        with nullcontext() if self.mean is None else self.mean.in_place():
+            reshard(module)
+            module.eval()
+            try:
+                with torch.no_grad(), self._autocast():
+                    yield module
+            finally:
+                module.train(training)
+                reshard(module)
+
     @property
     def logit_scale(self) -> Tensor:
         """The factor of the model's logits, as it is now. A collective where the model is sharded."""
@@ -132,6 +148,11 @@ class TrainStep:
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext()
+
+
+def evaluation_autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """That of training, for a model that is evaluated beside it."""
+    return torch.autocast(device.type, torch.bfloat16) if _use_bf16(precision, device) else nullcontext()
 
 
 def _use_bf16(precision: Precision, device: torch.device) -> bool:

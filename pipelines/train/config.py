@@ -78,6 +78,26 @@ class FaultsConfig(GuardConfig):
     max_failures: int = Field(default=8, ge=0, description="Restarts after lost workers before the run gives up; preemptions do not count.")
 
 
+class EvaluationConfig(Config):
+    """What is measured on held-out data while training. Changes nothing of what is learned."""
+
+    every_steps: int | None = Field(default=None, gt=0, description="Steps between evaluations, and at the last step; null: none.")
+    retrieval: str | None = Field(default=None, description="An index of held-out pairs, or INDEX#LEDGER.")
+    zeroshot: str | None = Field(default=None, description="A folder in CLIP_benchmark's layout.")
+    max_samples: int = Field(default=5000, gt=0, description="Of each; of more, some at equal distances, always the same.")
+    background: bool = Field(default=False, description="Measure on a GPU, or without GPUs a processor, that the ranks do not use.")
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> EvaluationConfig:
+        if self.every_steps is not None and self.retrieval is None and self.zeroshot is None:
+            raise ValueError("every_steps needs held-out data: set evaluation.retrieval to an index, or evaluation.zeroshot to a folder")
+        return self
+
+    def due(self, done: int, steps: int) -> bool:
+        """After `done` of `steps` steps."""
+        return self.every_steps is not None and (done % self.every_steps == 0 or done == steps)
+
+
 class TowersConfig(Config):
     """How the towers take part in training."""
 
@@ -151,6 +171,7 @@ class TrainRun(Config):
     log_every_steps: int = Field(default=10, gt=0)
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     stream: StreamConfig = StreamConfig()
     resources: ResourceConfig = ResourceConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -158,5 +179,5 @@ class TrainRun(Config):
 
     def identity(self) -> dict[str, Any]:
         """The part that decides what is learned: two runs equal in it, on equal data, are the same run."""
-        whole = {"parallel", "log_every_steps", "checkpoint", "faults", "stream", "resources", "tracking", "storage"}
+        whole = {"parallel", "log_every_steps", "checkpoint", "evaluation", "faults", "stream", "resources", "tracking", "storage"}
         return self.model_dump(mode="json", exclude=dict.fromkeys(whole, True) | {"data": {"gap_bytes", "verify", "max_bad_fraction"}})

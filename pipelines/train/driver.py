@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from mm_core.console import Console
 from mm_core.data.ledger import Source
 from mm_core.data.reader import ReadSpec
 from mm_core.errors import CheckpointError, ConfigError, MMError, TrainingError
+from mm_core.evaluation.chance import chance
 from mm_core.models.dual import DualConfig, tower_weights
 from mm_core.models.family import build_model, resolved
 from mm_core.models.pretrained import check_pooling
@@ -34,7 +35,7 @@ from mm_core.revision import code_revision
 from mm_core.training.checkpoint import load_weights
 from mm_core.training.ema import WeightMean
 from pipelines.metric_log import MetricLog, spool_folder
-from pipelines.plots import loss_curve, time_bars
+from pipelines.plots import evaluation_curve, loss_curve, time_bars
 from pipelines.session import ray_session
 from pipelines.shards import check_shards
 from pipelines.tracking import (
@@ -51,8 +52,10 @@ from pipelines.tracking import (
 )
 from pipelines.train.board import start_board
 from pipelines.train.config import TrainRun
+from pipelines.train.evaluation import EvaluationTask, start_background
+from pipelines.train.evaluation_data import EvaluationData
 from pipelines.train.goodput import Goodput
-from pipelines.train.launch import check_resources, launch, preemption_watched
+from pipelines.train.launch import check_resources, gpus_per_worker, launch, preemption_watched
 from pipelines.train.loop import WorkerTask
 from pipelines.train.outcome import Outcome
 from pipelines.train.run_data import RunData
@@ -60,6 +63,8 @@ from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_
 from pipelines.train.towers import check_towers, wrapped
 
 _CURVES = ("loss", "loss/contrastive")
+_EVALUATED = ("retrieval/t2i_r1", "retrieval/i2t_r1", "zeroshot/top1")
+_SIZES = ("retrieval/images", "retrieval/texts", "zeroshot/classes")
 _BUNDLE_METRICS = ("loss", "logit_scale")
 
 
@@ -102,6 +107,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     data.check_modalities()
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
     data.plan(run)
+    heldout = EvaluationData.open(run, data, console)
     folder, record = _claim(request, run, data)
     if record is None:
         run = run.model_copy(update={"model": resolved(run.model)})
@@ -113,15 +119,22 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
             console.note(f"{folder.url} has taken all of its {run.steps:,} steps: there is nothing to continue")
             return _result(run, folder, record, run.steps, final_metrics(run.tracking, record.tracking_run_id, ""))
     with ray_session():
-        return _train(request, run, data, folder, record, console)
+        return _train(request, run, data, heldout, folder, record, console)
 
 
 def _train(
-    request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, record: RunRecord | None, console: Console
+    request: TrainRequest,
+    run: TrainRun,
+    data: RunData,
+    heldout: EvaluationData | None,
+    folder: RunFolder,
+    record: RunRecord | None,
+    console: Console,
 ) -> TrainResult:
     # 2. The data as it was indexed, a cluster that is large enough; then a new folder and tracking run, or the ones it began with.
     check_shards(data.indexes)
     check_resources(run)
+    zeroshot_index = None if heldout is None else heldout.index()
     resumed = record is not None
     if record is None:
         record = _begin(request, run, data, folder, console)
@@ -135,7 +148,10 @@ def _train(
     # 3. Train and export.
     status = RunStatus.FAILED
     try:
-        outcome = launch(_task(request, run, data, folder, record), folder, console)
+        task = _task(request, run, data, folder, record)
+        if heldout is not None:
+            task = replace(task, evaluation=_evaluation(heldout, zeroshot_index, task, folder, console))
+        outcome = launch(task, folder, console)
         _log_data(run, record.tracking_run_id, outcome)
         if outcome.failure:
             raise TrainingError(outcome.failure)
@@ -314,6 +330,18 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
     )
 
 
+def _evaluation(heldout: EvaluationData, index: Path | None, task: WorkerTask, folder: RunFolder, console: Console) -> EvaluationTask:
+    """Where it is to run in the background and there is no room for that, the ranks evaluate."""
+    run = task.run
+    spec = heldout.spec(run, load_tokenizer(str(folder.get("tokenizer"))), folder, index)
+    actor = start_background(spec, run, task.tokens, gpus_per_worker(run)) if run.evaluation.background else None
+    if run.evaluation.background and actor is None:
+        console.note(
+            "evaluation.background: the cluster has no GPU, or without GPUs no processor, beyond the ranks': they evaluate themselves"
+        )
+    return EvaluationTask(spec, actor)
+
+
 def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast, console: Console | None = None) -> dict[str, Tensor] | None:
     """The weights that `--init` names, or the towers' sources; what was taken of them is shown.
 
@@ -370,4 +398,16 @@ def _log_results(run: TrainRun, folder: RunFolder, run_id: str) -> None:
     log_artifacts(run.tracking, run_id, bundle, "bundle")
     history = metric_history(run.tracking, run_id, _CURVES)
     with tempfile.TemporaryDirectory() as temporary:
-        log_artifacts(run.tracking, run_id, loss_curve(history, Path(temporary) / "loss.png"), "plots")
+        loss_curve(history, Path(temporary) / "loss.png")
+        if run.evaluation.every_steps is not None:
+            measured = metric_history(run.tracking, run_id, [f"eval/{name}" for name in (*_EVALUATED, *_SIZES)])
+            _draw_evaluations({name.removeprefix("eval/"): points for name, points in measured.items()}, Path(temporary) / "evaluation.png")
+        log_artifacts(run.tracking, run_id, Path(temporary), "plots")
+
+
+def _draw_evaluations(measured: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
+    guesses: dict[str, float] = {}
+    for kind in ("retrieval", "zeroshot"):
+        last = {name.removeprefix(f"{kind}/"): points[-1][1] for name, points in measured.items() if name.startswith(f"{kind}/")}
+        guesses |= {f"{kind}/{name}": value for name, value in chance(last).items()} if last else {}
+    evaluation_curve({name: measured[name] for name in _EVALUATED if name in measured}, path, chance=guesses)

@@ -39,7 +39,7 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
         TrainingError: Ray gave up.
     """
     run = task.run
-    gpus = _gpus_per_worker(run)
+    gpus = gpus_per_worker(run)
     trainer = _Trainer(
         partial(train_worker, task),  # bound, not as `train_loop_config`, for which Train's controller would load all of this too
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
@@ -159,7 +159,8 @@ def check_resources(run: TrainRun) -> None:
         )
 
 
-def _gpus_per_worker(run: TrainRun) -> float:
+def gpus_per_worker(run: TrainRun) -> float:
+    """As configured, or as the cluster has them."""
     if run.resources.gpus_per_worker is not None:
         return run.resources.gpus_per_worker
     return 1 if ray.cluster_resources().get("GPU", 0) >= (run.resources.min_workers or run.resources.workers) else 0

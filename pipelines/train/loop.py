@@ -33,10 +33,12 @@ from mm_core.training.guard import StepGuard
 from mm_core.training.parallel import parallelise
 from mm_core.training.step import StepResult, TrainStep
 from mm_core.training.transfer import Transfer
+from mm_core.training.watchdog import Watchdog
 from pipelines.stream import Share, StepBatch, stream
 from pipelines.train.audit import Audit
 from pipelines.train.board import fatal_errors
 from pipelines.train.config import TrainRun
+from pipelines.train.evaluation import EvaluationTask, evaluation_of
 from pipelines.train.meter import Meter
 from pipelines.train.outcome import Outcome
 from pipelines.train.remedies import LeftOut, Remedies, Rollback, is_left_out, not_finite, too_many_replaced
@@ -66,6 +68,7 @@ class WorkerTask:
     """Where the ranks show the driver how far they are."""
     preemption_watched: bool
     """Whether Ray Train looks for nodes that are about to be taken away."""
+    evaluation: EvaluationTask | None = None
 
 
 def train_worker(task: WorkerTask) -> Outcome:
@@ -86,8 +89,7 @@ def _train(task: WorkerTask) -> Outcome:
         left_out: LeftOut = ()
         while True:
             with closing(_Attempt(task, clock, left_out, log)) as attempt:
-                tools = LoopTools(log.metrics, attempt.checkpoints.save, watchdog.step_done, Preemption(task.preemption_watched), remedies)
-                ended = attempt.steps(tools)
+                ended = attempt.steps(watchdog, Preemption(task.preemption_watched), remedies)
                 if isinstance(ended, Outcome):
                     attempt.checkpoints.finish()
                     return ended
@@ -119,9 +121,11 @@ class _Attempt:
         self.checkpoints = RunCheckpoints(task, model, self._step, chunks, log.metrics, self._audit)
         self._start = self.checkpoints.restore(left_out)
 
-    def steps(self, tools: LoopTools) -> Outcome | Rollback:
+    def steps(self, watchdog: Watchdog, preempted: Preemption, remedies: Remedies) -> Outcome | Rollback:
         # 4. The samples from there on, and the steps.
         task, first, run = self._task, self._start.step, self._task.run
+        evaluate = evaluation_of(task.evaluation, self._step, run.steps, self._log.evaluated)
+        tools = LoopTools(self._log.metrics, evaluate, self.checkpoints.save, watchdog.step_done, preempted, remedies)
         self._log.started(first)
         batches = stream(task.spec, self._share, first_step=first, last_step=run.steps, config=run.stream, cpus=_stream_cpus(run))
         return run_steps(run, self._step, batches, first, tools, left_out=self._start.left_out, audit=self._audit)
@@ -164,6 +168,8 @@ class LoopTools:
     """What the steps call beside the model. By default nothing happens."""
 
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
+    evaluate: Callable[[int], dict[str, float] | None] = lambda step: None
+    """Called when an evaluation is due; what it has found at once goes into the checkpoint of its step."""
     save: Callable[[int, dict[str, float], bool], None] = lambda step, metrics, wait: None
     """(steps done, metrics, whether to wait until it is written)."""
     alive: Callable[[int], None] = lambda step: None
@@ -219,8 +225,9 @@ def run_steps(
 
         log_due = done % run.log_every_steps == 0 or done == run.steps
         save_due = done % run.checkpoint.every_steps == 0 or done == run.steps
+        evaluation_due = run.evaluation.due(done, run.steps)
         # Before anything leaves the loop the last step is looked at too.
-        if (log_due or save_due) and unchecked and (failure := not_finite(*unchecked)):
+        if (log_due or save_due or evaluation_due) and unchecked and (failure := not_finite(*unchecked)):
             return Outcome(done, metrics, *failure)
         if log_due and result is not None:
             with clock.phase(Phase.LOGGING):
@@ -228,11 +235,16 @@ def run_steps(
                 tools.log(done, metrics)
             if (reason := too_many_replaced(metrics, (done - first_step) * run.global_batch_size, run.data.max_bad_fraction)) is not None:
                 return Outcome(done, metrics, reason, replaced=tuple(meter.top_shards()))
+        found: dict[str, float] = {}
+        if evaluation_due:
+            with clock.phase(Phase.EVALUATION):
+                found = tools.evaluate(done) or {}
         leaving = log_due and tools.preempted()
         if save_due or leaving:
             with clock.phase(Phase.CHECKPOINT):
-                tools.save(done, metrics, leaving or done == run.steps)
-            tools.alive(done)
+                tools.save(done, metrics | found, leaving or done == run.steps)
+        if evaluation_due or save_due or leaving:
+            tools.alive(done)  # their time is not the next step's
     return Outcome(run.steps, metrics, replaced=tuple(meter.top_shards()))
 
 

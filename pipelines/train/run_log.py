@@ -11,9 +11,11 @@ import ray.train
 import torch.distributed as dist
 
 from mm_core.store import write_whole
+from mm_core.training.checkpoints import CheckpointFolder
 from mm_core.training.clock import StepClock
 from mm_core.training.watchdog import Standstill, Watchdog
 from pipelines.metric_log import MetricLog, spool_folder, system_metrics
+from pipelines.train.evaluation import evaluation_line
 
 if TYPE_CHECKING:
     from pipelines.train.loop import WorkerTask
@@ -46,6 +48,15 @@ class RunLog:
         if self._log is not None:
             self._log.log(step, metrics)
             self._task.board.update.remote(step, metrics)
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """What was measured of the model of a step, now or, in the background, later; from any thread. Its checkpoint is told too."""
+        if self._log is not None:
+            self._log.log(step, metrics)
+            self._task.board.say.remote(evaluation_line(step, metrics))
+            checkpoints = CheckpointFolder(self._task.folder)
+            if step in checkpoints.steps():
+                checkpoints.add_metrics(step, metrics)
 
     def say(self, text: str) -> None:
         if self._log is not None:

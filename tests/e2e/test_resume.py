@@ -47,12 +47,12 @@ def settings(storage: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def tiny_run(storage: Path, workers: int) -> TrainRun:
-    return resolve(recipe("clip-tiny"), overrides=[*settings(storage), f"resources.workers={workers}"])[0]
+def tiny_run(storage: Path, workers: int, *more: str) -> TrainRun:
+    return resolve(recipe("clip-tiny"), overrides=[*settings(storage), f"resources.workers={workers}", *more])[0]
 
 
-def run(index: Index, storage: Path, workers: int, audit: Path, *, name: str | None = "tiny", resume: bool = False) -> TrainResult:
-    request = TrainRequest(tiny_run(storage, workers), (Source(index=index.url),), name=name, resume=resume, audit=str(audit))
+def run(index: Index, storage: Path, workers: int, audit: Path, *more: str, name: str | None = "tiny", resume: bool = False) -> TrainResult:
+    request = TrainRequest(tiny_run(storage, workers, *more), (Source(index=index.url),), name=name, resume=resume, audit=str(audit))
     return train(request, Console(json=True))
 
 
@@ -75,9 +75,17 @@ def index(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(index: Index, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, Path]:
+def heldout(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What measures a run; whether it does or not, the run learns the same."""
+    pairs = build_index([str(corpus / "heldout")], str(tmp_path_factory.mktemp("heldout") / "index"))
+    return [f"evaluation.retrieval={pairs.url}", f"evaluation.zeroshot={corpus / 'zeroshot'}", "evaluation.every_steps=20"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(index: Index, heldout: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, Path]:
+    """Measured in the background, on a processor that neither of the ranks uses."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return run(index, folder, 2, folder / "audit"), folder
+    return run(index, folder, 2, folder / "audit", *heldout, "evaluation.background=true"), folder
 
 
 def start(index: Index, folder: Path, workers: int, *flags: str) -> subprocess.Popen[bytes]:
@@ -172,11 +180,34 @@ def test_the_run_is_whole(undisturbed: tuple[TrainResult, Path]) -> None:
 
 
 def test_killed_interrupted_and_resumed_is_as_undisturbed(
-    interrupted: Path, undisturbed: tuple[TrainResult, Path], index: Index, tmp_path: Path
+    interrupted: Path, undisturbed: tuple[TrainResult, Path], index: Index, heldout: list[str], tmp_path: Path
 ) -> None:
-    """Two workers, one of them killed; two again, the driver killed; three, Ctrl-C; one to the end. No name is given the last time: the
-    newest run of this configuration and data is continued."""
-    resumed_is_as_undisturbed(interrupted, undisturbed, index, tmp_path, 1, name=None)
+    """Two workers, one of them killed; two again, the driver killed; three, Ctrl-C; one to the end, which measures itself as it goes. No
+    name is given the last time: the newest run of this configuration and data is continued."""
+    resumed_is_as_undisturbed(interrupted, undisturbed, index, tmp_path, 1, *heldout, name=None)
+    there, here = (evaluated(folder)[STEPS] for folder in (undisturbed[1], tmp_path))
+    assert here == pytest.approx(there, abs=0.05)
+
+
+def evaluated(folder: Path) -> dict[int, dict[str, float]]:
+    """By step what was measured, as MLflow has it."""
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    run_id = json.loads((folder / "runs" / "tiny" / "run.json").read_text())["tracking_run_id"]
+    found: dict[int, dict[str, float]] = {}
+    for name in ("eval/loss", "eval/retrieval/t2i_r10", "eval/zeroshot/top5", "eval/embedding/alignment"):
+        for metric in client.get_metric_history(run_id, name):
+            found.setdefault(metric.step, {})[name] = metric.value
+    return found
+
+
+def test_a_run_is_measured_in_the_background(undisturbed: tuple[TrainResult, Path]) -> None:
+    """At its last step at least: the steps are faster than the actor starts. A picture shows them."""
+    _, folder = undisturbed
+    found = evaluated(folder)
+    assert STEPS in found
+    assert set(found) <= {20, 40, STEPS}
+    assert len(found[STEPS]) == 4
+    assert list((folder / "mlartifacts").rglob("plots/evaluation.png"))
 
 
 @pytest.mark.chaos
@@ -188,14 +219,14 @@ def test_killed_and_resumed_is_as_undisturbed(
 
 
 def resumed_is_as_undisturbed(
-    stopped: Path, undisturbed: tuple[TrainResult, Path], index: Index, folder: Path, workers: int, *, name: str | None
+    stopped: Path, undisturbed: tuple[TrainResult, Path], index: Index, folder: Path, workers: int, *more: str, name: str | None
 ) -> None:
     copy_run(stopped, folder)
     before = attempts(folder)
     assert {path.name.split("-")[0] for path in (folder / "audit").glob("*.parquet")} == {f"attempt{n + 1:05d}" for n in range(before)}
     reference, whole = undisturbed
 
-    result = run(index, folder, workers, folder / "audit", name=name, resume=True)
+    result = run(index, folder, workers, folder / "audit", *more, name=name, resume=True)
 
     assert batches(folder / "audit") == batches(whole / "audit")
     assert result.run_id == json.loads((stopped / "runs" / "tiny" / "run.json").read_text())["tracking_run_id"]

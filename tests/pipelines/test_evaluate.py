@@ -18,7 +18,7 @@ from mm_core.models.clip import build_clip, clip_tiny
 from mm_core.models.sizes import SpecialTokens
 from mm_core.models.tokenizer import special_tokens, train_bpe
 from pipelines import evaluate
-from pipelines.evaluate import chance, evaluate_retrieval, evaluate_zeroshot
+from pipelines.evaluate import evaluate_retrieval, evaluate_zeroshot
 from pipelines.index import build_index
 from pipelines.tracking import TrackingConfig, create_run, open_client
 from tests.conftest import photos_folder
@@ -149,12 +149,3 @@ def test_ledgers_choose_what_is_retrieved(model: str, corpus: Path, tmp_path: Pa
     assert evaluate._source([f"{index.url}#train,this"], ()) == evaluate._source([index.url], ("train", "this"))
     with pytest.raises(ConfigError, match=r"--ledger train chooses among the samples of an index, and .*heldout is not one index"):
         evaluate_retrieval(bundle, model, [str(corpus / "heldout")], ["train"])
-
-
-def test_chance_is_what_guessing_gives() -> None:
-    assert chance({"top1": 0, "classes": 48}) == {"top1": 1 / 48, "top5": 5 / 48, "mean_per_class": 1 / 48}
-    expected = chance({"images": 100, "texts": 500})
-    assert expected["t2i_r5"] == pytest.approx(0.05)
-    rng = np.random.default_rng(0)
-    drawn = [(rng.permutation(500)[:10] < 5).any() for _ in range(4000)]
-    assert expected["i2t_r10"] == pytest.approx(np.mean(drawn), abs=0.02)

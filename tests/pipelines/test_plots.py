@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.plots import loss_curve, recall_bars, retrieval_gallery
+from pipelines.plots import evaluation_curve, loss_curve, recall_bars, retrieval_gallery
 
 BLUE, RED, GREEN = (33, 102, 172), (214, 96, 77), (46, 133, 64)
 
@@ -69,3 +69,14 @@ def test_fewer_images_than_columns_and_no_query_at_all(tmp_path: Path) -> None:
     retrieval_gallery([], [], [], tmp_path / "empty.png")
     assert pixels(tmp_path / "ragged.png").size
     assert pixels(tmp_path / "empty.png").size
+
+
+def test_evaluations_are_drawn_beside_chance(tmp_path: Path) -> None:
+    points = [(10, 0.1), (20, 0.4)]
+    with_chance = pixels(evaluation_curve({"retrieval/t2i_r1": points}, tmp_path / "a.png", chance={"retrieval/t2i_r1": 0.05}))
+    without = pixels(evaluation_curve({"retrieval/t2i_r1": points}, tmp_path / "b.png", chance={}))
+    below = slice(int(0.7 * with_chance.shape[0]), int(0.85 * with_chance.shape[0]))  # of the first point, above the axis
+    assert [int((picture[below, :, 2] > picture[below, :, 0] + 60.0).any(axis=0).sum()) > 200 for picture in (with_chance, without)] == [
+        True,
+        False,
+    ]
