@@ -149,7 +149,7 @@ def build_step(run: TrainRun, model: TwoTower, clock: StepClock, teacher: TwoTow
     return TrainStep(
         parallel,
         objective,
-        build_optimizer(model, run.optimizer),
+        build_optimizer(model, run.optimizer, blocks=model.blocks()),
         optimizer_config=run.optimizer,
         schedule=run.schedule,
         total_steps=run.steps,
