@@ -55,7 +55,7 @@ from pipelines.train.config import TrainRun
 from pipelines.train.evaluation import EvaluationTask, start_background
 from pipelines.train.evaluation_data import EvaluationData
 from pipelines.train.goodput import Goodput
-from pipelines.train.launch import check_resources, gpus_per_worker, launch, preemption_watched
+from pipelines.train.launch import check_parallel, check_resources, gpus_per_worker, launch, preemption_watched
 from pipelines.train.loop import WorkerTask
 from pipelines.train.outcome import Outcome
 from pipelines.train.run_data import RunData
@@ -107,6 +107,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     data.check_modalities()
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
     data.plan(run)
+    check_parallel(run)
     heldout = EvaluationData.open(run, data, console)
     folder, record = _claim(request, run, data)
     if record is None:

@@ -19,6 +19,7 @@ from mm_core.address import is_local
 from mm_core.console import Console, Tracker
 from mm_core.errors import ConfigError, MMError, TrainingError
 from mm_core.store import open_store
+from mm_core.training.parallel import Parallelism
 from pipelines.causes import own_error
 from pipelines.train.board import SHARE, News
 from pipelines.train.config import TrainRun
@@ -144,6 +145,18 @@ class _Trainer(TorchTrainer):
         if self._controller is not None:
             with suppress(ray.exceptions.RayError):
                 ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
+
+
+def check_parallel(run: TrainRun) -> None:
+    """
+    Raises:
+        ConfigError: a model that is to be divided among ranks has one rank.
+    """
+    if run.parallel.kind is Parallelism.FSDP and run.resources.workers == 1:
+        raise ConfigError(
+            "parallel.kind=fsdp divides the model among ranks, and there is one: give more with --workers, or leave it at ddp, which can"
+            " continue the same run"
+        )
 
 
 def check_resources(run: TrainRun) -> None:

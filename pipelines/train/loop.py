@@ -28,7 +28,9 @@ from mm_core.objectives.contrastive import build_objective
 from mm_core.optim import build_optimizer
 from mm_core.training.checkpoint import seed_step
 from mm_core.training.clock import Phase, StepClock
+from mm_core.training.cost import sample_cost
 from mm_core.training.ema import WeightMean
+from mm_core.training.gpus import gpu_of
 from mm_core.training.guard import StepGuard
 from mm_core.training.parallel import parallelise
 from mm_core.training.step import StepResult, TrainStep
@@ -192,7 +194,7 @@ def run_steps(
     """The steps [first_step, run.steps) on this rank."""
     rank, clock = dist.get_rank(), train_step.clock
     to_device = Transfer(train_step.device)
-    meter = Meter(train_step, run.global_batch_size)
+    meter = Meter(train_step, run.global_batch_size, _flops_per_sample(run, train_step.device))
     clock.read()  # up to here was start-up
     metrics: dict[str, float] = {}
     result: StepResult | None = None
@@ -252,6 +254,14 @@ def _inputs(batch: StepBatch, to_device: Transfer) -> ImageTextBatch:
     assert batch.images is not None, "the driver lets only paired sources pass"
     assert batch.input_ids is not None, "the driver lets only paired sources pass"
     return ImageTextBatch(to_device(batch.images), to_device(batch.input_ids).long())
+
+
+def _flops_per_sample(run: TrainRun, device: torch.device) -> float | None:
+    """Of the model's forward and backward pass, on a GPU that there is a data sheet of."""
+    if gpu_of(device) is None:
+        return None
+    cost = sample_cost(run.model, views=run.data.augment.views, captions=run.data.captions)
+    return cost.forward_flops + cost.backward_flops
 
 
 def _node_cpus() -> float:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from mm_core.data.problems import Reason
 from mm_core.training.clock import Phase
+from mm_core.training.gpus import gpu_of, mfu
 from mm_core.training.step import StepResult, TrainStep
 from pipelines.train.outcome import ShardCount
 
@@ -20,7 +21,9 @@ TOP_SHARDS = 1000
 class Meter:
     """One per rank. `read` is a collective: one small all-reduce, at log steps only."""
 
-    def __init__(self, train_step: TrainStep, global_batch_size: int) -> None:
+    def __init__(self, train_step: TrainStep, global_batch_size: int, flops_per_sample: float | None = None) -> None:
+        """`flops_per_sample`: of the model's forward and backward pass, where a share of the GPUs' operations is wanted."""
+        self._gpu, self._flops_per_sample = gpu_of(train_step.device), flops_per_sample
         self._train_step, self._global_batch_size = train_step, global_batch_size
         self.replaced: Counter[str] = Counter()
         """Samples of this rank that were replaced since the run (re)started, by reason."""
@@ -75,6 +78,8 @@ class Meter:
         metrics |= {f"time_fraction/{phase}": time_s / sum(times) for phase, time_s in zip(Phase, times, strict=True)}
         metrics |= {f"replaced/{reason}": count for reason, count in zip(Reason, replaced, strict=True) if count}
         if device.type == "cuda":
+            if self._gpu is not None and self._flops_per_sample is not None:
+                metrics["mfu"] = mfu(metrics["samples_per_s"], self._flops_per_sample, self._gpu, dist.get_world_size())
             metrics["memory/gpu_peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         self._steps = 0
         return metrics

@@ -6,48 +6,18 @@ the share of it that training is taken to reach. So ratios between settings are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from mm_core.config import nearest
 from mm_core.data.plan import chunks_per_step
-from mm_core.errors import ConfigError
 from mm_core.models.family import resolved
 from mm_core.training.cost import SampleCost, sample_cost
+from mm_core.training.gpus import gpu_named
 from mm_core.training.parallel import Parallelism
 from pipelines.train.config import TrainRun
 
 _FP32, _BF16 = 4, 2
 _RESERVED_BYTES = 2.0e9
 """The CUDA context, NCCL's buffers and what the allocator loses in fragments."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A data sheet: dense bf16, and the network between nodes, of one GPU."""
-
-    memory_bytes: float
-    bf16_flops: float
-    network_bytes_per_s: float
-
-
-GPUS = {
-    "a100-40": Gpu(40e9, 312e12, 25e9),
-    "a100-80": Gpu(80e9, 312e12, 25e9),
-    "h100": Gpu(80e9, 989e12, 50e9),
-    "h200": Gpu(141e9, 989e12, 50e9),
-}
-"""NVIDIA's data sheets; a DGX has one 200 (A100) or 400 (H100, H200) Gb/s port for each GPU."""
-
-
-def gpu_named(name: str) -> Gpu:
-    """
-    Raises:
-        ConfigError: there is no data sheet of it here.
-    """
-    if name not in GPUS:
-        raise ConfigError(f"--gpu-type {name!r} is not known{nearest(name, list(GPUS))}")
-    return GPUS[name]
 
 
 def describe_scale(run: TrainRun, gpus: int, gpu_type: str, *, mfu: float = 0.3) -> dict[str, Any]:

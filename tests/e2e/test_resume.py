@@ -25,6 +25,7 @@ from mm_core.console import Console
 from mm_core.data.index import Index
 from mm_core.data.ledger import Source
 from mm_core.errors import BundleError, CheckpointError, ConfigError, TrainingError
+from mm_core.training.parallel import Parallelism
 from pipelines.index import build_index
 from pipelines.recipes import recipe
 from pipelines.tracking import TrackingConfig
@@ -317,3 +318,11 @@ def test_a_batch_for_too_many_workers_is_refused_before_anything_starts(index: I
         run(index, tmp_path, 6, tmp_path / "audit")
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_model_is_not_divided_among_one_rank(index: Index, tmp_path: Path) -> None:
+    whole = tiny_run(tmp_path, 1)
+    divided = whole.model_copy(update={"parallel": whole.parallel.model_copy(update={"kind": Parallelism.FSDP})})
+    with pytest.raises(ConfigError, match=r"parallel\.kind=fsdp divides the model among ranks, and there is one"):
+        train(TrainRequest(divided, (Source(index=index.url),), name="one"), Console(json=True))
+    assert not (tmp_path / "runs").exists()
