@@ -1,8 +1,8 @@
 """A training step of mm beside the plain transformers one, and open_clip's where it is installed: samples/s, MFU, peak memory.
 
-Needs torch, transformers and mm_core, no Ray: it runs on a bare GPU machine. Batches are made up and lie on the device. Both sides have the
-same weights, a fused AdamW and, where the device computes in it, bf16 autocast; ours also clips the gradient and has its loss over all ranks.
-Runs of both sides alternate. `torchrun --nproc-per-node N benchmarks/train_step.py` takes N ranks. One JSON line.
+Needs torch, transformers and mm_core, no Ray: it runs on a bare GPU machine. Batches are made up and lie on the device. All sides have the
+same sizes, a fused AdamW and, where the device computes in it, bf16 autocast; ours also clips the gradient and has its loss over all
+ranks. Runs of the sides alternate. `torchrun --nproc-per-node N benchmarks/train_step.py` takes N ranks. One JSON line.
 """
 
 from __future__ import annotations
@@ -206,8 +206,11 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        alone = {} if "RANK" in os.environ else {"init_method": f"file://{folder}/rendezvous", "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:  # of torchrun
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
         rows = []
         for name in options.models:
             for samples in options.batches:
@@ -221,13 +224,8 @@ def main() -> None:
                     torch.cuda.empty_cache()
         if dist.get_rank() == 0:
             where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPUs, one thread a rank"
-            settings = {
-                "precision": options.precision,
-                "parallel": options.parallel,
-                "ranks": dist.get_world_size(),
-                "torch": torch.__version__,
-            }
-            print(json.dumps({"benchmark": "train_step", "device": where} | settings | {"rows": rows}))
+            how = {"precision": options.precision, "parallel": options.parallel, "ranks": dist.get_world_size()}
+            print(json.dumps({"benchmark": "train_step", "device": where, "torch": torch.__version__} | how | {"rows": rows}))
         dist.destroy_process_group()
 
 
