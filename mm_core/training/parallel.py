@@ -72,6 +72,8 @@ class Sharded:
     need the memory that sharding is there to save."""
 
     def __init__(self, model: nn.Module, device: torch.device, clock: StepClock, *, blocks: Sequence[nn.Module]) -> None:
+        # torch warns of outputs that are views, as in-place operations on them would go wrong; objectives have none.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._clock = clock
         self.module = model.to(device)
         scalars = {p for p in model.parameters() if p.ndim == 0}  # FSDP2 does not shard them: each rank has its own, and they are averaged
