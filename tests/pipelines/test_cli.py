@@ -56,7 +56,7 @@ def test_later_sources_win_and_are_named(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("optimizer.lrr=1", "unknown key 'optimizer.lrr'.*did you mean 'optimizer.lr'"),
         ("setps=1", "did you mean 'steps'"),
-        ("optimizer=1", "is a group; set one of optimizer.lr"),
+        ("optimizer=1", "is a group; set one of optimizer.kind, optimizer.lr"),
         ("steps=many", "steps: Input should be a valid integer.*got 'many'"),
         ("steps=0", "steps: Input should be greater than 0"),
         ("steps", "not of the form key=value"),
