@@ -43,6 +43,10 @@ SETTINGS = [
 ]  # fmt: skip
 
 
+ENVIRONMENT = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20"}
+"""A rank alone that is stopped whole cannot tell, and no other waits for it: Ray Train finds it, by default after ten minutes."""
+
+
 class Role(StrEnum):
     WORKER = "worker"
     ALL_WORKERS = "all workers"
@@ -140,7 +144,7 @@ class Training:
         command += ["--audit", str(self.folder / "audit"), *(item for setting in settings for item in ("--set", setting))]
         command += ["--resume"] if (self.folder / "runs" / "tiny" / "run.json").exists() else []
         with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": self._address}, stdout=log, stderr=log)
+            self._process = subprocess.Popen(command, env=os.environ | {"RAY_ADDRESS": self._address} | ENVIRONMENT, stdout=log, stderr=log)
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
