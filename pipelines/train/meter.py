@@ -23,7 +23,8 @@ class Meter:
 
     def __init__(self, train_step: TrainStep, global_batch_size: int, flops_per_sample: float | None = None) -> None:
         """`flops_per_sample`: of the model's forward and backward pass, where a share of the GPUs' operations is wanted."""
-        self._gpu, self._flops_per_sample = gpu_of(train_step.device), flops_per_sample
+        self._gpu = None if flops_per_sample is None else gpu_of(train_step.device)
+        self._flops_per_sample = flops_per_sample
         self._train_step, self._global_batch_size = train_step, global_batch_size
         self.replaced: Counter[str] = Counter()
         """Samples of this rank that were replaced since the run (re)started, by reason."""
