@@ -1,20 +1,23 @@
-"""A training step of mm beside the plain transformers one, and open_clip's where it is installed: samples/s, MFU, peak memory.
+"""A training step of mm beside the plain transformers one, and open_clip's where it is installed: samples/s, MFU, memory.
 
-Needs torch, transformers and mm_core, no Ray: it runs on a bare GPU machine. Batches are made up and lie on the device. All sides have the
-same sizes, a fused AdamW and, where the device computes in it, bf16 autocast; ours also clips the gradient and has its loss over all
-ranks. Runs of the sides alternate. `torchrun --nproc-per-node N benchmarks/train_step.py` takes N ranks. One JSON line.
+Needs torch, transformers and mm_core (and torchao for fp8), no Ray: it runs on a bare GPU machine. Batches are made up and lie on the
+device. All sides have the same sizes, a fused AdamW and, where the device computes in it, bf16 autocast; ours also clips the gradient and
+has its loss over all ranks. Runs of the sides alternate. Under `torchrun --nproc-per-node N` it takes N ranks. One JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +36,8 @@ from mm_core.training.clock import StepClock
 from mm_core.training.cost import sample_cost
 from mm_core.training.gpus import gpu_of, mfu
 from mm_core.training.parallel import Parallelism, parallelise
-from mm_core.training.step import Precision, TrainStep, evaluation_autocast
+from mm_core.training.precision import Precision, autocast, compute_in_fp8
+from mm_core.training.step import TrainStep
 
 MODELS: dict[str, Callable[[], ModelConfig]] = {
     "clip-tiny": clip.clip_tiny,
@@ -65,25 +69,47 @@ def batch_of(config: ModelConfig, samples: int, device: torch.device) -> ImageTe
     return ImageTextBatch(images, input_ids)
 
 
-def ours(config: ModelConfig, batch: ImageTextBatch, device: torch.device, options: argparse.Namespace) -> Step:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a step is measured with."""
+
+    name: str
+    config: ModelConfig
+    device: torch.device
+    options: argparse.Namespace
+
+    @property
+    def sigmoid(self) -> bool:
+        return self.config.family == "siglip"
+
+
+def ours(setting: Setting, batch: ImageTextBatch, *, compiled: bool = False, precision: Precision | None = None) -> Step:
+    config, device, options = setting.config, setting.device, setting.options
+    precision = precision or options.precision
     model = TwoTower(build_model(config, tokens_of(config)), mean=config.image_mean, std=config.image_std)
     model.attend_for(device)
+    if compiled:
+        model.compile_blocks()
     if options.checkpointing:
         model.checkpoint_activations()
+    model.to(device)
+    if precision is Precision.FP8:
+        compute_in_fp8(model.blocks(), device)
     clock, ranks = StepClock(device), dist.get_world_size()
     parallel = parallelise(model, options.parallel, device, clock, blocks=model.blocks())
-    kind = ObjectiveKind.SIGMOID if config.family == "siglip" else ObjectiveKind.CONTRASTIVE
     optimizer = OptimizerConfig(lr=_LR)
     step = TrainStep(
         parallel,
-        build_objective(ObjectiveConfig(kind=kind), rank=dist.get_rank()),
+        build_objective(
+            ObjectiveConfig(kind=ObjectiveKind.SIGMOID if setting.sigmoid else ObjectiveKind.CONTRASTIVE), rank=dist.get_rank()
+        ),
         build_optimizer(model, optimizer, blocks=model.blocks()),
         optimizer_config=optimizer,
         schedule=ScheduleConfig(),
         total_steps=1 << 30,
         counts=[len(batch.images)] * ranks,
         device=device,
-        precision=options.precision,
+        precision=precision,
         clock=clock,
         micro_batch_size=options.micro_batch,
     )
@@ -94,15 +120,15 @@ def ours(config: ModelConfig, batch: ImageTextBatch, device: torch.device, optio
     return run
 
 
-def plain(config: ModelConfig, batch: ImageTextBatch, device: torch.device, options: argparse.Namespace) -> Step:
+def of_transformers(setting: Setting, batch: ImageTextBatch) -> Step:
     """transformers' own forward and loss, over this rank's batch."""
-    model = build_model(config, tokens_of(config)).to(device)
-    if device.type == "cpu":  # as ours
+    model = build_model(setting.config, tokens_of(setting.config)).to(setting.device)
+    if setting.device.type == "cpu":  # as ours
         model.set_attn_implementation("eager")
-    if options.checkpointing:
+    if setting.options.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped: Any = model if dist.get_world_size() == 1 else torch.nn.parallel.DistributedDataParallel(model)
-    return _training(wrapped, lambda: wrapped(**_inputs(config, batch), return_loss=True).loss, device, options)
+    return _training(setting, wrapped, lambda: wrapped(**_inputs(setting.config, batch), return_loss=True).loss)
 
 
 def _inputs(config: ModelConfig, batch: ImageTextBatch) -> dict[str, Tensor]:
@@ -111,33 +137,49 @@ def _inputs(config: ModelConfig, batch: ImageTextBatch) -> dict[str, Tensor]:
     return {"pixel_values": pixels, "input_ids": batch.input_ids[:, 0]}
 
 
-def of_open_clip(name: str, config: ModelConfig, batch: ImageTextBatch, device: torch.device, options: argparse.Namespace) -> Step | None:
-    """None where it is not installed, has no such model, or there are several ranks."""
+def of_open_clip(setting: Setting, batch: ImageTextBatch, *, compiled: bool = False) -> Step | None:
+    """None where it is not installed, has no such model, or there are several ranks. Compiled as its `--torchcompile` does it."""
     try:
         import open_clip  # type: ignore[import-not-found]
     except ImportError:
         return None
-    if name not in OPEN_CLIP or dist.get_world_size() > 1:
+    if setting.name not in OPEN_CLIP or dist.get_world_size() > 1:
         return None
-    model = open_clip.create_model(OPEN_CLIP[name], output_dict=True).to(device).train()
-    if options.checkpointing:
-        model.set_grad_checkpointing()
-    loss = open_clip.loss.SigLipLoss() if config.family == "siglip" else open_clip.loss.ClipLoss()
-    inputs = _inputs(config, batch)
-    return _training(model, lambda: loss(**model(inputs["pixel_values"], inputs["input_ids"])), device, options)
+    original = open_clip.create_model(OPEN_CLIP[setting.name], output_dict=True).to(setting.device).train()
+    if setting.options.checkpointing:
+        original.set_grad_checkpointing()
+    model = torch.compile(original) if compiled else original
+    loss = open_clip.loss.SigLipLoss() if setting.sigmoid else open_clip.loss.ClipLoss()
+
+    def loss_of() -> Tensor:
+        inputs = _inputs(setting.config, batch)  # normalising is part of the step on every side
+        found: Tensor = loss(**model(inputs["pixel_values"], inputs["input_ids"]))
+        return found
+
+    return _training(setting, model, loss_of)
 
 
-def _training(model: Any, loss_of: Callable[[], Tensor], device: torch.device, options: argparse.Namespace) -> Step:
+def _training(setting: Setting, model: Any, loss_of: Callable[[], Tensor]) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, fused=True)
 
     def run() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with evaluation_autocast(options.precision, device):
+        with autocast(setting.options.precision, setting.device):
             loss = loss_of()
         loss.backward()
         optimizer.step()
 
     return run
+
+
+SIDES: dict[str, Callable[[Setting, ImageTextBatch], Step | None]] = {
+    "mm": ours,
+    "mm_compiled": partial(ours, compiled=True),
+    "mm_fp8_compiled": partial(ours, compiled=True, precision=Precision.FP8),
+    "transformers": of_transformers,
+    "open_clip": of_open_clip,
+    "open_clip_compiled": partial(of_open_clip, compiled=True),
+}
 
 
 def timed(step: Step, steps: int, device: torch.device) -> float:
@@ -155,46 +197,74 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Side:
+    """One way to take a step, warmed up, so that it is compiled and its state allocated."""
+
+    def __init__(self, name: str, setting: Setting, batch: ImageTextBatch) -> None:
+        self.device, self._seconds, self._others = setting.device, list[float](), _allocated(setting.device)
+        self.step = SIDES[name](setting, batch)
+        self.steps = 1
+        if self.step is not None:
+            timed(self.step, 2, self.device)
+            self.steps = max(1, round(setting.options.seconds / timed(self.step, 2, self.device)))
+
+    def run(self) -> None:
+        assert self.step is not None
+        self._seconds.append(timed(self.step, self.steps, self.device))
+
+    @property
+    def seconds(self) -> list[float]:
+        return self._seconds
+
+    def memory(self) -> int:
+        """Bytes at most in a step, those that the other sides hold left out."""
+        assert self.step is not None
+        own = max(0, _allocated(self.device) - self._others)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = _allocated(self.device)
+        timed(self.step, 1, self.device)
+        return own + torch.cuda.max_memory_allocated(self.device) - before
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def measure(name: str, samples: int, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Sides are warmed up and timed in turn; peak memory is of each side's own steps, everything that is held at the time included."""
-    config = MODELS[name]()
-    batch = batch_of(config, samples, device)
-    sides: dict[str, Step | None] = {
-        "mm": ours(config, batch, device, options),
-        "transformers": plain(config, batch, device, options),
-        "open_clip": of_open_clip(name, config, batch, device, options),
-    }
-    found: dict[str, list[float]] = {side: [] for side, step in sides.items() if step is not None}
-    memory: dict[str, float] = {}
-    for run in range(options.runs + 1):
-        for side, step in sides.items():
-            if step is None:
-                continue
+    setting = Setting(name, MODELS[name](), device, options)
+    batch = batch_of(setting.config, samples, device)
+    row: dict[str, Any] = {"model": name, "samples_per_rank": samples}
+    sides: dict[str, Side] = {}
+    for side in options.sides:
+        made = Side(side, setting, batch)
+        if made.step is not None:
+            sides[side] = made
             if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            seconds = timed(step, options.steps, device)
-            if run:
-                found[side].append(seconds)
-            if device.type == "cuda":
-                memory[f"{side}_peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-    ranks = dist.get_world_size()
-    rates = {side: samples * ranks / statistics.median(seconds) for side, seconds in found.items()}
-    cost, gpu = sample_cost(config), gpu_of(device)
-    row: dict[str, Any] = {"model": name, "samples_per_rank": samples} | {f"{side}_samples_per_s": round(r, 1) for side, r in rates.items()}
-    row["ratios"] = [round(b / a, 3) for a, b in zip(found["mm"], found["transformers"], strict=True)]
-    row["ratio"] = round(statistics.median(row["ratios"]), 3)
-    if gpu is not None:
-        per_sample = cost.forward_flops + cost.backward_flops
-        row |= {f"{side}_mfu": round(mfu(rate, per_sample, gpu, ranks), 3) for side, rate in rates.items()}
-    return row | memory
+                row[f"{side}_gb"] = round(made.memory() / 1e9, 1)
+    for _ in range(options.runs):
+        for made in sides.values():
+            made.run()
+    ranks, gpu = dist.get_world_size(), gpu_of(device)
+    cost = sample_cost(setting.config)
+    for side, made in sides.items():
+        rate = samples * ranks / statistics.median(made.seconds)
+        row[f"{side}_samples_per_s"] = round(rate, 1)
+        if gpu is not None:
+            row[f"{side}_mfu"] = round(mfu(rate, cost.forward_flops + cost.backward_flops, gpu, ranks), 3)
+    first = next(iter(sides))
+    for side, made in sides.items():
+        if side != first:
+            row[f"{side}_over_{first}"] = [round(a / b, 3) for a, b in zip(sides[first].seconds, made.seconds, strict=True)]
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 512, 1024], help="Samples of a rank.")
-    parser.add_argument("--steps", type=int, default=10, help="Of a run.")
-    parser.add_argument("--runs", type=int, default=5, help="Of each side, and one more that warms up.")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=[side for side in SIDES if "fp8" not in side])
+    parser.add_argument("--seconds", type=float, default=2.0, help="Of a run.")
+    parser.add_argument("--runs", type=int, default=5, help="Of each side.")
     parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.AUTO)
     parser.add_argument("--parallel", type=Parallelism, choices=list(Parallelism), default=Parallelism.DDP)
     parser.add_argument("--micro-batch", type=int)
@@ -219,6 +289,7 @@ def main() -> None:
                     rows.append(measure(name, samples, device, options))
                 except torch.OutOfMemoryError:
                     rows.append({"model": name, "samples_per_rank": samples, "out_of_memory": True})
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()

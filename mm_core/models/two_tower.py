@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mm_core.errors import ConfigError
 from mm_core.models.batch_norm import batch_norms, statistics_untouched
+from mm_core.models.compiling import compile_blocks
 from mm_core.models.logit_scale import scale_parameter
 from mm_core.models.patch_dropout import drop_patches
 from mm_core.models.sizes import OPENAI_MEAN, OPENAI_STD
@@ -151,6 +152,12 @@ class TwoTower(nn.Module):
                 " places of their own: set towers.patch_dropout=0"
             )
         drop_patches(embeddings, share, (config.image_size // config.patch_size) ** 2)
+
+    def compile_blocks(self) -> None:
+        """Compile the transformer blocks. To be called before `checkpoint_activations`."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        compile_blocks([block for block in self.blocks() if isinstance(block, GradientCheckpointingLayer)])
 
     def checkpoint_activations(self) -> None:
         """Keep only each block's input, and compute the rest again in backward."""

@@ -6,15 +6,15 @@ The loop decides when; this decides how. Everything a step changes is in `model`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from enum import StrEnum
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mm_core.errors import ConfigError
+from mm_core.models.compiling import as_written
 from mm_core.models.logit_scale import clamp_logit_scale, scale_parameter
 from mm_core.models.two_tower import ImageTextBatch, TwoTowerOutput
 from mm_core.objectives.contrastive import Objective
@@ -26,14 +26,7 @@ from mm_core.training.ema import WeightMean
 from mm_core.training.gradient_cache import cached_backward, pieces_for
 from mm_core.training.guard import StepGuard, Trouble
 from mm_core.training.parallel import Parallel, clip_gradients, reshard
-
-
-class Precision(StrEnum):
-    AUTO = "auto"
-    """bf16 where the device computes in it, else fp32."""
-    FP32 = "fp32"
-    BF16 = "bf16"
-    """autocast: bf16 matrix products, fp32 weights and reductions."""
+from mm_core.training.precision import Precision, autocast
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,8 @@ class TrainStep:
         self.model, self.objective, self.optimizer = model, objective, optimizer
         self._optimizer_config, self._schedule, self._total_steps = optimizer_config, schedule, total_steps
         self._counts, self.device, self.clock = list(counts), device, clock
-        self._bf16 = _use_bf16(precision, device)
+        self._autocast = partial(autocast, precision, device)
+        self._autocast()  # refuses what the device lacks before the first step
         self.mean, self.guard = mean, guard
         self._pieces = 1 if micro_batch_size is None else pieces_for(self._counts, micro_batch_size)
 
@@ -133,7 +127,7 @@ class TrainStep:
             reshard(module)
             module.eval()
             try:
-                with torch.no_grad(), self._autocast():
+                with torch.no_grad(), self._autocast(), as_written():
                     yield module
             finally:
                 module.train(training)
@@ -145,26 +139,3 @@ class TrainStep:
         found = scale_parameter(self.model.module)
         parameter = found.parameter.detach()
         return found.factor(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self._bf16 else nullcontext()
-
-
-def evaluation_autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """That of training, for a model that is evaluated beside it."""
-    return torch.autocast(device.type, torch.bfloat16) if _use_bf16(precision, device) else nullcontext()
-
-
-def _use_bf16(precision: Precision, device: torch.device) -> bool:
-    supported = _computes_bf16(device)
-    if precision is Precision.BF16 and not supported and device.type == "cuda":
-        raise ConfigError("precision=bf16, but this GPU has no bfloat16; set precision=fp32")
-    return supported if precision is Precision.AUTO else precision is Precision.BF16
-
-
-def _computes_bf16(device: torch.device) -> bool:
-    """GPUs from Ampere on; CPUs with AVX512-BF16 or AMX, where it is 1.6 times as fast (elsewhere it is emulated, and slower)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # new in 2.12
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -21,7 +21,7 @@ from mm_core.schedule import ScheduleConfig
 from mm_core.training.checkpoints import Retention
 from mm_core.training.guard import GuardConfig
 from mm_core.training.parallel import Parallelism
-from mm_core.training.step import Precision
+from mm_core.training.precision import Precision
 from pipelines.stream import StreamConfig
 from pipelines.tracking import TrackingConfig
 
@@ -123,6 +123,7 @@ class ParallelConfig(Config):
         description="Samples of a rank that go through the model at a time; by default all. Less memory, a second forward.",
     )
     activation_checkpointing: bool = Field(default=False, description="Keep only a block's input and compute the rest again: less memory.")
+    compile: bool = Field(default=False, description="Compile the transformer blocks (torch.compile): faster on GPUs, after a minute.")
     logit_block_mb: int = Field(default=128, ge=1, description="The largest part of the similarity matrix that is held at a time, MB.")
 
 

@@ -23,7 +23,8 @@ from mm_core.evaluation.ranks import Ranks
 from mm_core.models.family import build_model
 from mm_core.models.sizes import SpecialTokens
 from mm_core.models.two_tower import TwoTower
-from mm_core.training.step import TrainStep, evaluation_autocast
+from mm_core.training.precision import autocast
+from mm_core.training.step import TrainStep
 from pipelines.train.config import TrainRun
 from pipelines.train.towers import wrapped
 
@@ -156,7 +157,7 @@ class SnapshotEvaluator:
 
     def evaluate(self, state: dict[str, Tensor]) -> dict[str, float]:
         self._model.load_state_dict(state)
-        with torch.no_grad(), evaluation_autocast(self._run.precision, self._device):
+        with torch.no_grad(), autocast(self._run.precision, self._device):
             return self._evaluator(self._model)
 
 

@@ -21,6 +21,8 @@ def wrapped(run: TrainRun, model: PreTrainedModel) -> TwoTower:
         towers.freeze(run.towers.frozen)
     if run.towers.patch_dropout:
         towers.drop_patches(run.towers.patch_dropout)
+    if run.parallel.compile:
+        towers.compile_blocks()
     if run.parallel.activation_checkpointing:
         towers.checkpoint_activations()
     if run.parallel.micro_batch_size is not None and towers.depends_on_batch:
