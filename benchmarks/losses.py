@@ -1,9 +1,10 @@
 """Memory and time of InfoNCE and of the sigmoid loss by batch size, beside the loss with the whole similarity matrix.
 
-    python benchmarks/losses.py [--batches 1024 2048 4096 8192 16384] [--width 512] [--block-mb 64]
+    python benchmarks/losses.py [--batches 1024 2048 … 65536] [--width 512] [--block-mb 64]
 
-Each figure is one process that computes the loss and its gradients once, so that its peak memory is known: the most it held, less what it
-held with the features and their gradients alone. On a GPU, where there is one, memory is the allocator's. Prints one JSON line.
+A figure is of one loss and its gradients: seconds, and the most memory that was held, less what the features and their gradients take. On a
+processor each is a process of its own, so that its peak is known; on a GPU, where there is one, memory is the allocator's. Prints one JSON
+line.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn import functional
 from mm_core.losses.contrastive import contrastive_loss
 from mm_core.losses.sigmoid import sigmoid_loss
 
-_MATRIX_LIMIT = 1 << 32
+_MATRIX_LIMIT = 1 << (34 if torch.cuda.is_available() else 31)
 """Bytes of one similarity matrix above which the whole one is not tried."""
 
 
@@ -41,12 +42,21 @@ def measure(loss: str, batch: int, width: int, block_bytes: int) -> dict[str, fl
     return _once(loss, batch, width, block_bytes)
 
 
+def measured_apart(loss: str, batch: int, width: int, block_mb: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", loss, str(batch), "--width", str(width), "--block-mb", str(block_mb)]
+    found: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found
+
+
 def _once(loss: str, batch: int, width: int, block_bytes: int) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     image, text = (functional.normalize(torch.randn(batch, width, device=device), dim=1).requires_grad_() for _ in range(2))
     scale = torch.tensor(10.0, device=device, requires_grad=True)
     bias = torch.tensor(-10.0, device=device, requires_grad=True)
     image.grad, text.grad = torch.zeros_like(image), torch.zeros_like(text)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
     before = _peak_bytes(device)
     started = time.perf_counter()
     match loss:
@@ -71,7 +81,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1 << power for power in range(10, 17)])
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--block-mb", type=int, default=64)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -85,9 +95,12 @@ def main() -> None:
         for loss in ("infonce", "infonce_whole", "sigmoid", "sigmoid_whole"):
             if loss.endswith("whole") and 4 * batch**2 > _MATRIX_LIMIT:
                 continue
-            command = [sys.executable, __file__, "--one", loss, str(batch), "--width", str(arguments.width)]
-            output = subprocess.run([*command, "--block-mb", str(arguments.block_mb)], capture_output=True, text=True, check=True).stdout
-            found.setdefault(loss, {})[batch] = {key: round(value, 2) for key, value in json.loads(output).items()}
+            figures = (
+                measure(loss, batch, arguments.width, block_bytes)
+                if torch.cuda.is_available()
+                else measured_apart(loss, batch, arguments.width, arguments.block_mb)
+            )
+            found.setdefault(loss, {})[batch] = {key: round(value, 4 if key == "seconds" else 1) for key, value in figures.items()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(json.dumps({"benchmark": "losses", "device": device, "width": arguments.width, "block_mb": arguments.block_mb} | found))
 

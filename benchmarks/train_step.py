@@ -36,7 +36,7 @@ from mm_core.training.clock import StepClock
 from mm_core.training.cost import sample_cost
 from mm_core.training.gpus import gpu_of, mfu
 from mm_core.training.parallel import Parallelism, parallelise
-from mm_core.training.precision import Precision, autocast, compute_in_fp8
+from mm_core.training.precision import Precision, autocast, prepare_blocks
 from mm_core.training.step import TrainStep
 
 MODELS: dict[str, Callable[[], ModelConfig]] = {
@@ -48,9 +48,9 @@ MODELS: dict[str, Callable[[], ModelConfig]] = {
     "siglip-vit-b16": siglip.siglip_vit_b16,
 }
 OPEN_CLIP = {
-    "clip-vit-b32": "ViT-B-32",
-    "clip-vit-b16": "ViT-B-16",
-    "clip-vit-l14": "ViT-L-14",
+    "clip-vit-b32": "ViT-B-32-quickgelu",
+    "clip-vit-b16": "ViT-B-16-quickgelu",
+    "clip-vit-l14": "ViT-L-14-quickgelu",
     "siglip-vit-b16": "ViT-B-16-SigLIP",
 }
 _LR = 1e-5
@@ -93,8 +93,7 @@ def ours(setting: Setting, batch: ImageTextBatch, *, compiled: bool = False, pre
     if options.checkpointing:
         model.checkpoint_activations()
     model.to(device)
-    if precision is Precision.FP8:
-        compute_in_fp8(model.blocks(), device)
+    prepare_blocks(model.blocks(), precision, device)
     clock, ranks = StepClock(device), dist.get_world_size()
     parallel = parallelise(model, options.parallel, device, clock, blocks=model.blocks())
     optimizer = OptimizerConfig(lr=_LR)
@@ -175,6 +174,7 @@ def _training(setting: Setting, model: Any, loss_of: Callable[[], Tensor]) -> St
 SIDES: dict[str, Callable[[Setting, ImageTextBatch], Step | None]] = {
     "mm": ours,
     "mm_compiled": partial(ours, compiled=True),
+    "mm_residual_compiled": partial(ours, compiled=True, precision=Precision.BF16_RESIDUAL),
     "mm_fp8_compiled": partial(ours, compiled=True, precision=Precision.FP8),
     "transformers": of_transformers,
     "open_clip": of_open_clip,
@@ -231,6 +231,7 @@ def _allocated(device: torch.device) -> int:
 
 
 def measure(name: str, samples: int, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
+    torch._dynamo.reset()  # each size is compiled as the only one
     setting = Setting(name, MODELS[name](), device, options)
     batch = batch_of(setting.config, samples, device)
     row: dict[str, Any] = {"model": name, "samples_per_rank": samples}
@@ -262,7 +263,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 512, 1024], help="Samples of a rank.")
-    parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=[side for side in SIDES if "fp8" not in side])
+    parser.add_argument(
+        "--sides", nargs="+", choices=list(SIDES), default=[side for side in SIDES if "fp8" not in side and "residual" not in side]
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="Of a run.")
     parser.add_argument("--runs", type=int, default=5, help="Of each side.")
     parser.add_argument("--precision", type=Precision, choices=list(Precision), default=Precision.AUTO)

@@ -22,6 +22,7 @@ from mm_core.models.batch_norm import batch_norms, statistics_untouched
 from mm_core.models.compiling import compile_blocks
 from mm_core.models.logit_scale import scale_parameter
 from mm_core.models.patch_dropout import drop_patches
+from mm_core.models.patch_product import multiply_patches
 from mm_core.models.sizes import OPENAI_MEAN, OPENAI_STD
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class TwoTower(nn.Module):
     def __init__(self, model: PreTrainedModel, *, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD) -> None:
         super().__init__()
         self.model = model
+        multiply_patches(model)
+        self._normalise = normalise
         self._frozen: list[nn.Module] = []
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
@@ -78,7 +81,7 @@ class TwoTower(nn.Module):
         return TwoTowerOutput(views, captions, self.logit_scale, None if bias is None else bias.reshape(()))
 
     def image_features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
-        pixels = normalise(images, self.mean, self.std)
+        pixels = self._normalise(images, self.mean, self.std)
         return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
     def text_features(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
@@ -154,9 +157,10 @@ class TwoTower(nn.Module):
         drop_patches(embeddings, share, (config.image_size // config.patch_size) ** 2)
 
     def compile_blocks(self) -> None:
-        """Compile the transformer blocks. To be called before `checkpoint_activations`."""
+        """Compile the transformer blocks, and what makes pixels of bytes. To be called before `checkpoint_activations`."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
+        self._normalise = torch.compile(normalise)
         compile_blocks([block for block in self.blocks() if isinstance(block, GradientCheckpointingLayer)])
 
     def checkpoint_activations(self) -> None:

@@ -43,6 +43,22 @@ class Parallel(Protocol):
         ...
 
 
+class Alone:
+    """One rank: nothing is exchanged, and nothing copied for it."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.module = model.to(device)
+
+    def __call__(self, batch: Any) -> Any:
+        return self.module(batch)
+
+    def gradients_stay_local(self, wanted: bool) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def finish_gradients(self) -> None:
+        """Nothing is left undone."""
+
+
 class Replicated:
     """DDP."""
 
@@ -53,8 +69,7 @@ class Replicated:
             self._parallel = DistributedDataParallel(
                 model.to(device), device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        if dist.get_world_size() > 1:
-            self._parallel.register_comm_hook(clock, timed_all_reduce)
+        self._parallel.register_comm_hook(clock, timed_all_reduce)
         self.module = model
 
     def __call__(self, batch: Any) -> Any:
@@ -101,6 +116,8 @@ def parallelise(model: nn.Module, kind: Parallelism, device: torch.device, clock
     if dist.get_world_size() > 1:
         synchronise_batch_norms(model)
     match kind:
+        case Parallelism.DDP if dist.get_world_size() == 1:
+            return Alone(model, device)
         case Parallelism.DDP:
             return Replicated(model, device, clock)
         case Parallelism.FSDP:
@@ -122,10 +139,7 @@ def clip_gradients(parameters: Iterator[nn.Parameter], max_norm: float) -> Tenso
     norms = [_norm(some) for some in (sharded, whole) if some]
     total = torch.linalg.vector_norm(torch.stack(norms))
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for some in (sharded, whole):
-        for gradient in some:
-            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            local.mul_(factor.to(local.dtype))
+    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in gradients], factor)
     return total
 
 

@@ -33,7 +33,7 @@ from mm_core.training.ema import WeightMean
 from mm_core.training.gpus import gpu_of
 from mm_core.training.guard import StepGuard
 from mm_core.training.parallel import parallelise
-from mm_core.training.precision import Precision, compute_in_fp8
+from mm_core.training.precision import prepare_blocks
 from mm_core.training.step import StepResult, TrainStep
 from mm_core.training.transfer import Transfer
 from mm_core.training.watchdog import Watchdog
@@ -141,8 +141,7 @@ def build_step(run: TrainRun, model: TwoTower, clock: StepClock, teacher: TwoTow
     """`model` on the clock's device, over all ranks, with its objective and optimiser."""
     rank, world_size, device = dist.get_rank(), dist.get_world_size(), clock.device
     model.attend_for(device)
-    if run.precision is Precision.FP8:
-        compute_in_fp8(model.blocks(), device)
+    prepare_blocks(model.blocks(), run.precision, device)
     parallel = parallelise(model, run.parallel.kind, device, clock, blocks=model.blocks())
     objective = build_objective(
         run.objective,

@@ -27,7 +27,7 @@ from mm_core.training.checkpoint import CheckpointState, load_checkpoint
 from mm_core.training.checkpoints import CheckpointFolder, CheckpointWriter, Retention
 from mm_core.training.clock import Phase, StepClock
 from mm_core.training.parallel import Parallelism, parallelise
-from mm_core.training.precision import Precision, compute_in_fp8
+from mm_core.training.precision import Precision, prepare_blocks
 from mm_core.training.step import TrainStep
 from mm_core.training.transfer import Transfer
 
@@ -76,8 +76,7 @@ def trained(
     if checkpointing:
         model.checkpoint_activations()
     model.to(where)
-    if precision is Precision.FP8:
-        compute_in_fp8(model.blocks(), where)
+    prepare_blocks(model.blocks(), precision, where)
     clock = StepClock(where)
     optimizer = OptimizerConfig(lr=1e-3)
     kind = ObjectiveKind.SIGMOID if config.family == "siglip" else ObjectiveKind.CONTRASTIVE
@@ -122,7 +121,7 @@ def test_the_same_steps_as_on_a_processor(config: ModelConfig, how: dict[str, An
 
 
 @pytest.mark.parametrize("samples", [SAMPLES, 23])
-@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP8])
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.BF16_RESIDUAL, Precision.FP8])
 def test_fewer_digits_stay_close(precision: Precision, samples: int) -> None:
     if precision is Precision.FP8:
         pytest.importorskip("torchao")
