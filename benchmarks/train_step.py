@@ -230,6 +230,12 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
+def _say(**found: Any) -> None:
+    """At once, on standard error: a run that is cut short has told what it knew."""
+    if dist.get_rank() == 0:
+        print(json.dumps(found), file=sys.stderr, flush=True)
+
+
 def measure(name: str, samples: int, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     torch._dynamo.reset()  # each size is compiled as the only one
     setting = Setting(name, MODELS[name](), device, options)
@@ -242,7 +248,9 @@ def measure(name: str, samples: int, device: torch.device, options: argparse.Nam
             sides[side] = made
             if device.type == "cuda":
                 row[f"{side}_gb"] = round(made.memory() / 1e9, 1)
-    for _ in range(options.runs):
+            made.run()
+            _say(model=name, side=side, samples_per_rank=samples, seconds_a_step=round(made.seconds[0], 5))
+    for _ in range(options.runs - 1):
         for made in sides.values():
             made.run()
     ranks, gpu = dist.get_world_size(), gpu_of(device)
@@ -292,7 +300,7 @@ def main() -> None:
                     rows.append(measure(name, samples, device, options))
                 except torch.OutOfMemoryError:
                     rows.append({"model": name, "samples_per_rank": samples, "out_of_memory": True})
-                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                _say(**rows[-1])
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()

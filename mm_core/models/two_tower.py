@@ -69,7 +69,6 @@ class TwoTower(nn.Module):
         super().__init__()
         self.model = model
         multiply_patches(model)
-        self._normalise = normalise
         self._frozen: list[nn.Module] = []
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
@@ -81,7 +80,7 @@ class TwoTower(nn.Module):
         return TwoTowerOutput(views, captions, self.logit_scale, None if bias is None else bias.reshape(()))
 
     def image_features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
-        pixels = self._normalise(images, self.mean, self.std)
+        pixels = normalise(images, self.mean, self.std)
         return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
     def text_features(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
@@ -157,10 +156,9 @@ class TwoTower(nn.Module):
         drop_patches(embeddings, share, (config.image_size // config.patch_size) ** 2)
 
     def compile_blocks(self) -> None:
-        """Compile the transformer blocks, and what makes pixels of bytes. To be called before `checkpoint_activations`."""
+        """Compile the transformer blocks. To be called before `checkpoint_activations`."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        self._normalise = torch.compile(normalise)
         compile_blocks([block for block in self.blocks() if isinstance(block, GradientCheckpointingLayer)])
 
     def checkpoint_activations(self) -> None:
