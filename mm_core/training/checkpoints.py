@@ -205,6 +205,7 @@ class CheckpointWriter:
         return time.monotonic() - began
 
     def _prune(self) -> None:
-        measured = self._folder.metrics()
+        # A small file of each, in a store that may be far away: read only where something is chosen by it.
+        measured = self._folder.metrics() if self._retention.best_metric else {step: {} for step in self._folder.steps()}
         for step in measured.keys() - self._retention.kept(measured, reach_back=self._reach_back):
             self._folder.remove(step)

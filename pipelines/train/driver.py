@@ -370,10 +370,10 @@ def _taken(run: TrainRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 def _log_data(run: TrainRun, run_id: str, outcome: Outcome) -> None:
     """`data/replaced.json`: how many samples of which shard were replaced, and why, since the workers were last started;
-    `data/not_finite.json`: the samples of a batch whose gradient was not finite."""
+    `data/stopped_at.json`: the samples of the batch that a run stopped at."""
     found: dict[str, list[Any]] = {"replaced": [count._asdict() for count in outcome.replaced]}
     if outcome.failed_uids:
-        found["not_finite"] = [*outcome.failed_uids]
+        found["stopped_at"] = [*outcome.failed_uids]
     with tempfile.TemporaryDirectory() as temporary:
         for name, rows in found.items():
             Path(temporary, f"{name}.json").write_text(json.dumps(rows, indent=1))

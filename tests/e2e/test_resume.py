@@ -277,7 +277,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_batch(index: 
     broken = broken.model_copy(update={"steps": 12, "optimizer": broken.optimizer.model_copy(update={"lr": 1e30})})
     with pytest.raises(TrainingError, match=r"the gradient of step \d+ is not finite.*synth-0-train-[^ ]+ …$"):
         train(TrainRequest(broken, (Source(index=index.url),), name="nan"), Console(json=True))
-    (listed,) = (tmp_path / "mlartifacts").rglob("not_finite.json")
+    (listed,) = (tmp_path / "mlartifacts").rglob("stopped_at.json")
     assert len(json.loads(listed.read_text())) == broken.global_batch_size
     assert not list((tmp_path / "runs" / "nan").glob("checkpoint_*"))
 

@@ -145,6 +145,17 @@ def test_the_newest_those_at_multiples_and_the_best_stay(folder: CheckpointFolde
     assert folder.steps() == [40, 60, 80, 90]
 
 
+def test_what_was_measured_is_read_only_where_something_is_chosen_by_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder in the place of the figures cannot be read."""
+    for named, warned in ((None, False), ("loss", True)):
+        folder = CheckpointFolder(str(tmp_path / str(named)))
+        writer = writer_of(folder, keep=5, best_metric=named)
+        writer.save(state_at(1), {}, wait=True)
+        Path(folder.at(1), "metrics.json").mkdir()
+        writer.save(state_at(2), {}, wait=True)
+        assert ("could not be written" in caplog.text) is warned
+
+
 def test_one_is_old_enough_to_go_back_to() -> None:
     metrics: dict[int, dict[str, float]] = {step: {} for step in range(0, 100, 10)}
     assert Retention(keep=1).kept(metrics, reach_back=25) == {60, 90}
