@@ -8,14 +8,14 @@ from typing import Any
 from mm_core.data.ledger import Source
 from mm_core.data.plan import chunks_per_step
 from mm_core.models.family import resolved
+from mm_core.optim import kept_numbers
 from mm_core.training.cost import sample_cost
 from pipelines.train.config import TrainRun
 from pipelines.train.read_cost import Prices, read_cost
 from pipelines.train.run_data import RunData
 from pipelines.train.towers import check_towers
 
-_STATE_BYTES = 16
-"""Per parameter: fp32 weight and gradient, and AdamW's two moments."""
+_FP32 = 4
 
 
 def describe(
@@ -38,7 +38,8 @@ def describe(
     rank_batch = -(-chunks // workers) * run.data.chunk
     checkpointing = run.parallel.activation_checkpointing
     cost = sample_cost(run.model, views=run.data.augment.views, captions=run.data.captions, checkpointing=checkpointing)
-    state = cost.parameters * _STATE_BYTES
+    moments = kept_numbers(run.optimizer.kind, parameters=cost.parameters, matrices=cost.matrix_parameters)
+    state = (2 * cost.parameters + moments) * _FP32  # weights and gradients
     activations = min(rank_batch, run.parallel.micro_batch_size or rank_batch) * cost.activation_bytes
     samples = run.steps * run.global_batch_size
     reads = read_cost(data, run)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mm_core.data.plan import chunks_per_step
 from mm_core.models.family import resolved
+from mm_core.optim import kept_numbers
 from mm_core.training.cost import SampleCost, sample_cost
 from mm_core.training.gpus import gpu_named
 from mm_core.training.parallel import Parallelism
@@ -67,12 +68,14 @@ def describe_scale(run: TrainRun, gpus: int, gpu_type: str, *, mfu: float = 0.3)
 def _memory(run: TrainRun, cost: SampleCost, gpus: int, at_a_time: int) -> dict[str, float]:
     """Bytes of one GPU, by part."""
     sharded = run.parallel.kind is Parallelism.FSDP
-    state = cost.parameters * _FP32 / (gpus if sharded else 1)
+    divided = gpus if sharded else 1
+    state = cost.parameters * _FP32 / divided
+    moments = kept_numbers(run.optimizer.kind, parameters=cost.parameters, matrices=cost.matrix_parameters)
     features = run.global_batch_size * run.model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
     return {
         "weights": state + (2 * cost.block_parameters * _FP32 if sharded else 0),
         "gradients": state,
-        "optimizer": 2 * state,
+        "optimizer": moments * _FP32 / divided,
         "weights_in_bf16": cost.parameters * _BF16 if not sharded else 2 * cost.block_parameters * _BF16,
         "activations": at_a_time * cost.activation_bytes,
         "features_of_all": 2 * features,
