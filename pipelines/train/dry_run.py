@@ -1,4 +1,4 @@
-"""`mm train --dry-run`: what a run would be, from its configuration and the index alone. Nothing starts, nothing is allocated."""
+"""`mm train --dry-run`: what a run would be, from its configuration, the index and the models it names. Nothing starts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mm_core.models.family import resolved
 from mm_core.optim import kept_numbers
 from mm_core.training.cost import sample_cost
 from pipelines.train.config import TrainRun
+from pipelines.train.preflight import check_run, start_of
 from pipelines.train.read_cost import Prices, read_cost
 from pipelines.train.run_data import RunData
 from pipelines.train.towers import check_towers
@@ -25,12 +26,13 @@ def describe(
     amplification and what the reads cost.
 
     Raises:
-        ConfigError, DataError: what would stop the run before its first step.
+        ConfigError, DataError, BundleError: what would stop the run before its first step.
     """
     data = RunData.open(sources)
-    data.check_modalities()
+    check_run(run, data)
     run = run.model_copy(update={"model": resolved(run.model)})
     check_towers(run)
+    start_of(run)
     workers = run.resources.workers
     chunks = chunks_per_step(run.global_batch_size, run.data.chunk, workers)
     seen = data.plan(run).consumed(run.steps * chunks)

@@ -15,6 +15,8 @@ from mm_core.training.cost import SampleCost, sample_cost
 from mm_core.training.gpus import gpu_named
 from mm_core.training.parallel import Parallelism
 from pipelines.train.config import TrainRun
+from pipelines.train.preflight import check_parallel
+from pipelines.train.towers import check_towers
 
 _FP32, _BF16 = 4, 2
 _RESERVED_BYTES = 2.0e9
@@ -28,9 +30,11 @@ def describe_scale(run: TrainRun, gpus: int, gpu_type: str, *, mfu: float = 0.3)
         mfu: share of the data sheet's operations that the model's own forward and backward pass reach while they compute.
 
     Raises:
-        ConfigError: a type that is not known, a batch that does not fit the number of GPUs.
+        ConfigError: a type that is not known, a batch, towers or a division among ranks that do not fit.
     """
     run = run.model_copy(update={"model": resolved(run.model)})
+    check_parallel(run, gpus)
+    check_towers(run)
     gpu, chunks = gpu_named(gpu_type), chunks_per_step(run.global_batch_size, run.data.chunk, gpus)
     cost = sample_cost(
         run.model,
