@@ -10,6 +10,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -49,7 +50,7 @@ from pipelines.tracking import (
 from pipelines.train.board import start_board
 from pipelines.train.config import TrainRun
 from pipelines.train.evaluation import EvaluationTask, start_background
-from pipelines.train.evaluation_data import EvaluationData
+from pipelines.train.evaluation_data import ZEROSHOT_INDEX, EvaluationData
 from pipelines.train.goodput import Goodput
 from pipelines.train.launch import check_resources, gpus_per_worker, launch, preemption_watched
 from pipelines.train.loop import WorkerTask
@@ -135,12 +136,14 @@ def _train(
     # 2. The data as it was indexed, a cluster that is large enough; then a new folder and tracking run, or the ones it began with.
     check_shards(data.indexes)
     check_resources(run)
-    zeroshot_index = None if heldout is None else heldout.index()
     resumed = record is not None
-    if record is None:
-        record = _begin(run, data, folder, start)
-    elif folder.checkpoints.newest() is None:
-        console.note(f"{folder.url} has no checkpoint yet: starting from step 0")
+    with nullcontext() if heldout is None else heldout.index() as zeroshot_index:
+        if record is None:
+            record = _begin(run, data, folder, start)
+        elif folder.checkpoints.newest() is None:
+            console.note(f"{folder.url} has no checkpoint yet: starting from step 0")
+        if zeroshot_index is not None:
+            folder.put(zeroshot_index, ZEROSHOT_INDEX)
     run = run.model_copy(update={"model": TrainRun.model_validate(record.config).model})  # with what its tokenizer and sources decided
     if resumed:
         continue_run(run.tracking, record.tracking_run_id)
@@ -151,7 +154,7 @@ def _train(
     try:
         task = _task(request, run, data, folder, record, start)
         if heldout is not None:
-            task = replace(task, evaluation=_evaluation(heldout, zeroshot_index, task, folder, console))
+            task = replace(task, evaluation=_evaluation(heldout, task, folder, console))
         outcome = launch(task, folder, console)
         _log_data(run, record.tracking_run_id, outcome)
         if outcome.failure:
@@ -328,10 +331,10 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
     )
 
 
-def _evaluation(heldout: EvaluationData, index: Path | None, task: WorkerTask, folder: RunFolder, console: Console) -> EvaluationTask:
+def _evaluation(heldout: EvaluationData, task: WorkerTask, folder: RunFolder, console: Console) -> EvaluationTask:
     """Where it is to run in the background and there is no room for that, the ranks evaluate."""
     run = task.run
-    spec = heldout.spec(run, load_tokenizer(str(folder.get("tokenizer"))), folder, index)
+    spec = heldout.spec(run, load_tokenizer(str(folder.get("tokenizer"))), folder)
     actor = start_background(spec, run, task.tokens, gpus_per_worker(run)) if run.evaluation.background else None
     if run.evaluation.background and actor is None:
         console.note(

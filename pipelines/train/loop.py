@@ -127,7 +127,7 @@ class _Attempt:
     def steps(self, watchdog: Watchdog, preempted: Preemption, remedies: Remedies) -> Outcome | Rollback:
         # 4. The samples from there on, and the steps.
         task, first, run = self._task, self._start.step, self._task.run
-        evaluate = evaluation_of(task.evaluation, self._step, run.steps, self._log.evaluated)
+        evaluate = evaluation_of(task.evaluation, self._step, run.steps, self._log.evaluated, self._log.warn)
         tools = LoopTools(self._log.metrics, evaluate, self.checkpoints.save, watchdog.step_done, preempted, remedies)
         self._log.started(first)
         batches = stream(task.spec, self._share, first_step=first, last_step=run.steps, config=run.stream, cpus=_stream_cpus(run))
