@@ -14,7 +14,7 @@ from pipelines.index import build_index
 from tests.chaos.cluster import Nodes, Training
 
 pytestmark = pytest.mark.chaos
-STEPS, GLOBAL_BATCH = 500, 64
+STEPS, GLOBAL_BATCH = 300, 64
 OF_A_NODE = 2
 """Workers, each of which books 256 MB."""
 SETTINGS = (f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}", "resources.resize_every_s=2")
