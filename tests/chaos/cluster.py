@@ -48,7 +48,7 @@ class Nodes:
 
     def workers(self) -> list[psutil.Process]:
         """The ranks' processes."""
-        return [p for node in self._nodes for p in _raylet(node).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+        return [p for node in self._nodes for p in _raylet(node).children(recursive=True) if _is_rank(p)]
 
     def lose(self) -> None:
         """The newest, with all that runs on it."""
@@ -72,6 +72,13 @@ class Nodes:
 def _raylet(node: Node) -> psutil.Process:
     (info,) = node.all_processes["raylet"]
     return psutil.Process(info.process.pid)
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Training:

@@ -14,10 +14,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 
 from mm_core.data.index import Index
@@ -99,7 +101,8 @@ def strike(role: Role, training: Training, nodes: Nodes, draw: random.Random) ->
             draw.choice(nodes.workers()).send_signal(signal.SIGKILL)
         case Role.ALL_WORKERS:
             for worker in nodes.workers():
-                worker.send_signal(signal.SIGKILL)
+                with suppress(psutil.NoSuchProcess):
+                    worker.send_signal(signal.SIGKILL)
         case Role.RAYLET | Role.PREEMPTED:
             nodes.lose()
             nodes.add()
@@ -116,13 +119,15 @@ def struck(training: Training, nodes: Nodes, draw: random.Random, roles: Sequenc
     """One after the other, each at a random moment, as soon as the run goes on after the one before."""
     for role in roles:
         after = training.step + draw.randint(1, 9)
-        training.wait(lambda after=after: training.step >= after and bool(nodes.workers()))
+        training.wait(lambda after=after: training.step >= after)
         time.sleep(draw.uniform(0, 0.5))
+        training.wait(lambda: bool(nodes.workers()))
         assert not training.ended, f"over before {role} could be struck: raise STEPS"
         attempt, step = training.attempt[0], training.step
         at = strike(role, training, nodes, draw)
         training.wait(lambda attempt=attempt: training.attempt[0] > attempt)
         yield Fault(role, step, at, training.attempt[1])
+        print(f"{role} at {step}: workers are there again after {training.attempt[1] - at:.1f} s", flush=True)
 
 
 def recovery(fault: Fault, steps: Sequence[tuple[float, int]]) -> Recovery:
