@@ -37,7 +37,7 @@ format: $(READY)  ## rewrite files as `make check` wants them
 	@$(BIN)/ruff check --fix .
 
 chaos: $(READY)  ## tests that kill processes for minutes
-	@$(BIN)/python -m pytest -m chaos tests
+	@$(BIN)/python -m pytest -m chaos -rP tests
 
 lock: ## write constraints.txt anew from what pyproject.toml allows today
 	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

@@ -49,10 +49,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, blocks: Iterab
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if config.kind is OptimizerKind.ADAMW:
         return _adamw(named, config)
-    in_blocks = {p for block in blocks for p in block.parameters() if p.ndim == 2}
+    in_blocks = matrices_of(blocks)
     matrices = [p for _, p in named if p in in_blocks]
     others = _adamw([(name, p) for name, p in named if p not in in_blocks], config)
     return Muon(matrices, others, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def matrices_of(blocks: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """What Muon updates."""
+    return {p for block in blocks for p in block.parameters() if p.ndim == 2}
+
+
+def kept_numbers(kind: OptimizerKind, *, parameters: int, matrices: int) -> int:
+    """How many an optimiser keeps of so many parameters, as many of them in `matrices_of` blocks: AdamW two moments of each parameter,
+    Muon one of each that it updates."""
+    return 2 * parameters - (matrices if kind is OptimizerKind.MUON else 0)
 
 
 def _adamw(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:

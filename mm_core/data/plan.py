@@ -47,7 +47,9 @@ class Plan:
         if self.samples < 1:
             raise ConfigError("nothing is kept to train on: `bad` in the index's index.json and `dropped` in its ledgers say why")
         if self.run_length < 1 or self.chunk % self.run_length:
-            raise ConfigError(f"a chunk of {self.chunk} samples is no whole number of runs of {self.run_length}")
+            raise ConfigError(
+                f"a chunk of {self.chunk} samples is no whole number of runs of {self.run_length}: give a data.run_length that divides it"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -114,7 +116,11 @@ def chunks_per_step(global_batch_size: int, chunk: int, world_size: int) -> int:
         ConfigError: the batch is no whole number of chunks, or has fewer chunks than there are ranks.
     """
     if global_batch_size < 1 or global_batch_size % chunk:
-        raise ConfigError(f"global_batch_size {global_batch_size} is no multiple of the chunk of {chunk} samples")
+        below = global_batch_size // chunk * chunk
+        raise ConfigError(
+            f"global_batch_size {global_batch_size} is no multiple of the chunk of {chunk} samples: give"
+            f" {f'{below} or ' if below else ''}{below + chunk}, or a data.chunk that divides it"
+        )
     chunks = global_batch_size // chunk
     if chunks < world_size:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The processes that evaluate together, so that none waits in a message that another never sends.
+"""The processes that evaluate, or write a checkpoint, together, so that none waits in a message that another never sends.
 
 Guarantees: before each message all agree that none has failed, and else all raise. One process alone needs no process group.
 """
@@ -14,12 +14,17 @@ from mm_core.errors import TrainingError
 
 
 class Ranks:
-    """Of the process group, where there is one."""
+    """Of a process group, by default of that of all, where there is one."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None, *, work: str = "evaluation") -> None:
+        """
+        Args:
+            device: of tensors that the group takes.
+            work: what stops if one of them fails.
+        """
+        self.device, self._group, self._work = device, group, work
         grouped = dist.is_initialized()
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+        self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if grouped else (0, 1)
 
     def share(self, count: int) -> slice:
         """This rank's part of `count` things in a row; of fewer things than ranks some have none."""
@@ -37,7 +42,7 @@ class Ranks:
         """
         if self.size > 1:
             seen = torch.tensor([error is not None, count], device=self.device)
-            dist.all_reduce(seen, dist.ReduceOp.MAX)
+            dist.all_reduce(seen, dist.ReduceOp.MAX, group=self._group)
             failed, count = seen.tolist()
             if failed:
                 self._raise_theirs(error)
@@ -50,7 +55,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, gathered)
+        dist.gather_object(value, gathered, group=self._group)
         return gathered
 
     def from_first(self, value: Any) -> Any:
@@ -58,12 +63,12 @@ class Ranks:
         if self.size == 1:
             return value
         shared = [value]
-        dist.broadcast_object_list(shared)
+        dist.broadcast_object_list(shared, group=self._group)
         return shared[0]
 
     def _raise_theirs(self, own: BaseException | None) -> None:
         words: list[str | None] = [None] * self.size
-        dist.all_gather_object(words, None if own is None else f"{type(own).__name__}: {own}")
+        dist.all_gather_object(words, None if own is None else f"{type(own).__name__}: {own}", group=self._group)
         if own is None:
             rank, word = next((rank, word) for rank, word in enumerate(words) if word is not None)
-            raise TrainingError(f"evaluation stopped on rank {rank}: {word}")
+            raise TrainingError(f"{self._work} stopped on rank {rank}: {word}")

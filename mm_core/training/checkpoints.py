@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mm_core.config import Config
 from mm_core.errors import CheckpointError
+from mm_core.evaluation.ranks import Ranks
 from mm_core.store import open_file, open_store, write_whole
 from mm_core.training.checkpoint import METRICS, STATE, CheckpointState, cause_of, checkpoint_writer, whole_state
 from mm_core.training.ema import WeightMean
@@ -86,6 +87,12 @@ class CheckpointFolder:
         fs, path = open_store(self.url)
         return sorted(int(posixpath.dirname(file).rpartition("_")[2]) for file in fs.glob(f"{path}/checkpoint_*/{STATE}"))
 
+    def begun(self) -> list[int]:
+        """Of all, whole or not."""
+        fs, path = open_store(self.url)
+        numbers = (posixpath.basename(found.rstrip("/")).rpartition("_")[2] for found in fs.glob(f"{path}/checkpoint_*"))
+        return sorted(int(number) for number in numbers if number.isdigit())
+
     def newest(self) -> int | None:
         return max(self.steps(), default=None)
 
@@ -114,11 +121,9 @@ class CheckpointFolder:
 
     def remove_after(self, step: int) -> None:
         """All newer than `step`, the unfinished ones too."""
-        fs, path = open_store(self.url)
-        for found in fs.glob(f"{path}/checkpoint_*"):
-            number = posixpath.basename(found.rstrip("/")).rpartition("_")[2]
-            if number.isdigit() and int(number) > step:
-                self.remove(int(number))
+        for begun in self.begun():
+            if begun > step:
+                self.remove(begun)
 
 
 class CheckpointWriter:
@@ -147,7 +152,7 @@ class CheckpointWriter:
         self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
         # Messages of its own: those of a thread must not get between those of the step.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._is_first = not dist.is_initialized() or dist.get_rank() == 0
+        self._ranks = Ranks(torch.device("cpu"), self._group, work="a checkpoint")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._under_way: Future[float] | None = None
         self._failures = 0
@@ -192,19 +197,32 @@ class CheckpointWriter:
 
     def _write(self, staged: dict[str, Any], state: CheckpointState, metrics: dict[str, float]) -> float:
         began = time.monotonic()
-        if self._is_first:
-            self._folder.remove(state.step)  # what a killed attempt has left
+        self._make_room(state.step)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process
             state_dict_saver.save(staged, storage_writer=checkpoint_writer(self._folder.at(state.step)), process_group=self._group)
-        if self._is_first:
+        if self._ranks.rank == 0:
             if metrics:
                 self._folder.add_metrics(state.step, metrics)
             write_whole(f"{self._folder.at(state.step)}/{STATE}", state.model_dump_json(indent=1).encode())
             self._prune()
         return time.monotonic() - began
 
+    def _make_room(self, step: int) -> None:
+        """What a killed attempt has left at `step` goes, before any rank writes there. If that fails it fails on all ranks: one that gave
+        up alone would be a checkpoint ahead of the others from then on, and its part would get in between theirs."""
+        error = None
+        if self._ranks.rank == 0:
+            try:
+                self._folder.remove(step)
+            except Exception as caught:  # whatever a store raises
+                error = caught
+        self._ranks.agree(error)
+
     def _prune(self) -> None:
-        measured = self._folder.metrics()
-        for step in measured.keys() - self._retention.kept(measured, reach_back=self._reach_back):
-            self._folder.remove(step)
+        # A small file of each, in a store that may be far away: read only where something is chosen by it.
+        measured = self._folder.metrics() if self._retention.best_metric else {step: {} for step in self._folder.steps()}
+        kept = self._retention.kept(measured, reach_back=self._reach_back)
+        for step in self._folder.begun():
+            if step not in kept and step <= max(kept):  # what a kill has left unfinished too
+                self._folder.remove(step)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm_core.models.family import ModelConfig, outline
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
+from mm_core.optim import matrices_of
 
 _SAMPLES = 8
 """Counted on; the figures are linear in it."""
@@ -26,6 +27,8 @@ class SampleCost:
     """Of the whole model."""
     block_parameters: int
     """Of its largest block, which sharding gathers at a time."""
+    matrix_parameters: int
+    """In the matrices of its blocks, which Muon updates."""
     forward_flops: float
     backward_flops: float
     """What checkpointing computes again included."""
@@ -53,6 +56,7 @@ def sample_cost(config: ModelConfig, *, views: int = 1, captions: int = 1, check
     return SampleCost(
         parameters=sum(p.numel() for p in towers.parameters()),
         block_parameters=max(sum(p.numel() for p in block.parameters()) for block in towers.blocks()),
+        matrix_parameters=sum(p.numel() for p in matrices_of(towers.blocks())),
         forward_flops=forward / _SAMPLES,
         backward_flops=(total - forward) / _SAMPLES,
         activation_bytes=kept.bytes / _SAMPLES,

@@ -134,6 +134,9 @@ class ResourceConfig(Config):
     min_workers: int | None = Field(
         default=None, ge=1, description="With so many the run goes on where the cluster has no room for all; by default it waits."
     )
+    resize_every_s: float = Field(
+        default=60.0, ge=0, description="With min_workers: seconds between looks for room for more. A change starts the workers again."
+    )
     gpus_per_worker: float | None = Field(default=None, ge=0, description="By default 1 where the cluster has that many GPUs, else 0.")
 
     @model_validator(mode="after")

@@ -10,27 +10,24 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import ray
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from mm_core.address import absolute
-from mm_core.bundle import BundleManifest, init_from, load_teacher, write_bundle
+from mm_core.bundle import BundleManifest, load_teacher, write_bundle
 from mm_core.console import Console
 from mm_core.data.ledger import Source
 from mm_core.data.reader import ReadSpec
 from mm_core.errors import CheckpointError, ConfigError, MMError, TrainingError
 from mm_core.evaluation.chance import chance
-from mm_core.models.dual import DualConfig, tower_weights
 from mm_core.models.family import build_model, resolved
-from mm_core.models.pretrained import check_pooling
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
-from mm_core.models.warm_start import WarmStart, take_over
 from mm_core.revision import code_revision
 from mm_core.training.checkpoint import load_weights
 from mm_core.training.ema import WeightMean
@@ -53,11 +50,12 @@ from pipelines.tracking import (
 from pipelines.train.board import start_board
 from pipelines.train.config import TrainRun
 from pipelines.train.evaluation import EvaluationTask, start_background
-from pipelines.train.evaluation_data import EvaluationData
+from pipelines.train.evaluation_data import ZEROSHOT_INDEX, EvaluationData
 from pipelines.train.goodput import Goodput
-from pipelines.train.launch import check_parallel, check_resources, gpus_per_worker, launch, preemption_watched
+from pipelines.train.launch import check_resources, gpus_per_worker, launch, preemption_watched
 from pipelines.train.loop import WorkerTask
 from pipelines.train.outcome import Outcome
+from pipelines.train.preflight import Start, check_run, fed_by, named_weights, start_of
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
 from pipelines.train.towers import check_towers, wrapped
@@ -104,15 +102,17 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     """
     # 1. What can be wrong before Ray is there.
     data = RunData.open(request.sources)
-    data.check_modalities()
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
-    data.plan(run)
-    check_parallel(run)
+    check_run(run, data)
     heldout = EvaluationData.open(run, data, console)
     folder, record = _claim(request, run, data)
+    start = None
     if record is None:
         run = run.model_copy(update={"model": resolved(run.model)})
         check_towers(run)
+        start = start_of(run)
+        if start is not None and start.taken is not None:
+            console.note(f"--init {run.init}: {start.taken}" if run.init else f"the towers' sources: {start.taken}")
     else:
         if request.run.tracking == TrackingConfig():  # nobody named another store than the one it began in
             run = run.model_copy(update={"tracking": TrackingConfig.model_validate(record.config["tracking"])})
@@ -120,7 +120,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
             console.note(f"{folder.url} has taken all of its {run.steps:,} steps: there is nothing to continue")
             return _result(run, folder, record, run.steps, final_metrics(run.tracking, record.tracking_run_id, ""))
     with ray_session():
-        return _train(request, run, data, heldout, folder, record, console)
+        return _train(request, run, data, heldout, folder, record, start, console)
 
 
 def _train(
@@ -130,17 +130,20 @@ def _train(
     heldout: EvaluationData | None,
     folder: RunFolder,
     record: RunRecord | None,
+    start: Start | None,
     console: Console,
 ) -> TrainResult:
     # 2. The data as it was indexed, a cluster that is large enough; then a new folder and tracking run, or the ones it began with.
     check_shards(data.indexes)
     check_resources(run)
-    zeroshot_index = None if heldout is None else heldout.index()
     resumed = record is not None
-    if record is None:
-        record = _begin(request, run, data, folder, console)
-    elif folder.checkpoints.newest() is None:
-        console.note(f"{folder.url} has no checkpoint yet: starting from step 0")
+    with nullcontext() if heldout is None else heldout.index() as zeroshot_index:
+        if record is None:
+            record = _begin(run, data, folder, start)
+        elif folder.checkpoints.newest() is None:
+            console.note(f"{folder.url} has no checkpoint yet: starting from step 0")
+        if zeroshot_index is not None:
+            folder.put(zeroshot_index, ZEROSHOT_INDEX)
     run = run.model_copy(update={"model": TrainRun.model_validate(record.config).model})  # with what its tokenizer and sources decided
     if resumed:
         continue_run(run.tracking, record.tracking_run_id)
@@ -149,9 +152,9 @@ def _train(
     # 3. Train and export.
     status = RunStatus.FAILED
     try:
-        task = _task(request, run, data, folder, record)
+        task = _task(request, run, data, folder, record, start)
         if heldout is not None:
-            task = replace(task, evaluation=_evaluation(heldout, zeroshot_index, task, folder, console))
+            task = replace(task, evaluation=_evaluation(heldout, task, folder, console))
         outcome = launch(task, folder, console)
         _log_data(run, record.tracking_run_id, outcome)
         if outcome.failure:
@@ -252,15 +255,10 @@ def _identity(run: TrainRun) -> dict[str, Any]:
     return identity
 
 
-def _begin(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, console: Console) -> RunRecord:
+def _begin(run: TrainRun, data: RunData, folder: RunFolder, start: Start | None) -> RunRecord:
     """Make the tokenizer, the run's folder and the tracking run."""
-    # The weights of another model belong to its token ids.
-    source = run.tokenizer.source or run.init or run.objective.teacher or run.model.tokenizer_source
-    tokenizer = load_tokenizer(source) if source else _train_tokenizer(run, data)
-    run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
-    _initial_state(run, tokenizer, console)
-    if run.objective.teacher is not None:
-        load_teacher(run.objective.teacher, run.model, tokenizer)
+    tokenizer = _train_tokenizer(run, data) if start is None else start.tokenizer
+    run = fed_by(run, tokenizer)
     try:
         with tempfile.TemporaryDirectory(prefix="mm-tokenizer-") as local:
             tokenizer.save_pretrained(local)
@@ -300,9 +298,11 @@ def _train_tokenizer(run: TrainRun, data: RunData) -> PreTrainedTokenizerFast:
     )
 
 
-def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, record: RunRecord) -> WorkerTask:
+def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, record: RunRecord, start: Start | None) -> WorkerTask:
     tokenizer = load_tokenizer(str(folder.get("tokenizer")))
-    initial = _initial_state(run, tokenizer) if folder.checkpoints.newest() is None else None
+    initial = None if start is None else start.weights
+    if start is None and folder.checkpoints.newest() is None:
+        initial, _ = named_weights(run, tokenizer)
     spec = ReadSpec(
         sources=data.sources,
         plan=data.plan(run),
@@ -331,10 +331,10 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
     )
 
 
-def _evaluation(heldout: EvaluationData, index: Path | None, task: WorkerTask, folder: RunFolder, console: Console) -> EvaluationTask:
+def _evaluation(heldout: EvaluationData, task: WorkerTask, folder: RunFolder, console: Console) -> EvaluationTask:
     """Where it is to run in the background and there is no room for that, the ranks evaluate."""
     run = task.run
-    spec = heldout.spec(run, load_tokenizer(str(folder.get("tokenizer"))), folder, index)
+    spec = heldout.spec(run, load_tokenizer(str(folder.get("tokenizer"))), folder)
     actor = start_background(spec, run, task.tokens, gpus_per_worker(run)) if run.evaluation.background else None
     if run.evaluation.background and actor is None:
         console.note(
@@ -343,37 +343,12 @@ def _evaluation(heldout: EvaluationData, index: Path | None, task: WorkerTask, f
     return EvaluationTask(spec, actor)
 
 
-def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast, console: Console | None = None) -> dict[str, Tensor] | None:
-    """The weights that `--init` names, or the towers' sources; what was taken of them is shown.
-
-    Raises:
-        ConfigError, BundleError: sizes or tokenizer that do not fit the model.
-    """
-    model = build_model(run.model, special_tokens(tokenizer))
-    taken = _taken(run, model, tokenizer)
-    if taken is None:
-        return None
-    if console is not None:
-        console.note(f"--init {run.init}: {taken}" if run.init else f"the towers' sources: {taken}")
-    state: dict[str, Tensor] = model.state_dict()
-    return state
-
-
-def _taken(run: TrainRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> WarmStart | None:
-    if run.init is not None:
-        return init_from(model, run.init, tokenizer=tokenizer, match=run.init_match)
-    if isinstance(run.model, DualConfig):
-        check_pooling(model, tokenizer)
-        return take_over(model, tower_weights(run.model))
-    return None
-
-
 def _log_data(run: TrainRun, run_id: str, outcome: Outcome) -> None:
     """`data/replaced.json`: how many samples of which shard were replaced, and why, since the workers were last started;
-    `data/not_finite.json`: the samples of a batch whose gradient was not finite."""
+    `data/stopped_at.json`: the samples of the batch that a run stopped at."""
     found: dict[str, list[Any]] = {"replaced": [count._asdict() for count in outcome.replaced]}
     if outcome.failed_uids:
-        found["not_finite"] = [*outcome.failed_uids]
+        found["stopped_at"] = [*outcome.failed_uids]
     with tempfile.TemporaryDirectory() as temporary:
         for name, rows in found.items():
             Path(temporary, f"{name}.json").write_text(json.dumps(rows, indent=1))

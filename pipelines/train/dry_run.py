@@ -1,4 +1,4 @@
-"""`mm train --dry-run`: what a run would be, from its configuration and the index alone. Nothing starts, nothing is allocated."""
+"""`mm train --dry-run`: what a run would be, from its configuration, the index and the models it names. Nothing starts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 from mm_core.data.ledger import Source
 from mm_core.data.plan import chunks_per_step
 from mm_core.models.family import resolved
+from mm_core.optim import kept_numbers
 from mm_core.training.cost import sample_cost
 from pipelines.train.config import TrainRun
+from pipelines.train.preflight import check_run, start_of
 from pipelines.train.read_cost import Prices, read_cost
 from pipelines.train.run_data import RunData
 from pipelines.train.towers import check_towers
 
-_STATE_BYTES = 16
-"""Per parameter: fp32 weight and gradient, and AdamW's two moments."""
+_FP32 = 4
 
 
 def describe(
@@ -25,12 +26,13 @@ def describe(
     amplification and what the reads cost.
 
     Raises:
-        ConfigError, DataError: what would stop the run before its first step.
+        ConfigError, DataError, BundleError: what would stop the run before its first step.
     """
     data = RunData.open(sources)
-    data.check_modalities()
+    check_run(run, data)
     run = run.model_copy(update={"model": resolved(run.model)})
     check_towers(run)
+    start_of(run)
     workers = run.resources.workers
     chunks = chunks_per_step(run.global_batch_size, run.data.chunk, workers)
     seen = data.plan(run).consumed(run.steps * chunks)
@@ -38,7 +40,8 @@ def describe(
     rank_batch = -(-chunks // workers) * run.data.chunk
     checkpointing = run.parallel.activation_checkpointing
     cost = sample_cost(run.model, views=run.data.augment.views, captions=run.data.captions, checkpointing=checkpointing)
-    state = cost.parameters * _STATE_BYTES
+    moments = kept_numbers(run.optimizer.kind, parameters=cost.parameters, matrices=cost.matrix_parameters)
+    state = (2 * cost.parameters + moments) * _FP32  # weights and gradients
     activations = min(rank_batch, run.parallel.micro_batch_size or rank_batch) * cost.activation_bytes
     samples = run.steps * run.global_batch_size
     reads = read_cost(data, run)

@@ -5,7 +5,6 @@ The loop calls one of them with a step, on every rank; both log what they find a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -28,13 +27,13 @@ from mm_core.training.step import TrainStep
 from pipelines.train.config import TrainRun
 from pipelines.train.towers import wrapped
 
-logger = logging.getLogger(__name__)
 _LAST_S = 600
 """How long a run waits at its end for an evaluation in the background, seconds."""
-_RESTARTS = 3
 
 Metrics = dict[str, float]
 Log = Callable[[int, Metrics], None]
+Warn = Callable[[str], None]
+"""Takes what a person should know."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,13 @@ class EvaluationTask:
     """A `SnapshotEvaluator` where evaluations run in the background."""
 
 
-def evaluation_of(task: EvaluationTask | None, train_step: TrainStep, steps: int, log: Log) -> Callable[[int], Metrics | None]:
+def evaluation_of(task: EvaluationTask | None, train_step: TrainStep, steps: int, log: Log, warn: Warn) -> Callable[[int], Metrics | None]:
     """What the loop calls on every rank after a step at which an evaluation is due."""
     if task is None:
         return lambda step: None
     if task.actor is None:
         return OnRanks(task.spec, train_step, log)
-    return InBackground(task.actor, train_step, steps, log)
+    return InBackground(task.actor, train_step, steps, log, warn)
 
 
 class OnRanks:
@@ -77,8 +76,8 @@ class OnRanks:
 class InBackground:
     """Rank 0 hands snapshots to the actor, one at a time; one that is due while another is measured is left out and counted."""
 
-    def __init__(self, actor: ray.actor.ActorHandle, train_step: TrainStep, steps: int, log: Log) -> None:
-        self._actor, self._train_step, self._steps, self._log = actor, train_step, steps, log
+    def __init__(self, actor: ray.actor.ActorHandle, train_step: TrainStep, steps: int, log: Log, warn: Warn) -> None:
+        self._actor, self._train_step, self._steps, self._log, self._warn = actor, train_step, steps, log, warn
         self._ranks = Ranks(train_step.device)
         self._running: Future[Metrics | None] | None = None
         self._left_out = 0
@@ -115,7 +114,7 @@ class InBackground:
                 metrics = done.result()
                 self._log(step, metrics)
             else:
-                logger.warning("the evaluation of step %d in the background failed, training goes on: %s", step, _line(error))
+                self._warn(f"the evaluation of step {step:,} in the background failed, training goes on: {_line(error)}")
             ended.set_result(metrics)
 
         self._actor.evaluate.remote(snapshot).future().add_done_callback(log)
@@ -128,7 +127,7 @@ class InBackground:
         try:
             return self._running.result(timeout=_LAST_S)
         except TimeoutError:
-            logger.warning("an evaluation in the background did not end within %d s, and was not waited for any longer", _LAST_S)
+            self._warn(f"an evaluation in the background did not end within {_LAST_S} s, and was not waited for any longer")
             return None
 
 
@@ -155,6 +154,7 @@ class SnapshotEvaluator:
     def _evaluator(self) -> Evaluator:
         return Evaluator(self._spec, Ranks(self._device))
 
+    @ray.method(max_task_retries=0)  # type: ignore[untyped-decorator]  # what is lost is lost; the next waits for a new process
     def evaluate(self, state: dict[str, Tensor]) -> dict[str, float]:
         self._model.load_state_dict(state)
         with torch.no_grad(), autocast(self._run.precision, self._device):
@@ -168,7 +168,8 @@ def start_background(spec: EvaluationSpec, run: TrainRun, tokens: SpecialTokens,
     if ray.cluster_resources().get(kind, 0) < taken + 1:
         return None
     options: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus_per_worker else {"num_cpus": 1}
-    actor: ray.actor.ActorHandle = ray.remote(SnapshotEvaluator).options(max_restarts=_RESTARTS, **options).remote(spec, run, tokens)
+    options |= {"max_restarts": -1, "max_task_retries": -1}
+    actor: ray.actor.ActorHandle = ray.remote(SnapshotEvaluator).options(**options).remote(spec, run, tokens)
     return actor
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from pipelines.train.config import TrainRun
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder
 
-_INDEX = "zeroshot_index"
+ZEROSHOT_INDEX = "zeroshot_index"
 """Below the run's folder, where every worker finds it."""
 
 
@@ -55,30 +56,30 @@ class EvaluationData:
                 raise DataError(f"evaluation.zeroshot: {error}") from None
         return cls(retrieval, config.zeroshot and absolute(config.zeroshot))
 
-    def index(self) -> Path | None:
-        """The zero-shot samples' index, in a temporary folder. Needs Ray.
+    @contextmanager
+    def index(self) -> Iterator[Path | None]:
+        """The zero-shot samples' index, in a folder that goes when the block ends. Needs Ray.
 
         Raises:
             DataError: samples without a class, or of one that `classnames.txt` has not.
         """
         if self.zeroshot is None:
-            return None
-        folder = Path(tempfile.mkdtemp(prefix="mm-zeroshot-"))
-        try:
-            check_labels(build_index([shards_of(self.zeroshot)], str(folder / _INDEX), need=("image",)), self.zeroshot)
-        except DataError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise DataError(f"evaluation.zeroshot: {error}") from None
-        return folder / _INDEX
+            yield None
+            return
+        with tempfile.TemporaryDirectory(prefix="mm-zeroshot-") as folder:
+            index = Path(folder) / ZEROSHOT_INDEX
+            try:
+                check_labels(build_index([shards_of(self.zeroshot)], str(index), need=("image",)), self.zeroshot)
+            except DataError as error:
+                raise DataError(f"evaluation.zeroshot: {error}") from None
+            yield index
 
-    def spec(self, run: TrainRun, tokenizer: PreTrainedTokenizerFast, folder: RunFolder, index: Path | None) -> EvaluationSpec:
-        """What ranks are told. `index`, which `index()` made, moves into the run's folder."""
+    def spec(self, run: TrainRun, tokenizer: PreTrainedTokenizerFast, folder: RunFolder) -> EvaluationSpec:
+        """What ranks are told, once what `index()` made is in the run's folder."""
         zeroshot = None
-        if self.zeroshot is not None and index is not None:
-            folder.put(index, _INDEX)
-            shutil.rmtree(index.parent, ignore_errors=True)
+        if self.zeroshot is not None:
             names, templates = classes_of(self.zeroshot)
-            zeroshot = ZeroShot(Source(index=f"{folder.url}/{_INDEX}"), tuple(names), tuple(templates))
+            zeroshot = ZeroShot(Source(index=f"{folder.url}/{ZEROSHOT_INDEX}"), tuple(names), tuple(templates))
         return EvaluationSpec(
             retrieval=self.retrieval,
             zeroshot=zeroshot,

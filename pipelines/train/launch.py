@@ -19,7 +19,6 @@ from mm_core.address import is_local
 from mm_core.console import Console, Tracker
 from mm_core.errors import ConfigError, MMError, TrainingError
 from mm_core.store import open_store
-from mm_core.training.parallel import Parallelism
 from pipelines.causes import own_error
 from pipelines.train.board import SHARE, News
 from pipelines.train.config import TrainRun
@@ -46,6 +45,7 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.resources.elastic or run.resources.workers,
+            elastic_resize_monitor_interval_s=run.resources.resize_every_s,
             use_gpu=bool(gpus),
             # CPU workers book memory, as Train wants something booked, and no CPU: a booked CPU is lost to the stream, and
             # with all booked it would never start.
@@ -145,18 +145,6 @@ class _Trainer(TorchTrainer):
         if self._controller is not None:
             with suppress(ray.exceptions.RayError):
                 ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
-
-
-def check_parallel(run: TrainRun) -> None:
-    """
-    Raises:
-        ConfigError: a model that is to be divided among ranks has one rank.
-    """
-    if run.parallel.kind is Parallelism.FSDP and run.resources.workers == 1:
-        raise ConfigError(
-            "parallel.kind=fsdp divides the model among ranks, and there is one: give more with --workers, or leave it at ddp, which can"
-            " continue the same run"
-        )
 
 
 def check_resources(run: TrainRun) -> None:

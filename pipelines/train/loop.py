@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from mm_core.data.plan import chunks_per_step, rank_counts
 from mm_core.data.reader import ReadSpec
+from mm_core.evaluation.ranks import Ranks
 from mm_core.models.family import build_model
 from mm_core.models.sizes import SpecialTokens
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
@@ -119,7 +120,7 @@ class _Attempt:
         self._step = build_step(run, model, clock, ray.get(task.teacher) if task.teacher else None)
 
         # 3. Where an earlier attempt stopped: weights, optimiser, step. The step gives schedule, random state and data cursor.
-        self._number = next_attempt(task.folder, rank)
+        self._number = next_attempt(task.folder, Ranks(clock.device))
         self._audit = Audit(task.audit, rank=rank, attempt=self._number) if task.audit else None
         self.checkpoints = RunCheckpoints(task, model, self._step, chunks, log.metrics, self._audit)
         self._start = self.checkpoints.restore(left_out)
@@ -127,7 +128,7 @@ class _Attempt:
     def steps(self, watchdog: Watchdog, preempted: Preemption, remedies: Remedies) -> Outcome | Rollback:
         # 4. The samples from there on, and the steps.
         task, first, run = self._task, self._start.step, self._task.run
-        evaluate = evaluation_of(task.evaluation, self._step, run.steps, self._log.evaluated)
+        evaluate = evaluation_of(task.evaluation, self._step, run.steps, self._log.evaluated, self._log.warn)
         tools = LoopTools(self._log.metrics, evaluate, self.checkpoints.save, watchdog.step_done, preempted, remedies)
         self._log.started(first)
         batches = stream(task.spec, self._share, first_step=first, last_step=run.steps, config=run.stream, cpus=_stream_cpus(run))

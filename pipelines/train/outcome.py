@@ -22,6 +22,6 @@ class Outcome:
     metrics: dict[str, float]
     failure: str | None = None
     failed_uids: tuple[str, ...] = ()
-    """The samples of the batch whose gradient was not finite."""
+    """The samples of the batch that would have spoilt the model."""
     replaced: tuple[ShardCount, ...] = ()
     """The shards whose samples had to be replaced most often since the workers were started, the worst first."""

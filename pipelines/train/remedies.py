@@ -14,6 +14,10 @@ from mm_core.training.step import StepResult
 from pipelines.stream import StepBatch
 from pipelines.train.outcome import Outcome
 
+_WAYS_OUT = {
+    Trouble.NOT_FINITE: "leave such updates out with --set faults.not_finite=skip",
+    Trouble.SPIKE: "leave such updates out with --set faults.spike=skip, call fewer losses a jump with a larger faults.spike_spreads",
+}
 LeftOut = tuple[tuple[int, int], ...]
 """Steps [first, last) whose batches train nothing."""
 _UIDS_SHOWN = 8
@@ -51,12 +55,11 @@ class Remedies:
         assert result.trouble is not None, "there is nothing to do about a good step"
         what, remedy = _describe(result, batch.step), self._config.remedy(result.trouble)
         if remedy is Remedy.STOP:
-            return Outcome(batch.step, {}, *_failure(what, batch))
+            return Outcome(batch.step, {}, *_failure(what, _WAYS_OUT[result.trouble], batch))
         if self._skips + self._rollbacks == self._config.max_remedies:
-            why = (
-                f"{what}; faults.max_remedies, {self._config.max_remedies}, is reached, and a model in such trouble does not mend by itself"
-            )
-            return Outcome(batch.step, {}, *_failure(why, batch))
+            before = self._config.max_remedies
+            way_out = f"bear with more than {before} such steps with a larger faults.max_remedies"
+            return Outcome(batch.step, {}, *_failure(f"{what}, the last of {before + 1:,} steps in trouble", way_out, batch))
         if remedy is Remedy.SKIP:
             self._skips += 1
             self._say(f"{what}: its update is left out")
@@ -70,7 +73,7 @@ class Remedies:
 def _describe(result: StepResult, step: int) -> str:
     if result.trouble is Trouble.SPIKE:
         return f"the loss of step {step:,} jumps"
-    return f"the gradient of step {step} is not finite"
+    return f"the gradient of step {step:,} is not finite"
 
 
 def not_finite(batch: StepBatch, grad_norm: torch.Tensor) -> tuple[str, tuple[str, ...]] | None:
@@ -78,19 +81,18 @@ def not_finite(batch: StepBatch, grad_norm: torch.Tensor) -> tuple[str, tuple[st
     the same way."""
     if math.isfinite(grad_norm.item()):
         return None
-    return _failure(f"the gradient of step {batch.step} is not finite", batch)
+    return _failure(f"the gradient of step {batch.step:,} is not finite", _WAYS_OUT[Trouble.NOT_FINITE], batch)
 
 
-def _failure(what: str, batch: StepBatch) -> tuple[str, tuple[str, ...]]:
+def _failure(what: str, way_out: str, batch: StepBatch) -> tuple[str, tuple[str, ...]]:
     """A collective."""
     uids: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(uids, batch.rows["uid"].to_pylist())
     every = [uid for of_rank in uids for uid in of_rank]
     listed = ", ".join(every[:_UIDS_SHOWN]) + (" …" if len(every) > _UIDS_SHOWN else "")
     return (
-        f"{what}, training stopped before it reached a checkpoint; lower optimizer.lr, leave such updates out with --set"
-        f" faults.not_finite=skip, or look at the samples of that batch, {len(every):,} listed in data/not_finite.json of its MLflow"
-        f" run: {listed}"
+        f"{what}, training stopped before it reached a checkpoint; lower optimizer.lr, {way_out}, or look at the samples of that batch,"
+        f" {len(every):,} listed in data/stopped_at.json of its MLflow run: {listed}"
     ), tuple(every)
 
 

@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch.distributed as dist
-
 from mm_core.errors import CheckpointError
+from mm_core.evaluation.ranks import Ranks
 from mm_core.models.two_tower import TwoTower
 from mm_core.store import open_store, write_whole
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, read_state
@@ -44,6 +43,7 @@ class RunCheckpoints:
         """`audit` is written before each checkpoint, so that no step before one is without its rows."""
         self._task, self._model, self._train_step, self._chunks = task, model, train_step, chunks_per_step
         self._log, self._audit = log, audit
+        self._ranks = Ranks(train_step.device)
         self._folder = CheckpointFolder(task.folder)
         self._writer = CheckpointWriter(
             self._folder,
@@ -83,7 +83,8 @@ class RunCheckpoints:
         Raises:
             CheckpointError: it is damaged, or its data cursor is of another plan than this run's.
         """
-        step = self._agreed(self._folder.newest() if dist.get_rank() == 0 else None)
+        # A listing on another machine may be older.
+        step = self._ranks.from_first(self._folder.newest() if self._ranks.rank == 0 else None)
         if step is None:
             self._left_out = left_out
             return Start(0, left_out)
@@ -104,12 +105,11 @@ class RunCheckpoints:
         """Remove the checkpoints from after the first step of `wanted`, but never the oldest. Returns what `restore` has to leave out."""
         self._writer.finish()
         target = None
-        if dist.get_rank() == 0:
+        if self._ranks.rank == 0:
             steps = self._folder.steps()
             target = max((step for step in steps if step <= wanted.first), default=min(steps, default=0))
             self._folder.remove_after(target)
-        target = self._agreed(target)
-        assert target is not None, "rank 0 has set it"
+        target = self._ranks.from_first(target)
         return (*self._left_out, (max(target, wanted.first), wanted.last))
 
     def finish(self) -> None:
@@ -119,20 +119,12 @@ class RunCheckpoints:
     def close(self) -> None:
         self._writer.close()
 
-    @staticmethod
-    def _agreed(step: int | None) -> int | None:
-        """What rank 0 sees in the store, for all: a listing on another machine may be older."""
-        shared = [step]
-        dist.broadcast_object_list(shared)
-        return shared[0]
 
-
-def next_attempt(folder: str, rank: int) -> int:
-    """How often this run has started workers or gone back. Rank 0 counts, all ranks hear."""
-    shared: list[int] = [0]
-    if rank == 0:
+def next_attempt(folder: str, ranks: Ranks) -> int:
+    """How often this run has started workers or gone back, as rank 0 counts. A collective."""
+    number = None
+    if ranks.rank == 0:
         fs, path = open_store(f"{folder}/attempt")
-        shared[0] = int(fs.cat_file(path)) + 1 if fs.exists(path) else 1
-        write_whole(f"{folder}/attempt", str(shared[0]).encode())
-    dist.broadcast_object_list(shared)
-    return shared[0]
+        number = int(fs.cat_file(path)) + 1 if fs.exists(path) else 1
+        write_whole(f"{folder}/attempt", str(number).encode())
+    return int(ranks.from_first(number))

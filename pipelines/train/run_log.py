@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from pipelines.train.evaluation import evaluation_line
 
 if TYPE_CHECKING:
     from pipelines.train.loop import WorkerTask
+
+logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -61,6 +64,10 @@ class RunLog:
     def say(self, text: str) -> None:
         if self._log is not None:
             self._task.board.say.remote(text)
+
+    def warn(self, text: str) -> None:
+        logger.warning(text)
+        self.say(text)
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()

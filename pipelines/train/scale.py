@@ -10,10 +10,13 @@ from typing import Any
 
 from mm_core.data.plan import chunks_per_step
 from mm_core.models.family import resolved
+from mm_core.optim import kept_numbers
 from mm_core.training.cost import SampleCost, sample_cost
 from mm_core.training.gpus import gpu_named
 from mm_core.training.parallel import Parallelism
 from pipelines.train.config import TrainRun
+from pipelines.train.preflight import check_parallel
+from pipelines.train.towers import check_towers
 
 _FP32, _BF16 = 4, 2
 _RESERVED_BYTES = 2.0e9
@@ -27,9 +30,11 @@ def describe_scale(run: TrainRun, gpus: int, gpu_type: str, *, mfu: float = 0.3)
         mfu: share of the data sheet's operations that the model's own forward and backward pass reach while they compute.
 
     Raises:
-        ConfigError: a type that is not known, a batch that does not fit the number of GPUs.
+        ConfigError: a type that is not known, a batch, towers or a division among ranks that do not fit.
     """
     run = run.model_copy(update={"model": resolved(run.model)})
+    check_parallel(run, gpus)
+    check_towers(run)
     gpu, chunks = gpu_named(gpu_type), chunks_per_step(run.global_batch_size, run.data.chunk, gpus)
     cost = sample_cost(
         run.model,
@@ -67,12 +72,14 @@ def describe_scale(run: TrainRun, gpus: int, gpu_type: str, *, mfu: float = 0.3)
 def _memory(run: TrainRun, cost: SampleCost, gpus: int, at_a_time: int) -> dict[str, float]:
     """Bytes of one GPU, by part."""
     sharded = run.parallel.kind is Parallelism.FSDP
-    state = cost.parameters * _FP32 / (gpus if sharded else 1)
+    divided = gpus if sharded else 1
+    state = cost.parameters * _FP32 / divided
+    moments = kept_numbers(run.optimizer.kind, parameters=cost.parameters, matrices=cost.matrix_parameters)
     features = run.global_batch_size * run.model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
     return {
         "weights": state + (2 * cost.block_parameters * _FP32 if sharded else 0),
         "gradients": state,
-        "optimizer": 2 * state,
+        "optimizer": moments * _FP32 / divided,
         "weights_in_bf16": cost.parameters * _BF16 if not sharded else 2 * cost.block_parameters * _BF16,
         "activations": at_a_time * cost.activation_bytes,
         "features_of_all": 2 * features,

@@ -18,14 +18,15 @@ import pyarrow as pa
 import pytest
 import torch
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+import mm
 from mm_core.bundle import load_bundle
 from mm_core.config import resolve
 from mm_core.console import Console
 from mm_core.data.index import Index
 from mm_core.data.ledger import Source
-from mm_core.errors import BundleError, CheckpointError, ConfigError, TrainingError
-from mm_core.training.parallel import Parallelism
+from mm_core.errors import CheckpointError, ConfigError, TrainingError
 from pipelines.index import build_index
 from pipelines.recipes import recipe
 from pipelines.tracking import TrackingConfig
@@ -249,6 +250,18 @@ def test_a_run_is_not_overwritten_nor_continued_as_another(undisturbed: tuple[Tr
         run(data, folder, 1, folder / "audit2", resume=True)
 
 
+def test_the_checkpoint_of_another_architecture_is_refused_before_ray_is_asked_for(
+    undisturbed: tuple[TrainResult, Path], index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = undisturbed
+    monkeypatch.setattr("pipelines.train.driver.ray_session", lambda: pytest.fail("Ray was asked for"))
+    arguments = [item for setting in (*settings(folder), "model.embed_dim=24") for item in ("--set", setting)]
+    with pytest.raises(CheckpointError, match=r"is of another run: model\.embed_dim was 16, now 24; give the values it began with"):
+        CliRunner().invoke(
+            mm.app, ["train", "clip-tiny", "--data", index.url, "--name", "tiny", "--resume", *arguments], catch_exceptions=False
+        )
+
+
 def test_a_finished_run_is_not_continued(undisturbed: tuple[TrainResult, Path], index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     result, folder = undisturbed
     before = (folder / "runs" / "tiny" / "bundle" / "mm.json").stat().st_mtime_ns
@@ -277,7 +290,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_batch(index: 
     broken = broken.model_copy(update={"steps": 12, "optimizer": broken.optimizer.model_copy(update={"lr": 1e30})})
     with pytest.raises(TrainingError, match=r"the gradient of step \d+ is not finite.*synth-0-train-[^ ]+ …$"):
         train(TrainRequest(broken, (Source(index=index.url),), name="nan"), Console(json=True))
-    (listed,) = (tmp_path / "mlartifacts").rglob("not_finite.json")
+    (listed,) = (tmp_path / "mlartifacts").rglob("stopped_at.json")
     assert len(json.loads(listed.read_text())) == broken.global_batch_size
     assert not list((tmp_path / "runs" / "nan").glob("checkpoint_*"))
 
@@ -297,32 +310,9 @@ def test_shards_that_lose_their_pictures_stop_the_run(index: Index, corpus: Path
         train(TrainRequest(tiny_run(tmp_path, 1), (Source(index=damaged.url),), name="damaged"), Console(json=True))
 
 
-def test_init_from_a_bundle_of_another_shape_is_refused(undisturbed: tuple[TrainResult, Path], index: Index, tmp_path: Path) -> None:
-    start = tiny_run(tmp_path, 1)
-    other = start.model_copy(update={"init": undisturbed[0].bundle, "model": start.model.model_copy(update={"embed_dim": 24})})
-    with pytest.raises(BundleError, match="does not fit the recipe's model"):
-        train(TrainRequest(other, (Source(index=index.url),), name="misfit"), Console(json=True))
-    assert not (tmp_path / "runs" / "misfit").exists()
-
-
 def test_a_folder_that_is_no_run_is_left_alone(index: Index, tmp_path: Path) -> None:
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     (tmp_path / "runs" / "tiny" / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="exists and holds no run: give another --name"):
         run(index, tmp_path, 1, tmp_path / "audit")
     assert (tmp_path / "runs" / "tiny" / "thesis.txt").read_text() == "mine"
-
-
-def test_a_batch_for_too_many_workers_is_refused_before_anything_starts(index: Index, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="5 chunks of 8 for 6 workers"):
-        run(index, tmp_path, 6, tmp_path / "audit")
-    assert not (tmp_path / "runs").exists()
-    assert not (tmp_path / "mlflow.db").exists()
-
-
-def test_a_model_is_not_divided_among_one_rank(index: Index, tmp_path: Path) -> None:
-    whole = tiny_run(tmp_path, 1)
-    divided = whole.model_copy(update={"parallel": whole.parallel.model_copy(update={"kind": Parallelism.FSDP})})
-    with pytest.raises(ConfigError, match=r"parallel\.kind=fsdp divides the model among ranks, and there is one"):
-        train(TrainRequest(divided, (Source(index=index.url),), name="one"), Console(json=True))
-    assert not (tmp_path / "runs").exists()

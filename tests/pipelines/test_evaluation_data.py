@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -17,10 +16,12 @@ from torch import nn
 from mm_core.config import resolve
 from mm_core.console import Console
 from mm_core.data.ledger import Source, split
-from mm_core.errors import ConfigError, DataError
+from mm_core.errors import ConfigError, DataError, ServiceError
 from pipelines.index import build_index
 from pipelines.recipes import recipe
+from pipelines.tracking import TrackingConfig
 from pipelines.train.config import EvaluationConfig, TrainRun
+from pipelines.train.driver import TrainRequest, train
 from pipelines.train.evaluation import InBackground, evaluation_line
 from pipelines.train.evaluation_data import EvaluationData
 from pipelines.train.run_data import RunData
@@ -63,8 +64,22 @@ def test_what_cannot_be_measured_is_named_by_its_key(data: RunData, corpus: Path
     (unlabelled / "0.tar").write_bytes((corpus / "heldout" / "00000.tar").read_bytes())
     opened = EvaluationData.open(run_of(zeroshot=str(unlabelled)), data, Console())
     assert opened is not None
-    with pytest.raises(DataError, match=r"evaluation\.zeroshot: .* have no class"):
-        opened.index()
+    with pytest.raises(DataError, match=r"evaluation\.zeroshot: .* have no class"), opened.index():
+        pass
+
+
+def test_a_start_that_fails_leaves_nothing_behind(data: RunData, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tracking store cannot be made, when the zero-shot samples' index is there already."""
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    run = run_of(zeroshot=str(corpus / "zeroshot")).model_copy(
+        update={"storage": str(tmp_path / "runs"), "tracking": TrackingConfig(uri=f"sqlite:///{tmp_path}/file/mlflow.db")}
+    )
+    with pytest.raises(ServiceError, match=r"mlflow\.db"):
+        train(TrainRequest(run, data.sources, name="start"), Console(json=True))
+    assert not list((tmp_path / "temporary").iterdir())
+    assert not list((tmp_path / "runs").glob("*"))
 
 
 def test_samples_that_are_trained_on_are_noted(data: RunData, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,15 +104,16 @@ class Actor:
         return self.running
 
 
-def test_the_loop_waits_for_no_evaluation_but_the_last(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_loop_waits_for_no_evaluation_but_the_last() -> None:
     @contextmanager
     def evaluating() -> Iterator[None]:
         yield
 
     logged: list[tuple[int, dict[str, float]]] = []
+    warned: list[str] = []
     step = SimpleNamespace(device=torch.device("cpu"), evaluating=evaluating, model=SimpleNamespace(module=nn.Linear(2, 2)))
     actor = Actor()
-    evaluate = InBackground(actor, step, 50, lambda *one: logged.append(one))  # type: ignore[arg-type]
+    evaluate = InBackground(actor, step, 50, lambda *one: logged.append(one), warned.append)  # type: ignore[arg-type]
     assert evaluate(10) is None
     assert evaluate(20) is None
     assert logged == [(20, {"eval/left_out": 1})]
@@ -105,9 +121,8 @@ def test_the_loop_waits_for_no_evaluation_but_the_last(caplog: pytest.LogCapture
     assert logged[1:] == [(10, {"eval/loss": 1.0})]
 
     assert evaluate(30) is None
-    with caplog.at_level(logging.WARNING):
-        actor.running.set_exception(RuntimeError("The actor died"))
-    assert "the evaluation of step 30 in the background failed, training goes on: The actor died" in caplog.text
+    actor.running.set_exception(RuntimeError("The actor died"))
+    assert warned == ["the evaluation of step 30 in the background failed, training goes on: The actor died"]
 
     actor.remote = lambda snapshot: ended(actor)  # type: ignore[method-assign]
     assert evaluate(50) == {"eval/loss": 0.5}

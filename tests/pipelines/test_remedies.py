@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -129,7 +130,30 @@ def test_more_troubles_than_the_bound_stop_the_run() -> None:
     assert isinstance(ended, Outcome)
     assert ended.failure is not None
     assert ended.steps == 5
-    assert "the gradient of step 5 is not finite; faults.max_remedies, 2, is reached" in ended.failure
+    assert ended.failure.startswith("the gradient of step 5 is not finite, the last of 3 steps in trouble, training stopped")
+    assert settings_in(ended.failure) == {"optimizer.lr", "faults.max_remedies"}
+
+
+def settings_in(text: str) -> set[str]:
+    return set(re.findall(r"(?:faults|optimizer)\.\w+", text))
+
+
+@pytest.mark.parametrize(
+    ("settings", "spoil", "named"),
+    [
+        (["faults.not_finite=stop"], float("nan"), {"optimizer.lr", "faults.not_finite"}),
+        (["faults.spike=stop"], 30.0, {"optimizer.lr", "faults.spike", "faults.spike_spreads"}),
+    ],
+)
+def test_a_run_that_stops_names_the_settings_that_would_let_it_go_on(settings: list[str], spoil: float, named: set[str]) -> None:
+    run = run_of(*settings)
+    trained = Trained(run, {BAD: spoil})
+    if run.faults.looks_before_updating:
+        trained.step.guard = StepGuard(run.faults, [2.1 + 0.1 * (i % 7) for i in range(100)])
+    ended = trained.steps()
+    assert isinstance(ended, Outcome)
+    assert ended.failure is not None
+    assert settings_in(ended.failure) == named
 
 
 def checkpoints_of(trained: Trained, folder: Path) -> RunCheckpoints:

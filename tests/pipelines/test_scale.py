@@ -28,6 +28,14 @@ def test_sharding_divides_state_and_sends_more() -> None:
     assert sharded["sent_mb_weights_and_gradients"] == pytest.approx(1.5 * whole["sent_mb_weights_and_gradients"], rel=1e-3)
 
 
+def test_muon_keeps_less_than_adamw() -> None:
+    """Of the blocks' matrices, 12 w² a layer, one number of 4 bytes each in place of two."""
+    adamw, muon = described(), described("optimizer.kind=muon")
+    matrices = 12 * (12 * 768**2 + 12 * 512**2)
+    assert adamw["memory_gb_optimizer"] - muon["memory_gb_optimizer"] == pytest.approx(4 * matrices / 1e9, abs=0.011)
+    assert {k: v for k, v in adamw.items() if k.startswith("memory_gb_w")} == {k: v for k, v in muon.items() if k.startswith("memory_gb_w")}
+
+
 def test_pieces_take_less_memory_and_a_second_forward() -> None:
     whole, pieces = described(), described("parallel.micro_batch_size=64")
     assert pieces["memory_gb_activations"] == pytest.approx(whole["memory_gb_activations"] * 64 / 512, rel=0.01)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 from mm_core.errors import CheckpointError
@@ -145,6 +147,17 @@ def test_the_newest_those_at_multiples_and_the_best_stay(folder: CheckpointFolde
     assert folder.steps() == [40, 60, 80, 90]
 
 
+def test_what_was_measured_is_read_only_where_something_is_chosen_by_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder in the place of the figures cannot be read."""
+    for named, warned in ((None, False), ("loss", True)):
+        folder = CheckpointFolder(str(tmp_path / str(named)))
+        writer = writer_of(folder, keep=5, best_metric=named)
+        writer.save(state_at(1), {}, wait=True)
+        Path(folder.at(1), "metrics.json").mkdir()
+        writer.save(state_at(2), {}, wait=True)
+        assert ("could not be written" in caplog.text) is warned
+
+
 def test_one_is_old_enough_to_go_back_to() -> None:
     metrics: dict[int, dict[str, float]] = {step: {} for step in range(0, 100, 10)}
     assert Retention(keep=1).kept(metrics, reach_back=25) == {60, 90}
@@ -182,6 +195,48 @@ def test_a_store_that_fails_once_is_borne_and_twice_ends_it(
         with pytest.raises(CheckpointError, match=r"No space left.*; so could not the one before it: look at the store"):
             writer.save(state_at(3), {}, wait=True)
     assert folder.steps() == [1]
+
+
+class Stubborn(CheckpointFolder):
+    """A store that fails when what was left at step 2 is to be removed."""
+
+    def remove(self, step: int) -> None:
+        if step == 2:
+            raise IsADirectoryError(21, "Is a directory")
+        super().remove(step)
+
+
+def _save_four(rank: int, folder: str, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    model, optimizer = trained()
+    writer = writer_of(Stubborn(folder) if rank == 0 else CheckpointFolder(folder), model, optimizer, keep=9)
+    for step in (1, 2, 3, 4):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(step)
+        writer.save(state_at(step), {}, wait=True)
+    writer.close()
+    dist.destroy_process_group()
+
+
+def test_ranks_give_up_a_checkpoint_together_and_none_is_of_two_steps(tmp_path: Path) -> None:
+    """Rank 0 alone cannot begin the second one. Giving up alone, it would have been one ahead of the other rank from then on."""
+    folder = CheckpointFolder(str(tmp_path / "run"))
+    mp.start_processes(_save_four, (folder.url, str(tmp_path / "of-two")), nprocs=2, start_method="forkserver")
+    assert folder.steps() == [1, 3, 4]
+    for step in folder.steps():
+        alone = nn.Linear(4, 2)
+        load_weights(folder.at(step), alone)
+        assert {value for p in alone.parameters() for value in p.flatten().tolist()} == {step}
+
+
+def test_what_a_kill_left_unfinished_goes_with_what_is_old(folder: CheckpointFolder) -> None:
+    writer = writer_of(folder, keep=1)
+    for step in (1, 3):
+        folder.add_metrics(step + 1, {"loss": 1.0})  # begun, and killed before it was whole
+        writer.save(state_at(step), {}, wait=True)
+    assert folder.begun() == [3, 4]
 
 
 def _no_space(url: str, data: bytes) -> None:

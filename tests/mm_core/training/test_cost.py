@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from mm_core.models.clip import clip_vit_b32, clip_vit_l14
+from mm_core.models.clip import clip_tiny, clip_vit_b32, clip_vit_l14
+from mm_core.models.family import build_model
+from mm_core.models.sizes import SpecialTokens
+from mm_core.models.two_tower import TwoTower
+from mm_core.optim import OptimizerConfig, OptimizerKind, build_optimizer, kept_numbers
 from mm_core.training.cost import sample_cost
 
 
@@ -21,6 +26,19 @@ def test_a_forward_pass_costs_what_the_formulas_say() -> None:
     assert cost.parameters == 151_277_313
     assert cost.backward_flops == pytest.approx(2 * cost.forward_flops, rel=0.02)  # the images need no gradient
     assert cost.block_parameters == pytest.approx(12 * 768**2, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", OptimizerKind)
+def test_an_optimizer_keeps_what_is_counted(kind: OptimizerKind) -> None:
+    config = clip_tiny()
+    towers = TwoTower(build_model(config, SpecialTokens(bos=0, eos=config.vocab_size - 1, pad=1)))
+    optimizer = build_optimizer(towers, OptimizerConfig(kind=kind, lr=1e-3), blocks=towers.blocks())
+    for parameter in towers.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = sum(value.numel() for state in optimizer.state.values() for name, value in state.items() if name != "step")
+    cost = sample_cost(config)
+    assert kept_numbers(kind, parameters=cost.parameters, matrices=cost.matrix_parameters) == held
 
 
 def test_the_published_cost_of_l14() -> None:
