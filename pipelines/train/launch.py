@@ -19,6 +19,7 @@ from mm_core.address import is_local
 from mm_core.console import Console, Tracker
 from mm_core.errors import ConfigError, MMError, TrainingError
 from mm_core.store import open_store
+from mm_core.training.precision import Precision, check_fp8_installed
 from pipelines.causes import own_error
 from pipelines.train.board import SHARE, News
 from pipelines.train.config import TrainRun
@@ -29,6 +30,9 @@ from pipelines.train.run_folder import RunFolder
 _WORKER_MEMORY_BYTES = 256 << 20
 _ABORT_S = 15
 _LOOK_S, _KEEP_S = 0.5, 30.0
+_TYPE = "accelerator_type:"
+WITHOUT_FP8 = {"P4", "P100", "K80", "V100", "T4", "A10G", "A100", "A100-40G", "A100-80G"}
+"""Ray's names (`ray.util.accelerators`) of NVIDIA's GPUs before Ada."""
 
 
 def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
@@ -150,13 +154,27 @@ class _Trainer(TorchTrainer):
 def check_resources(run: TrainRun) -> None:
     """
     Raises:
-        ConfigError: the cluster has fewer GPUs than the workers ask for.
+        ConfigError: the cluster has fewer GPUs than the workers ask for, or none that compute in the run's precision.
     """
     wanted = (run.resources.gpus_per_worker or 0) * (run.resources.min_workers or run.resources.workers)
     there = ray.cluster_resources().get("GPU", 0)
     if wanted > there:
         raise ConfigError(
             f"resources: {run.resources.workers} workers with {run.resources.gpus_per_worker} GPUs each, but the cluster has {there:g}"
+        )
+    if run.precision is Precision.FP8:
+        check_fp8_installed()
+        _check_fp8(run)
+
+
+def _check_fp8(run: TrainRun) -> None:
+    if not gpus_per_worker(run):
+        raise ConfigError("precision=fp8 takes GPUs, from Ada and Hopper on, and the workers have none: set precision=bf16")
+    types = {name.removeprefix(_TYPE) for name in ray.cluster_resources() if name.startswith(_TYPE)}
+    if types and types <= WITHOUT_FP8:
+        raise ConfigError(
+            f"precision=fp8, but the cluster's GPUs ({', '.join(sorted(types))}) do not multiply fp8, as those from Ada and Hopper on do:"
+            " set precision=bf16"
         )
 
 
