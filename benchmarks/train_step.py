@@ -139,7 +139,7 @@ def _inputs(config: ModelConfig, batch: ImageTextBatch) -> dict[str, Tensor]:
 def of_open_clip(setting: Setting, batch: ImageTextBatch, *, compiled: bool = False) -> Step | None:
     """None where it is not installed, has no such model, or there are several ranks. Compiled as its `--torchcompile` does it."""
     try:
-        import open_clip  # type: ignore[import-not-found]
+        import open_clip
     except ImportError:
         return None
     if setting.name not in OPEN_CLIP or dist.get_world_size() > 1:

@@ -79,7 +79,7 @@ def convert_to_fp8(blocks: Sequence[nn.Module], *, emulate: bool = False) -> Non
     Args:
         emulate: round as fp8 does, but multiply in fp32, on any device.
     """
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # type: ignore[import-untyped]
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = replace(Float8LinearConfig.from_recipe_name(_RECIPE), emulate=emulate)
     for block in blocks:

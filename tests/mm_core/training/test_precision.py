@@ -46,6 +46,7 @@ def test_fp8_without_its_package_names_it(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.filterwarnings("ignore")  # torchao's own
 def test_fp8_rounds_the_linear_layers_of_blocks_alone_and_keeps_names() -> None:
+    pytest.importorskip("torchao", reason="needs mm-pretrain[fp8]")
     plain, rounded = towers(), towers()
     convert_to_fp8(rounded.blocks(), emulate=True)
     assert rounded.state_dict().keys() == plain.state_dict().keys()
