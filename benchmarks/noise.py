@@ -1,6 +1,6 @@
 """A noisy set, a model that scores it without having seen what it scores, and training on what is kept: does filtering pay?
 
-    python benchmarks/noise.py SHARDS HELDOUT [--steps 500] [--recipe clip-tiny-photo]
+    python -m benchmarks.noise SHARDS HELDOUT [--steps 500] [--recipe clip-tiny-photo]
 
 SHARDS are real photos with captions. Of a copy of them 30 % of the samples get another one's captions, 5 % junk, and 5 % come twice. Then,
 by the commands a person would give: two folds; a model on each; every pair scored by the model of the other fold (no pair by one that
@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
+from benchmarks.command import mm
 from mm_core.data.index import Index
 from mm_core.data.ledger import Ledger
 from mm_core.data.sample import Group, groups, read_group
@@ -103,14 +102,6 @@ def auroc(right: np.ndarray[Any, Any], wrong: np.ndarray[Any, Any]) -> float:
     ranks = np.empty(len(order))
     ranks[order] = np.arange(1, len(order) + 1)
     return float((ranks[: len(right)].sum() - len(right) * (len(right) + 1) / 2) / (len(right) * len(wrong)))
-
-
-def mm(*arguments: str) -> dict[str, Any]:
-    print("$ mm", *arguments, file=sys.stderr)
-    command = [sys.executable, "-m", "mm", *arguments, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
 
 
 def main() -> None:
