@@ -3,7 +3,7 @@
 Memory is what the processes of the job hold for themselves, by what they are, and Ray's object store, sampled every second. It is measured
 first, in a session that has done nothing else.
 
-    python benchmarks/endurance.py SHARDS [--epochs 20] [--ranks 2 4 8]
+    python -m benchmarks.endurance SHARDS [--epochs 20] [--ranks 2 4 8]
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 import psutil
 import ray.train
 import torch.distributed
-from loader import BATCH, CHUNK, make_spec
 from ray.train.torch import TorchTrainer
 
+from benchmarks.loader import BATCH, CHUNK, make_spec
 from mm_core.data.reader import ReadSpec
 from pipelines.index import build_index
 from pipelines.session import ray_session
