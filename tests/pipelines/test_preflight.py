@@ -15,7 +15,6 @@ from mm_core.models.family import build_model
 from mm_core.models.tokenizer import special_tokens, train_bpe
 from pipelines.index import build_index
 from pipelines.recipes import recipe
-from pipelines.session import ray_session
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(**_: object) -> None:
         pytest.fail("Ray was asked for")
 
-    monkeypatch.setattr(f"pipelines.train.driver.{ray_session.__name__}", started)
+    monkeypatch.setattr("pipelines.train.driver.ray_session", started)
 
 
 BATCH = [
