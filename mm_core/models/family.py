@@ -1,4 +1,4 @@
-"""The families of two-tower models: one configuration type each, and what builds it."""
+"""The families of models: one configuration type each, and what builds it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pydantic import Field
 from mm_core.models.align import AlignConfig, build_align
 from mm_core.models.clip import ClipConfig, build_clip
 from mm_core.models.dual import DualConfig, build_dual, resolve_dual
+from mm_core.models.flava import FlavaConfig, build_flava, resolve_flava
 from mm_core.models.siglip import SiglipConfig, build_siglip
 from mm_core.models.sizes import SpecialTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ModelConfig = Annotated[ClipConfig | SiglipConfig | AlignConfig | DualConfig, Field(discriminator="family")]
+ModelConfig = Annotated[ClipConfig | SiglipConfig | AlignConfig | DualConfig | FlavaConfig, Field(discriminator="family")]
 
 
 def resolved(config: ModelConfig) -> ModelConfig:
@@ -25,7 +26,13 @@ def resolved(config: ModelConfig) -> ModelConfig:
     Raises:
         ConfigError: a source that is not there or does not fit.
     """
-    return resolve_dual(config) if isinstance(config, DualConfig) else config
+    match config:
+        case DualConfig():
+            return resolve_dual(config)
+        case FlavaConfig():
+            return resolve_flava(config)
+        case _:
+            return config
 
 
 def build_model(config: ModelConfig, tokens: SpecialTokens) -> PreTrainedModel:
@@ -43,6 +50,8 @@ def build_model(config: ModelConfig, tokens: SpecialTokens) -> PreTrainedModel:
             return build_align(config, tokens)
         case DualConfig():
             return build_dual(config, tokens)
+        case FlavaConfig():
+            return build_flava(config, tokens)
 
 
 def outline(config: ModelConfig) -> PreTrainedModel:
