@@ -61,6 +61,14 @@ def gather_rows(local: Shaped[Tensor, "b ..."], counts: Sequence[int], group: di
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def sum_over_ranks(values: Float[Tensor, " n"], whole: GlobalBatch, *, around: Around = nullcontext) -> Float[Tensor, " n"]:
+    """Without gradients; of one rank alone its own."""
+    if whole.is_divided:
+        with around():
+            dist.all_reduce(values)
+    return values
+
+
 class _Gather(torch.autograd.Function):
     """Shares are padded to the largest, since not every backend takes uneven ones.
 

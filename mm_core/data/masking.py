@@ -51,7 +51,7 @@ class Masking:
         return mask_words(input_ids, words, seeds, self)
 
 
-def uniform(*words: int | U64) -> Float[np.ndarray, "..."]:
+def uniform(*words: int | U64) -> Float[np.ndarray, ...]:
     """In [0, 1), a pure function of the words."""
     return (mix(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

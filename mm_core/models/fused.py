@@ -222,6 +222,8 @@ class Fused(nn.Module):
 
     depends_on_batch = False
     """Features of a sample are the same in any batch."""
+    trains_in_parts = True
+    """A step of one modality trains no more than its tower."""
 
     def attend_for(self, device: torch.device) -> None:
         """SDPA everywhere: on a CPU too it is no slower than the eager form that transformers has of this model."""

@@ -63,6 +63,9 @@ class TwoTower(nn.Module):
     mean: Tensor
     std: Tensor
 
+    trains_in_parts = False
+    """Every step trains all that is trained."""
+
     def __init__(self, model: PreTrainedModel, *, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD) -> None:
         super().__init__()
         self.model = model

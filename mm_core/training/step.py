@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from mm_core.errors import ConfigError
 from mm_core.models.logit_scale import clamp_logit_scale, scale_parameter
-from mm_core.models.two_tower import ImageTextBatch, TwoTowerOutput
-from mm_core.objectives.contrastive import Objective
-from mm_core.objectives.output import LossOutput
+from mm_core.objectives.output import LossOutput, Objective
 from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig, lr_at
 from mm_core.training.clock import Phase, StepClock
@@ -83,7 +82,7 @@ class TrainStep:
         self.mean, self.guard = mean, guard
         self._pieces = 1 if micro_batch_size is None else pieces_for(self._counts, micro_batch_size)
 
-    def __call__(self, batch: ImageTextBatch, step: int) -> StepResult:
+    def __call__(self, batch: Any, step: int) -> StepResult:
         lr = lr_at(self._schedule, self._optimizer_config.lr, step, self._total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -107,7 +106,7 @@ class TrainStep:
         with self.clock.phase(Phase.COLLECTIVE):
             return self.guard.judge(loss, grad_norm)
 
-    def _backward(self, batch: ImageTextBatch) -> LossOutput:
+    def _backward(self, batch: Any) -> LossOutput:
         with self.clock.phase(Phase.FORWARD):
             with self._autocast():
                 output = self.model(batch)
@@ -116,7 +115,7 @@ class TrainStep:
             loss.total.backward()
         return loss
 
-    def _backward_in_pieces(self, batch: ImageTextBatch) -> LossOutput:
+    def _backward_in_pieces(self, batch: Any) -> LossOutput:
         """Its time counts as backward: the second forward of each piece belongs to it, and the first is the smaller part."""
         with self.clock.phase(Phase.BACKWARD):
             return cached_backward(
@@ -124,7 +123,7 @@ class TrainStep:
             )
 
     @contextmanager
-    def evaluating(self) -> Iterator[Callable[[ImageTextBatch], TwoTowerOutput]]:
+    def evaluating(self) -> Iterator[Callable[[Any], Any]]:
         """The model as it is evaluated: nothing dropped, no gradients, the mean of the weights where there is one. Afterwards
         everything is as it was. Where it is sharded, every call is a collective."""
         module = self.model.module
