@@ -45,7 +45,7 @@ class Masking:
     vocab_size: int
 
     def images(self, seeds: U64) -> Bool[np.ndarray, "b n"]:
-        return block_masks(seeds, self.grid, self.config).reshape(len(seeds), -1)
+        return block_masks(seeds, self.grid, self.config).reshape(len(seeds), self.grid**2)
 
     def texts(self, input_ids: Int32[np.ndarray, "b l"], words: Int32[np.ndarray, "b l"], seeds: U64) -> MaskedWords:
         return mask_words(input_ids, words, seeds, self)
@@ -90,7 +90,7 @@ def block_masks(seeds: U64, grid: int, config: MaskingConfig) -> Bool[np.ndarray
 
 def _hide_something(masks: Bool[np.ndarray, "b grid grid"], seeds: U64) -> None:
     """Of an image that every block was too large for, one patch. In place."""
-    flat = masks.reshape(len(masks), -1)
+    flat = masks.reshape(len(masks), masks.shape[1] ** 2)
     bare = np.flatnonzero(~flat.any(axis=1))
     flat[bare, (uniform(seeds[bare], _BLOCK) * flat.shape[1]).astype(np.int64)] = True
 

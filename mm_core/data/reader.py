@@ -22,6 +22,7 @@ from mm_core.data.columns import column_of
 from mm_core.data.image import MAX_PIXELS
 from mm_core.data.index import Index
 from mm_core.data.ledger import Kept, Source, compile_kept
+from mm_core.data.masking import MaskedWords, Masking
 from mm_core.data.mix import MixedPlan
 from mm_core.data.permutation import U64, mix
 from mm_core.data.personal import PersonalKind, mask_personal
@@ -32,7 +33,7 @@ from mm_core.data.sample import Group, Sample, group_of_span, read_group
 from mm_core.data.text import CaptionTokenizer, choose_captions
 from mm_core.errors import DataError
 
-_AUGMENT, _CAPTION = 3, 4
+_AUGMENT, _CAPTION, _MASK = 3, 4, 6
 """Keep the keys of the draws apart from each other and from the plan's."""
 _BACKOFF_S = (0.05, 0.2)
 """Before a sample that disagrees with the index is read again."""
@@ -49,15 +50,27 @@ class ReadSpec:
     plan: Plan | MixedPlan
     image_size: int
     augment: AugmentConfig
-    tokenizer: CaptionTokenizer
+    tokenizer: CaptionTokenizer | None
+    """None where texts are not read, whatever the sources have."""
     captions: int = 1
     """Texts of each image."""
+    masking: Masking | None = None
+    """What is hidden of each sample, if something is: of one view and one text."""
     prompt_templates: tuple[str, ...] = ()
     max_pixels: int = MAX_PIXELS
     gap_bytes: int = GAP_BYTES
     """Bytes between two samples of a remote shard that are read along rather than asked for apart."""
     verify: bool = False
     """Compare every sample's bytes with the digest that the index has of it."""
+
+    def need(self, index: Index) -> tuple[str, ...]:
+        """The modalities that are read of a source."""
+        return tuple(modality for modality in index.summary.need if modality != "text" or self.tokenizer is not None)
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """Texts of a sample, and tokens of each."""
+        return (0, 0) if self.tokenizer is None else (self.captions, self.tokenizer.context_length)
 
 
 class IndexReader:
@@ -138,6 +151,8 @@ def _changed(found: Group | SampleProblem) -> bool:
 @dataclass
 class _Decoded:
     uid: str
+    seed: int
+    """What is hidden of it is drawn by."""
     pixels: NDArray[np.uint8] | None
     """[views, size, size, 3]; None where the source is not read for images."""
     captions: list[str] | None
@@ -170,7 +185,7 @@ class PlanReader:
     def read(self, positions: U64) -> pa.Table:
         """One row per position: `position, source, epoch, uid, image` (views x size x size x 3 bytes), `input_ids` (captions x length),
         `replaced` (a reason or null) and `replaced_shard` (of the sample that could not be used, or null). Image or token ids are empty
-        where a source has none.
+        where a source has none. With a `masking` also `image_mask` (patches), `masked_ids` and `text_mask` (length).
 
         Args:
             positions: whole chunks of the plan.
@@ -210,7 +225,7 @@ class PlanReader:
             rows = np.flatnonzero(places.sources == source)
             key, reader = self.spec.plan.plans[source].seed, self._readers[source]
             ordinals = self._kept[source].at(places.kept[rows], places.epochs[rows], key)
-            need = reader.index.summary.need
+            need = self.spec.need(reader.index)
             # The place belongs to the seed only where a sample can come twice in an epoch.
             again = () if self._kept[source].copies is None else (places.kept[rows],)
             seeds = mix(key, _AUGMENT, places.epochs[rows], ordinals, *again)
@@ -232,6 +247,7 @@ class PlanReader:
         try:
             return _Decoded(
                 sample.uid,
+                int(mix(seed, _MASK)),
                 self._views(sample, seed, pixels) if "image" in need else None,
                 self._captions(sample, seed + _CAPTION, mask) if "text" in need else None,
             )
@@ -287,8 +303,7 @@ class PlanReader:
         lost = [row for row, reason in enumerate(reasons) if reason is not None]
         shards = dict(zip(lost, self._shards(places, lost), strict=True))
         seen = np.array([s.pixels is not None for s in samples])
-        captions = [caption for s in samples for caption in s.captions or ()]
-        input_ids = self.spec.tokenizer(captions).reshape(-1, self.spec.captions, self.spec.tokenizer.context_length)
+        texts = self._texts(samples)
         return pa.table(
             {
                 "position": positions,
@@ -296,8 +311,27 @@ class PlanReader:
                 "epoch": places.epochs,
                 "uid": pa.array([s.uid for s in samples], pa.string()),
                 "image": column_of(pixels if seen.all() else pixels[seen], seen),
-                "input_ids": column_of(input_ids, np.array([s.captions is not None for s in samples])),
+                **texts,
                 "replaced": pa.array(reasons, pa.string()),
                 "replaced_shard": pa.array([shards.get(row) for row in range(len(samples))], pa.string()),
+                **self._image_masks(samples, seen),
             }
         )
+
+    def _texts(self, samples: list[_Decoded]) -> dict[str, pa.Array]:
+        there = np.array([s.captions is not None for s in samples])
+        captions = [caption for s in samples for caption in s.captions or ()]
+        if self.spec.tokenizer is None or self.spec.masking is None:
+            ids = np.zeros((0, 0), dtype=np.int32) if self.spec.tokenizer is None else self.spec.tokenizer(captions)
+            return {"input_ids": column_of(ids.reshape(int(there.sum()), *self.spec.text_shape), there)}
+        ids, words = self.spec.tokenizer.with_words(captions)
+        seeds = np.array([s.seed for s in samples if s.captions is not None], dtype=np.uint64)
+        masked: MaskedWords = self.spec.masking.texts(ids, words, seeds)
+        columns = {"input_ids": ids, "masked_ids": masked.input_ids, "text_mask": masked.hidden}
+        return {name: column_of(np.ascontiguousarray(values), there) for name, values in columns.items()}
+
+    def _image_masks(self, samples: list[_Decoded], seen: NDArray[np.bool_]) -> dict[str, pa.Array]:
+        if self.spec.masking is None:
+            return {}
+        seeds = np.array([s.seed for s in samples if s.pixels is not None], dtype=np.uint64)
+        return {"image_mask": column_of(self.spec.masking.images(seeds), seen)}

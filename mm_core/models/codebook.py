@@ -74,9 +74,15 @@ def load_codebook(source: str) -> FlavaImageCodebook:
         ) from None
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(f"model.codebook_source: {source} lacks {len(missing)} tensors of a codebook, {missing[0]} first")
-    return codebook
+    return codebook.requires_grad_(False)
 
 
 def _sizes(codebook: FlavaImageCodebook) -> CodebookSizes:
     config = codebook.config
     return CodebookSizes(width=config.hidden_size, blocks_per_group=config.num_blocks_per_group, entries=config.vocab_size)
+
+
+def from_codebook_pixels(pixels: Float[Tensor, "b 3 h w"]) -> UInt8[Tensor, "b h w 3"]:
+    """The picture again."""
+    shown = (pixels - _EPSILON) / (1 - 2 * _EPSILON)
+    return (255 * shown).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -37,6 +37,8 @@ class FlavaConfig(TransformerTowersConfig):
     masks_padding: ClassVar[bool] = True
     derived: ClassVar[frozenset[str]] = TransformerTowersConfig.derived | {"codebook"}
 
+    needs: ClassVar[frozenset[str]] = frozenset()
+
     family: Literal["flava"] = "flava"
     fusion: TowerConfig
     text_positions: int = Field(gt=1, description="Places the text tower knows, context_length of them in use.")

@@ -98,6 +98,7 @@ class TwoTower(nn.Module):
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
         found = scale_parameter(self.model)
+        assert found is not None, "towers are compared by it"
         return found.factor(found.parameter).reshape(())
 
     @property

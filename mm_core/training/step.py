@@ -41,6 +41,8 @@ class StepResult:
 
     terms: dict[str, Tensor]
     """This rank's share of each loss term; the sum over ranks is the global batch's loss."""
+    measures: dict[str, Tensor]
+    """The same of what is logged beside the losses."""
     grad_norm: Tensor
     """Before clipping; the same on every rank, and not finite on all of them if it is on one."""
     lr: float
@@ -98,7 +100,8 @@ class TrainStep:
                 clamp_logit_scale(self.model.module)
                 if self.mean is not None:
                     self.mean.update(step)
-        return StepResult({name: term.detach() for name, term in loss.terms.items()}, grad_norm.detach(), lr, trouble)
+        terms, measures = ({name: value.detach() for name, value in some.items()} for some in (loss.terms, loss.measures))
+        return StepResult(terms, measures, grad_norm.detach(), lr, trouble)
 
     def _judge(self, loss: LossOutput, grad_norm: Tensor) -> Trouble | None:
         if self.guard is None:
@@ -139,9 +142,11 @@ class TrainStep:
                 reshard(module)
 
     @property
-    def logit_scale(self) -> Tensor:
-        """The factor of the model's logits, as it is now. A collective where the model is sharded."""
+    def logit_scale(self) -> Tensor | None:
+        """The factor of the model's logits, as it is now, if it has one. A collective where the model is sharded."""
         found = scale_parameter(self.model.module)
+        if found is None:
+            return None
         parameter = found.parameter.detach()
         return found.factor(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
 

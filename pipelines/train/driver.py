@@ -23,13 +23,18 @@ from mm_core.address import absolute
 from mm_core.bundle import BundleManifest, init_from, load_teacher, write_bundle
 from mm_core.console import Console
 from mm_core.data.ledger import Source
+from mm_core.data.masking import Masking
 from mm_core.data.reader import ReadSpec
 from mm_core.errors import CheckpointError, ConfigError, MMError, TrainingError
 from mm_core.evaluation.chance import chance
+from mm_core.models.codebook import load_codebook
 from mm_core.models.dual import DualConfig, tower_weights
+from mm_core.models.dvae import DiscreteVae, DvaeConfig
 from mm_core.models.family import build_model, resolved
+from mm_core.models.flava import FlavaConfig
 from mm_core.models.pretrained import check_pooling
-from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
+from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, mask_token, special_tokens, train_bpe
+from mm_core.models.two_tower import TwoTower
 from mm_core.models.warm_start import WarmStart, take_over
 from mm_core.revision import code_revision
 from mm_core.training.checkpoint import load_weights
@@ -58,9 +63,9 @@ from pipelines.train.goodput import Goodput
 from pipelines.train.launch import check_parallel, check_resources, gpus_per_worker, launch, preemption_watched
 from pipelines.train.loop import WorkerTask
 from pipelines.train.outcome import Outcome
+from pipelines.train.parts import check_parts, masking_of, wrapped
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
-from pipelines.train.towers import check_towers, wrapped
 
 _CURVES = ("loss", "loss/contrastive")
 _EVALUATED = ("retrieval/t2i_r1", "retrieval/i2t_r1", "zeroshot/top1")
@@ -104,7 +109,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     """
     # 1. What can be wrong before Ray is there.
     data = RunData.open(request.sources)
-    data.check_modalities()
+    data.check_modalities(request.run)
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
     data.plan(run)
     check_parallel(run)
@@ -112,7 +117,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     folder, record = _claim(request, run, data)
     if record is None:
         run = run.model_copy(update={"model": resolved(run.model)})
-        check_towers(run)
+        check_parts(run)
     else:
         if request.run.tracking == TrackingConfig():  # nobody named another store than the one it began in
             run = run.model_copy(update={"tracking": TrackingConfig.model_validate(record.config["tracking"])})
@@ -203,13 +208,14 @@ def export_bundle(folder: RunFolder, name: str = "bundle", *, metrics: Mapping[s
     step = folder.checkpoints.newest() if best is None else best
     if step is None:
         raise CheckpointError(f"the run {folder.url} has no checkpoint to export yet")
-    tokenizer = load_tokenizer(str(folder.get("tokenizer")))
-    model = wrapped(run, build_model(run.model, special_tokens(tokenizer)))
+    tokenizer = _saved_tokenizer(run, folder)
+    model = wrapped(run, build_model(run.model, None if tokenizer is None else special_tokens(tokenizer)))
     load_weights(folder.checkpoints.at(step), model, None if run.mean_decay is None else WeightMean(model, run.mean_decay))
     with tempfile.TemporaryDirectory(prefix="mm-bundle-") as temporary:
         manifest = write_bundle(
             Path(temporary) / name,
             model=model.model,
+            decoder=model.decoder if isinstance(model, DiscreteVae) else None,
             tokenizer=tokenizer,
             config=run.model,
             recipe=run.recipe,
@@ -254,17 +260,17 @@ def _identity(run: TrainRun) -> dict[str, Any]:
 
 def _begin(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, console: Console) -> RunRecord:
     """Make the tokenizer, the run's folder and the tracking run."""
-    # The weights of another model belong to its token ids.
-    source = run.tokenizer.source or run.init or run.objective.teacher or run.model.tokenizer_source
-    tokenizer = load_tokenizer(source) if source else _train_tokenizer(run, data)
-    run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
+    tokenizer = _tokenizer(run, data)
+    if tokenizer is not None:
+        run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": len(tokenizer)})})
+        _masking(run, tokenizer)
     _initial_state(run, tokenizer, console)
-    if run.objective.teacher is not None:
-        load_teacher(run.objective.teacher, run.model, tokenizer)
+    _teacher(run, tokenizer)
     try:
-        with tempfile.TemporaryDirectory(prefix="mm-tokenizer-") as local:
-            tokenizer.save_pretrained(local)
-            folder.put(Path(local), "tokenizer")
+        if tokenizer is not None:
+            with tempfile.TemporaryDirectory(prefix="mm-tokenizer-") as local:
+                tokenizer.save_pretrained(local)
+                folder.put(Path(local), "tokenizer")
         run_id = create_run(
             run.tracking,
             run_name=folder.name,
@@ -294,22 +300,46 @@ def _begin(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolde
     return record
 
 
-def _train_tokenizer(run: TrainRun, data: RunData) -> PreTrainedTokenizerFast:
-    return train_bpe(
-        data.captions(run.tokenizer.max_captions), vocab_size=run.tokenizer.vocab_size, context_length=run.model.context_length
-    )
+def _tokenizer(run: TrainRun, data: RunData) -> PreTrainedTokenizerFast | None:
+    """The one that the run names, or a fresh one; None of a model that reads no text."""
+    if isinstance(run.model, DvaeConfig):
+        return None
+    # The weights of another model belong to its token ids.
+    if source := run.tokenizer.source or run.init or run.teacher or run.model.tokenizer_source:
+        return load_tokenizer(source)
+    captions = data.captions(run.tokenizer.max_captions)
+    return train_bpe(captions, vocab_size=run.tokenizer.vocab_size, context_length=run.model.context_length)
+
+
+def _saved_tokenizer(run: TrainRun, folder: RunFolder) -> PreTrainedTokenizerFast | None:
+    return load_tokenizer(str(folder.get("tokenizer"))) if run.model.reads_text else None
+
+
+def _masking(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> Masking | None:
+    if run.data.masking is None:
+        return None
+    return masking_of(run, mask_token(tokenizer), special_tokens(tokenizer).pad)
+
+
+def _teacher(run: TrainRun, tokenizer: PreTrainedTokenizerFast | None) -> TwoTower | None:
+    if run.teacher is None:
+        return None
+    assert tokenizer is not None, "two towers read text"
+    return load_teacher(run.teacher, run.model, tokenizer)
 
 
 def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, record: RunRecord) -> WorkerTask:
-    tokenizer = load_tokenizer(str(folder.get("tokenizer")))
+    tokenizer = _saved_tokenizer(run, folder)
     initial = _initial_state(run, tokenizer) if folder.checkpoints.newest() is None else None
+    teacher = _teacher(run, tokenizer)
     spec = ReadSpec(
         sources=data.sources,
         plan=data.plan(run),
         image_size=run.model.image_size,
         augment=run.data.augment,
-        tokenizer=caption_tokenizer(tokenizer, run.model.context_length),
+        tokenizer=None if tokenizer is None else caption_tokenizer(tokenizer, run.joint_model.context_length),
         captions=run.data.captions,
+        masking=None if tokenizer is None else _masking(run, tokenizer),
         prompt_templates=run.data.prompt_templates,
         max_pixels=run.data.max_pixels,
         gap_bytes=run.data.gap_bytes,
@@ -318,14 +348,14 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
     return WorkerTask(
         run=run,
         spec=spec,
-        tokens=special_tokens(tokenizer),
+        tokens=None if tokenizer is None else special_tokens(tokenizer),
         folder=folder.url,
         audit=request.audit and absolute(request.audit),
         data_fingerprint=data.fingerprint,
         code_revision=code_revision(),
         tracking_run_id=record.tracking_run_id,
         initial_weights=None if initial is None else ray.put(initial),
-        teacher=None if run.objective.teacher is None else ray.put(load_teacher(run.objective.teacher, run.model, tokenizer)),
+        teacher=None if teacher is None else ray.put(teacher),
         board=start_board(folder.read_goodput()),
         preemption_watched=preemption_watched(),
     )
@@ -334,7 +364,9 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
 def _evaluation(heldout: EvaluationData, index: Path | None, task: WorkerTask, folder: RunFolder, console: Console) -> EvaluationTask:
     """Where it is to run in the background and there is no room for that, the ranks evaluate."""
     run = task.run
-    spec = heldout.spec(run, load_tokenizer(str(folder.get("tokenizer"))), folder, index)
+    tokenizer = _saved_tokenizer(run, folder)
+    assert tokenizer is not None, "the driver has looked at it"
+    spec = heldout.spec(run, tokenizer, folder, index)
     actor = start_background(spec, run, task.tokens, gpus_per_worker(run)) if run.evaluation.background else None
     if run.evaluation.background and actor is None:
         console.note(
@@ -343,28 +375,36 @@ def _evaluation(heldout: EvaluationData, index: Path | None, task: WorkerTask, f
     return EvaluationTask(spec, actor)
 
 
-def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast, console: Console | None = None) -> dict[str, Tensor] | None:
-    """The weights that `--init` names, or the towers' sources; what was taken of them is shown.
+def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast | None, console: Console | None = None) -> dict[str, Tensor] | None:
+    """The weights that `--init` names, or the model's sources; what was taken of them is shown.
 
     Raises:
         ConfigError, BundleError: sizes or tokenizer that do not fit the model.
     """
-    model = build_model(run.model, special_tokens(tokenizer))
+    model = build_model(run.model, None if tokenizer is None else special_tokens(tokenizer))
     taken = _taken(run, model, tokenizer)
     if taken is None:
         return None
     if console is not None:
-        console.note(f"--init {run.init}: {taken}" if run.init else f"the towers' sources: {taken}")
+        console.note(f"--init {run.init}: {taken}" if run.init else f"the model's sources: {taken}")
     state: dict[str, Tensor] = model.state_dict()
     return state
 
 
-def _taken(run: TrainRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> WarmStart | None:
+def _taken(run: TrainRun, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None) -> WarmStart | None:
+    if tokenizer is None:
+        if run.init is not None:
+            raise ConfigError(f"--init is for models that bundles can be loaded as, and a {run.model.family} is none: leave it out")
+        return None
     if run.init is not None:
         return init_from(model, run.init, tokenizer=tokenizer, match=run.init_match)
     if isinstance(run.model, DualConfig):
         check_pooling(model, tokenizer)
         return take_over(model, tower_weights(run.model))
+    if isinstance(run.model, FlavaConfig):
+        assert run.model.codebook_source is not None, "the driver has looked at it"
+        codebook = load_codebook(run.model.codebook_source).state_dict()
+        return take_over(model, {f"image_codebook.{name}": tensor for name, tensor in codebook.items()})
     return None
 
 

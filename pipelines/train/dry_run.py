@@ -10,9 +10,9 @@ from mm_core.data.plan import chunks_per_step
 from mm_core.models.family import resolved
 from mm_core.training.cost import sample_cost
 from pipelines.train.config import TrainRun
+from pipelines.train.parts import check_parts
 from pipelines.train.read_cost import Prices, read_cost
 from pipelines.train.run_data import RunData
-from pipelines.train.towers import check_towers
 
 _STATE_BYTES = 16
 """Per parameter: fp32 weight and gradient, and AdamW's two moments."""
@@ -28,9 +28,9 @@ def describe(
         ConfigError, DataError: what would stop the run before its first step.
     """
     data = RunData.open(sources)
-    data.check_modalities()
+    data.check_modalities(run)
     run = run.model_copy(update={"model": resolved(run.model)})
-    check_towers(run)
+    check_parts(run)
     workers = run.resources.workers
     chunks = chunks_per_step(run.global_batch_size, run.data.chunk, workers)
     seen = data.plan(run).consumed(run.steps * chunks)

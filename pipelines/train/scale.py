@@ -68,7 +68,7 @@ def _memory(run: TrainRun, cost: SampleCost, gpus: int, at_a_time: int) -> dict[
     """Bytes of one GPU, by part."""
     sharded = run.parallel.kind is Parallelism.FSDP
     state = cost.parameters * _FP32 / (gpus if sharded else 1)
-    features = run.global_batch_size * run.model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
+    features = run.global_batch_size * run.joint_model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
     return {
         "weights": state + (2 * cost.block_parameters * _FP32 if sharded else 0),
         "gradients": state,
@@ -85,7 +85,8 @@ def _flops(run: TrainRun, cost: SampleCost, rank_batch: int, at_a_time: int) -> 
     """Operations of one GPU and step."""
     twice = at_a_time < rank_batch  # pieces go through forward a second time
     texts = run.global_batch_size * run.data.captions
-    similarities = 4 * 2 * 2 * rank_batch * run.data.augment.views * texts * run.model.embed_dim  # once again in backward, and two products
+    # Once again in backward, and two products.
+    similarities = 4 * 2 * 2 * rank_batch * run.data.augment.views * texts * run.joint_model.embed_dim
     return {
         "forward": rank_batch * cost.forward_flops * (2 if twice else 1),
         "backward": rank_batch * cost.backward_flops,
@@ -96,7 +97,7 @@ def _flops(run: TrainRun, cost: SampleCost, rank_batch: int, at_a_time: int) -> 
 def _sent(run: TrainRun, cost: SampleCost, gpus: int, rank_batch: int, at_a_time: int) -> dict[str, float]:
     """Bytes that one GPU sends in a step, by rings: an all-gather and a reduce-scatter each send (n - 1)/n of the whole."""
     share, weights = (gpus - 1) / gpus, cost.parameters * _FP32
-    features = run.global_batch_size * run.model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
+    features = run.global_batch_size * run.joint_model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
     pieces = -(-rank_batch // at_a_time)
     passes = {
         Parallelism.DDP: 2,  # one all-reduce

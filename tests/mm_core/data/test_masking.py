@@ -113,6 +113,12 @@ def test_a_tokenizers_words() -> None:
     assert mask_token(tokenizer) == MASK
 
 
+def test_no_samples_have_no_masks() -> None:
+    assert masking().images(seeds(0)).shape == (0, 196)
+    none = np.zeros((0, 30), dtype=np.int32)
+    assert mask_words(none, none, seeds(0), masking()).hidden.shape == (0, 30)
+
+
 def test_draws_are_uniform() -> None:
     drawn = uniform(3, np.arange(20_000, dtype=np.uint64))
     assert drawn.min() >= 0
