@@ -31,6 +31,7 @@ from mm_core.data.problems import Reason, SampleProblem
 from mm_core.data.ranged import GAP_BYTES, RangedReader, Span
 from mm_core.data.sample import Group, Sample, group_of_span, read_group
 from mm_core.data.text import CaptionTokenizer, choose_captions
+from mm_core.data.text_rows import TABLE, TableReader, is_texts, row_of_span
 from mm_core.errors import DataError
 
 _AUGMENT, _CAPTION, _MASK = 3, 4, 6
@@ -82,7 +83,7 @@ class IndexReader:
             DataError: `verify`, and the index has no digests.
         """
         self.index = index
-        self._ranged = RangedReader(gap_bytes=gap_bytes)
+        self._ranged, self._tables = RangedReader(gap_bytes=gap_bytes), TableReader()
         self._digests = index.digests if verify else None
         self._quarantine: dict[int, SampleProblem] = {}
         """Samples that are not what was indexed, by ordinal: they are not asked for again by this process."""
@@ -107,6 +108,7 @@ class IndexReader:
             time.sleep(wait_s)
             for span in self.spans(np.asarray(asked)):
                 self._ranged.forget(span.url)
+                self._tables.forget(span.url)
         if len(self._quarantine) < _QUARANTINE:
             self._quarantine |= {n: problem for n in asked if isinstance(problem := found[n], SampleProblem)}
         return [found[n] for n in numbers]
@@ -122,16 +124,23 @@ class IndexReader:
         return self.index.shard_names[int(self.index.locators[ordinal]["shard"])]
 
     def _attempt(self, ordinals: list[int]) -> dict[int, Group | SampleProblem]:
-        data = self._ranged.read(self.spans(np.asarray(ordinals, dtype=np.int64)))
-        return {n: self._group(n, one) for n, one in zip(ordinals, data, strict=True)}
+        spans = dict(zip(ordinals, self.spans(np.asarray(ordinals, dtype=np.int64)), strict=True))
+        rows = {n: span for n, span in spans.items() if span.url.endswith(TABLE)}
+        ranges = {n: span for n, span in spans.items() if n not in rows}
+        data = dict(zip(ranges, self._ranged.read([*ranges.values()]), strict=True))
+        data |= dict(zip(rows, self._tables.read([(span.url, span.start) for span in rows.values()]), strict=True))
+        return {n: self._group(n, data[n]) for n in ordinals}
 
     def _group(self, ordinal: int, data: bytes | SampleProblem) -> Group | SampleProblem:
         if isinstance(data, SampleProblem):
             return data
         row = self.index.locators[ordinal]
+        name, check = self.name_of(ordinal), int(row["check"])
         digest = None if self._digests is None else bytes(self._digests[ordinal]).hex()
         try:
-            return group_of_span(data, self.name_of(ordinal), check=int(row["check"]), occurrence=int(row["occurrence"]), digest=digest)
+            if is_texts(name):
+                return row_of_span(data, name, check=check, digest=digest)
+            return group_of_span(data, name, check=check, occurrence=int(row["occurrence"]), digest=digest)
         except SampleProblem as problem:
             return problem
 

@@ -63,11 +63,11 @@ from pipelines.train.goodput import Goodput
 from pipelines.train.launch import check_parallel, check_resources, gpus_per_worker, launch, preemption_watched
 from pipelines.train.loop import WorkerTask
 from pipelines.train.outcome import Outcome
-from pipelines.train.parts import check_parts, masking_of, wrapped
+from pipelines.train.parts import Model, check_parts, masking_of, wrapped
+from pipelines.train.reconstructions import draw_reconstructions
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
 
-_CURVES = ("loss", "loss/contrastive")
 _EVALUATED = ("retrieval/t2i_r1", "retrieval/i2t_r1", "zeroshot/top1")
 _SIZES = ("retrieval/images", "retrieval/texts", "zeroshot/classes")
 _BUNDLE_METRICS = ("loss", "logit_scale")
@@ -162,7 +162,7 @@ def _train(
         if outcome.failure:
             raise TrainingError(outcome.failure)
         export_bundle(folder, metrics={name: value for name, value in outcome.metrics.items() if name in _BUNDLE_METRICS})
-        _log_results(run, folder, record.tracking_run_id)
+        _log_results(run, folder, record.tracking_run_id, data, outcome.metrics)
         status = RunStatus.FINISHED
     except KeyboardInterrupt:
         status = RunStatus.KILLED
@@ -209,8 +209,7 @@ def export_bundle(folder: RunFolder, name: str = "bundle", *, metrics: Mapping[s
     if step is None:
         raise CheckpointError(f"the run {folder.url} has no checkpoint to export yet")
     tokenizer = _saved_tokenizer(run, folder)
-    model = wrapped(run, build_model(run.model, None if tokenizer is None else special_tokens(tokenizer)))
-    load_weights(folder.checkpoints.at(step), model, None if run.mean_decay is None else WeightMean(model, run.mean_decay))
+    model = _trained(run, folder, step, tokenizer)
     with tempfile.TemporaryDirectory(prefix="mm-bundle-") as temporary:
         manifest = write_bundle(
             Path(temporary) / name,
@@ -225,6 +224,13 @@ def export_bundle(folder: RunFolder, name: str = "bundle", *, metrics: Mapping[s
         )
         folder.put(Path(temporary) / name, name)
     return manifest
+
+
+def _trained(run: TrainRun, folder: RunFolder, step: int, tokenizer: PreTrainedTokenizerFast | None) -> Model:
+    """The model of a checkpoint."""
+    model = wrapped(run, build_model(run.model, None if tokenizer is None else special_tokens(tokenizer)))
+    load_weights(folder.checkpoints.at(step), model, None if run.mean_decay is None else WeightMean(model, run.mean_decay))
+    return model
 
 
 def _claim(request: TrainRequest, run: TrainRun, data: RunData) -> tuple[RunFolder, RunRecord | None]:
@@ -434,12 +440,15 @@ def _log_goodput(run: TrainRun, folder: RunFolder, run_id: str, console: Console
         log_artifacts(run.tracking, run_id, time_bars(goodput.rows(), Path(temporary) / "goodput.png"), "plots")
 
 
-def _log_results(run: TrainRun, folder: RunFolder, run_id: str) -> None:
+def _log_results(run: TrainRun, folder: RunFolder, run_id: str, data: RunData, metrics: Mapping[str, float]) -> None:
     bundle = folder.get("bundle")
     log_artifacts(run.tracking, run_id, bundle, "bundle")
-    history = metric_history(run.tracking, run_id, _CURVES)
+    history = metric_history(run.tracking, run_id, [name for name in metrics if name == "loss" or name.startswith("loss/")])
     with tempfile.TemporaryDirectory() as temporary:
         loss_curve(history, Path(temporary) / "loss.png")
+        model = None if run.model.reads_text else _trained(run, folder, folder.checkpoints.newest() or 0, None)
+        if isinstance(model, DiscreteVae):
+            draw_reconstructions(model, run.model.image_size, data, Path(temporary) / "reconstructions.png")
         if run.evaluation.every_steps is not None:
             measured = metric_history(run.tracking, run_id, [f"eval/{name}" for name in (*_EVALUATED, *_SIZES)])
             _draw_evaluations({name.removeprefix("eval/"): points for name, points in measured.items()}, Path(temporary) / "evaluation.png")
