@@ -150,6 +150,7 @@ class PillowCrop:
 
 def dataloader(shards: list[str], spec: ReadSpec, images: int, *, normalise: bool) -> float:
     """As open_clip builds it: shards resampled, samples shuffled in a buffer, batched in the workers."""
+    assert spec.tokenizer is not None, "of pairs"
     crop = PillowCrop(spec.image_size, spec.tokenizer, normalise=normalise)
     batch = BATCH // RANKS
     pipeline = (

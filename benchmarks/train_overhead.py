@@ -42,10 +42,10 @@ _TOKENS = SpecialTokens(bos=3, eos=4, pad=0)
 
 def make_batches(run: TrainRun) -> list[StepBatch]:
     draw = np.random.default_rng(0)
-    size, count, length = run.model.image_size, run.global_batch_size, run.model.context_length
+    size, count, length = run.model.image_size, run.global_batch_size, run.joint_model.context_length
     batches = []
     for _ in range(_BATCHES):
-        ids = draw.integers(5, run.model.vocab_size, (count, 1, length), dtype=np.int32)
+        ids = draw.integers(5, run.joint_model.vocab_size, (count, 1, length), dtype=np.int32)
         ids[..., length // 2] = _TOKENS.eos
         rows = pa.table({"epoch": [0] * count, "uid": [str(i) for i in range(count)], "replaced": pa.array([None] * count, pa.string())})
         images = draw.integers(0, 256, (count, 1, size, size, 3), dtype=np.uint8)

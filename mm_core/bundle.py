@@ -22,11 +22,16 @@ import numpy as np
 import torch
 from jaxtyping import Float32, UInt8
 from pydantic import Field, ValidationError
+from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mm_core.config import Config
 from mm_core.errors import BundleError, ConfigError
-from mm_core.models.family import ModelConfig
+from mm_core.models.dvae import DvaeConfig
+from mm_core.models.family import AnyModelConfig, ModelConfig
+from mm_core.models.flava import FlavaConfig
+from mm_core.models.fused import Fused
 from mm_core.models.pretrained import (
     architecture,
     check_pooling,
@@ -44,19 +49,20 @@ from mm_core.models.warm_start import InitMatch, WarmStart, take_over
 FORMAT = 1
 MANIFEST = "mm.json"
 _CARD = "README.md"
-_WEIGHTS = "model.safetensors"
+_WEIGHTS, _DECODER = "model.safetensors", "decoder.safetensors"
+Task = Literal["contrastive", "multitask", "codebook"]
 
 
 class BundleManifest(Config):
     """mm.json."""
 
     format: int = FORMAT
-    task: Literal["contrastive"] = "contrastive"
+    task: Task = "contrastive"
     recipe: str
     data_fingerprint: str
     run_id: str | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
-    model: ModelConfig
+    model: AnyModelConfig
     files: dict[str, str]
     """SHA-256 of every other file of the bundle, by name."""
 
@@ -68,7 +74,7 @@ class Bundle:
     name: str
     manifest: BundleManifest | None
     """None for a model that mm did not write."""
-    towers: TwoTower
+    towers: TwoTower | Fused
     tokenizer: PreTrainedTokenizerFast
     image_size: int
     context_length: int
@@ -106,14 +112,19 @@ def write_bundle(
     folder: Path,
     *,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast | None,
+    config: AnyModelConfig,
     recipe: str,
     data_fingerprint: str,
     metrics: Mapping[str, float],
     run_id: str | None = None,
+    decoder: nn.Module | None = None,
 ) -> BundleManifest:
     """Write a bundle, whole or not at all.
+
+    Args:
+        tokenizer: None of a model that reads no text.
+        decoder: of a codebook, what makes pictures of its entries; a file of its own.
 
     Raises:
         BundleError: `folder` exists, or a metric is not a number.
@@ -127,10 +138,15 @@ def write_bundle(
     try:
         with quiet():
             model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        _make_portable(temporary / "tokenizer_config.json")
-        _write_json(temporary / "preprocessor_config.json", _preprocessor(config))
-        facts = {"recipe": recipe, "data_fingerprint": data_fingerprint, "run_id": run_id, "metrics": dict(metrics), "model": config}
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+            _make_portable(temporary / "tokenizer_config.json")
+        if decoder is not None:
+            save_file({name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}, temporary / _DECODER)
+        if not isinstance(config, DvaeConfig):
+            _write_json(temporary / "preprocessor_config.json", _preprocessor(config))
+        facts: dict[str, Any] = {"task": _task(config), "recipe": recipe, "data_fingerprint": data_fingerprint, "run_id": run_id}
+        facts |= {"metrics": dict(metrics), "model": config}
         weights = _digests(temporary).get(_WEIGHTS)
         (temporary / _CARD).write_text(_card(folder.name, config, recipe, data_fingerprint, metrics, weights), encoding="utf-8")
         manifest = BundleManifest.model_validate(facts | {"files": _digests(temporary)})
@@ -140,6 +156,16 @@ def write_bundle(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return manifest
+
+
+def _task(config: AnyModelConfig) -> Task:
+    match config:
+        case FlavaConfig():
+            return "multitask"
+        case DvaeConfig():
+            return "codebook"
+        case _:
+            return "contrastive"
 
 
 def read_manifest(folder: Path, *, verify: bool = True) -> BundleManifest:
@@ -188,15 +214,19 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
         raise BundleError(
             f"no bundle at {source}: give a bundle's folder, models:/NAME@ALIAS, or a hub id like openai/clip-vit-base-patch32"
         )
+    written = None if manifest is None else manifest.model
+    if isinstance(written, DvaeConfig):
+        raise BundleError(f"{source} is a codebook, which has no towers: it serves a flava recipe as model.codebook_source")
     model = load_two_tower(str(source))
-    mean, std = (manifest.model.image_mean, manifest.model.image_std) if manifest else load_normalisation(str(source))
-    towers = TwoTower(model, mean=mean, std=std).to(device).eval()
+    mean, std = (written.image_mean, written.image_std) if written else load_normalisation(str(source))
+    kind = Fused if model.config.model_type == "flava" else TwoTower
+    towers = kind(model, mean=mean, std=std).to(device).eval()
     towers.attend("sdpa")
-    image_size = manifest.model.image_size if manifest else fed_image_size(model, str(source))
+    image_size = written.image_size if written else fed_image_size(model, str(source))
     try:
         tokenizer = load_tokenizer(str(source))
         check_pooling(model, tokenizer)
-        context_length = manifest.model.context_length if manifest else fed_context_length(model, tokenizer)
+        context_length = written.context_length if written else fed_context_length(model, tokenizer)
         return Bundle(folder.resolve().name, manifest, towers, tokenizer, image_size, context_length, torch.device(device))
     except ConfigError as error:
         raise BundleError(f"the model {source} cannot be used: {error}") from None
@@ -235,13 +265,15 @@ def init_from(
     return take_over(model, start.model.state_dict())
 
 
-def load_teacher(source: str, student: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> TwoTower:
+def load_teacher(source: str, student: AnyModelConfig, tokenizer: PreTrainedTokenizerFast) -> TwoTower:
     """The model a distillation learns from: it is shown what the student is shown.
 
     Raises:
         BundleError: no such model, or one that takes other images or token ids than the student.
     """
     teacher = load_bundle(source)
+    if not isinstance(teacher.towers, TwoTower) or isinstance(student, DvaeConfig):
+        raise BundleError(f"a distillation is from two towers to two towers, and {source} or the model is none")
     if teacher.image_size != student.image_size:
         raise BundleError(
             f"the teacher {source} takes images of {teacher.image_size} pixels, the model {student.image_size}:"
@@ -276,22 +308,21 @@ def _preprocessor(config: ModelConfig) -> dict[str, Any]:
 
 
 def _card(
-    name: str, config: ModelConfig, recipe: str, data_fingerprint: str, metrics: Mapping[str, float], weights_sha256: str | None
+    name: str, config: AnyModelConfig, recipe: str, data_fingerprint: str, metrics: Mapping[str, float], weights_sha256: str | None
 ) -> str:
     """A model card in the hub's form. The same model gives the same card: no dates, no host names."""
     rows = "".join(f"| {key} | {value:.4f} |\n" for key, value in sorted(metrics.items()))
-    mask = "attention_mask=texts.attention_mask, " if config.masks_padding else ""
     table = f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
+    kind, what, use = _described(config)
     return f"""---
 library_name: transformers
-pipeline_tag: zero-shot-image-classification
+pipeline_tag: {kind}
 tags: [{config.family}, mm]
 ---
 
 # {name}
 
-A {config.family} model trained with mm, recipe `{recipe}`: images of {config.image_size} pixels, captions of up to {config.context_length}
-tokens, features of {config.embed_dim} dimensions.
+A {config.family} model trained with mm, recipe `{recipe}`: {what}.
 
 | | |
 |---|---|
@@ -302,10 +333,10 @@ tokens, features of {config.embed_dim} dimensions.
 {table}
 ## Use
 
-With mm: `mm serve FOLDER`, `mm eval FOLDER`. With transformers, where FOLDER is this one:
+{use}"""
 
-```python
-from PIL import Image
+
+_FED = """from PIL import Image
 from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor
 
 model = AutoModel.from_pretrained(FOLDER)
@@ -313,10 +344,31 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 images = CLIPImageProcessor.from_pretrained(FOLDER)
 
 texts = tokenizer(["a cat", "a dog"], padding="max_length", truncation=True, return_tensors="pt")
-pixels = images(Image.open("picture.jpg"), return_tensors="pt")
+"""
+
+
+def _described(config: AnyModelConfig) -> tuple[str, str, str]:
+    """The hub's word for what it does, its sizes, and how it is used."""
+    if isinstance(config, DvaeConfig):
+        sizes = f"the encoder of a discrete VAE, {config.codebook.entries:,} entries, one for each 8 x 8 pixels"
+        use = "With mm: `model.codebook_source=FOLDER` of a flava recipe. With transformers: `FlavaImageCodebook.from_pretrained(FOLDER)`;"
+        return "feature-extraction", sizes, f"{use} pixels are\nmapped from [0, 1] to [0.1, 0.9]. `{_DECODER}` holds the decoder.\n"
+    sizes = f"images of {config.image_size} pixels, captions of up to {config.context_length}\ntokens, "
+    sizes += f"features of {config.embed_dim} dimensions"
+    with_mm = "With mm: `mm serve FOLDER`, `mm eval FOLDER`. With transformers, where FOLDER is this one:\n\n```python\n"
+    if isinstance(config, FlavaConfig):
+        use = """pixels = images([Image.open("cat.jpg"), Image.open("dog.jpg")], return_tensors="pt")
+output = model(input_ids=texts.input_ids, attention_mask=texts.attention_mask, pixel_values=pixels.pixel_values)
+print(output.multimodal_embeddings[:, 0].shape)  # of each pair; `FlavaForPreTraining` has the heads too
+```
+"""
+        return "feature-extraction", sizes, with_mm + _FED + use
+    mask = "attention_mask=texts.attention_mask, " if config.masks_padding else ""
+    use = f"""pixels = images(Image.open("picture.jpg"), return_tensors="pt")
 print(model(input_ids=texts.input_ids, {mask}pixel_values=pixels.pixel_values).logits_per_image.softmax(-1))
 ```
 """
+    return "zero-shot-image-classification", sizes, with_mm + _FED + use
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 Around = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """How the ranks divide a batch: the samples of each, in rank order, and which of them this one is."""
+
+    counts: tuple[int, ...]
+    rank: int = 0
+
+    @property
+    def first(self) -> int:
+        """This rank's first sample in the whole."""
+        return sum(self.counts[: self.rank])
+
+    @property
+    def is_divided(self) -> bool:
+        return len(self.counts) > 1
 
 
 def gather_features(
@@ -29,6 +47,26 @@ def gather_features(
         return local
     gathered: Tensor = _Gather.apply(local, list(counts), group, around)
     return gathered
+
+
+@torch.no_grad()
+def gather_rows(local: Shaped[Tensor, "b ..."], counts: Sequence[int], group: dist.ProcessGroup | None = None) -> Shaped[Tensor, "B ..."]:
+    """The rows of all ranks in rank order, of any type, without gradients."""
+    if len(counts) == 1:
+        return local
+    padded = local.new_zeros(max(counts), *local.shape[1:])
+    padded[: len(local)] = local
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def sum_over_ranks(values: Float[Tensor, " n"], whole: GlobalBatch, *, around: Around = nullcontext) -> Float[Tensor, " n"]:
+    """Without gradients; of one rank alone its own."""
+    if whole.is_divided:
+        with around():
+            dist.all_reduce(values)
+    return values
 
 
 class _Gather(torch.autograd.Function):

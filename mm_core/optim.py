@@ -66,6 +66,24 @@ def kept_numbers(kind: OptimizerKind, *, parameters: int, matrices: int) -> int:
     return 2 * parameters - (matrices if kind is OptimizerKind.MUON else 0)
 
 
+def lay_out_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state of every parameter, as its first step would: of a model whose steps train parts of it, a checkpoint would have
+    holes until each part has had its turn. Weights stay as they are."""
+    groups = [(group, group["lr"]) for group in optimizer.param_groups]
+    parameters = [p for group, _ in groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group, _ in groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, lr in groups:
+        group["lr"] = lr
+    for parameter in parameters:
+        for value in optimizer.state[parameter].values():
+            value.zero_()
+
+
 def _adamw(named: list[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
     decays = [p for name, p in named if _decays(name, p)]
     others = [p for name, p in named if not _decays(name, p) and p.ndim]

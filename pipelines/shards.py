@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mm_core.address import absolute, is_local
 from mm_core.data.index import Index, changed_shard
+from mm_core.data.text_rows import TEXT_SUFFIXES
 from mm_core.errors import DataError
 from mm_core.store import CONNECTIONS, open_store, reaching
 
@@ -34,7 +35,8 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
         matches = [_matches(absolute(one)) for one in named]
         if not any(matches):
             raise DataError(
-                f"no shard at {pattern}: name .tar files, a folder that holds some, a glob, or a range like {{00000..00012}}.tar"
+                f"no shard at {pattern}: name .tar files (of texts alone also .jsonl or .parquet), a folder that holds some, a glob, or a"
+                " range like {00000..00012}.tar"
             )
         if missing := [one for one, there in zip(named, matches, strict=True) if not there]:
             raise DataError(f"{len(missing):,} of the {len(named):,} shards that {pattern} names are not there, {missing[0]} first")
@@ -60,7 +62,7 @@ def _listed(fs: Any, path: str, pattern: str) -> list[str]:
     except FileNotFoundError:
         return []
     inside = fs.find(path)
-    shards = [p for p in inside if p.endswith(".tar")]
+    shards = [p for p in inside if p.endswith((".tar", *TEXT_SUFFIXES))]
     compressed = [p for p in inside if p.endswith(_COMPRESSED_SUFFIXES)]
     if compressed and not shards:
         raise DataError(

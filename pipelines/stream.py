@@ -68,6 +68,18 @@ class Share:
 
 
 @dataclass(frozen=True)
+class StepMasks:
+    """What a model shall predict; of a modality that a step has not, None."""
+
+    patches: NDArray[np.bool_] | None
+    """[b, patches]"""
+    masked_ids: NDArray[np.int32] | None
+    """[b, context_length]: the texts with their hidden words replaced."""
+    tokens: NDArray[np.bool_] | None
+    """[b, context_length]"""
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """This rank's samples of one global step."""
 
@@ -79,6 +91,8 @@ class StepBatch:
     positions: NDArray[np.uint64]
     rows: pa.Table
     """`source`, `epoch`, `uid`, `replaced` and `replaced_shard` of the samples."""
+    masks: StepMasks | None = None
+    """What is hidden of them, where something is."""
 
     @property
     def replaced(self) -> dict[str, int]:
@@ -146,7 +160,7 @@ def row_bytes(views: int, image_size: int, captions: int, context_length: int) -
 
 
 def _row_bytes(spec: ReadSpec) -> int:
-    return row_bytes(spec.augment.views, spec.image_size, spec.captions, spec.tokenizer.context_length)
+    return row_bytes(spec.augment.views, spec.image_size, *spec.text_shape)
 
 
 class _SegmentSource(Datasource):
@@ -311,7 +325,7 @@ def _opened_ahead(segments: Iterator[list[_Block]], start: Callable[[list[_Block
 
 def _split(spec: ReadSpec, share: Share, block: pa.Table, step: int) -> Iterator[StepBatch]:
     """A block's steps, each checked against the plan."""
-    size, context_length = spec.image_size, spec.tokenizer.context_length
+    size = spec.image_size
     while block.num_rows:
         expected = share.positions(step, spec.plan.chunk)
         rows = block.slice(0, len(expected))
@@ -323,9 +337,20 @@ def _split(spec: ReadSpec, share: Share, block: pa.Table, step: int) -> Iterator
         yield StepBatch(
             step=step,
             images=rows_of(rows["image"], (spec.augment.views, size, size, 3), np.uint8),
-            input_ids=rows_of(rows["input_ids"], (spec.captions, context_length), np.int32),
+            input_ids=rows_of(rows["input_ids"], spec.text_shape, np.int32),
             positions=positions,
             rows=rows.select(["source", "epoch", "uid", "replaced", "replaced_shard"]),
+            masks=None if spec.masking is None else _masks(rows, spec),
         )
         block = block.slice(len(expected))
         step += 1
+
+
+def _masks(rows: pa.Table, spec: ReadSpec) -> StepMasks:
+    assert spec.masking is not None, "the caller asks"
+    length = spec.text_shape[1:]
+    return StepMasks(
+        patches=rows_of(rows["image_mask"], (spec.masking.grid**2,), np.bool_),
+        masked_ids=rows_of(rows["masked_ids"], length, np.int32),
+        tokens=rows_of(rows["text_mask"], length, np.bool_),
+    )

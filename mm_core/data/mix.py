@@ -185,8 +185,8 @@ def mixed_plan(plans: Sequence[Plan], config: MixConfig, chunks_per_step: int) -
         ConfigError: weights that do not fit the sources, changes out of order.
     """
     if len(plans) == 1:
-        if config != MixConfig():
-            raise ConfigError("data.mix is set, but there is one index: give the others with --data, or leave data.mix out")
+        if config.weights or config.changes:
+            raise ConfigError("data.mix has weights, but there is one index: give the others with --data, or leave data.mix out")
         return plans[0]
     weights = config.weights or _by_size(plans)
     phases = [Phase(0, _whole(weights))]

@@ -22,6 +22,7 @@ from mm_core.data.columns import column_of
 from mm_core.data.image import MAX_PIXELS
 from mm_core.data.index import Index
 from mm_core.data.ledger import Kept, Source, compile_kept
+from mm_core.data.masking import MaskedWords, Masking
 from mm_core.data.mix import MixedPlan
 from mm_core.data.permutation import U64, mix
 from mm_core.data.personal import PersonalKind, mask_personal
@@ -30,9 +31,10 @@ from mm_core.data.problems import Reason, SampleProblem
 from mm_core.data.ranged import GAP_BYTES, RangedReader, Span
 from mm_core.data.sample import Group, Sample, group_of_span, read_group
 from mm_core.data.text import CaptionTokenizer, choose_captions
+from mm_core.data.text_rows import TABLE, TableReader, is_texts, row_of_span
 from mm_core.errors import DataError
 
-_AUGMENT, _CAPTION = 3, 4
+_AUGMENT, _CAPTION, _MASK = 3, 4, 6
 """Keep the keys of the draws apart from each other and from the plan's."""
 _BACKOFF_S = (0.05, 0.2)
 """Before a sample that disagrees with the index is read again."""
@@ -49,15 +51,27 @@ class ReadSpec:
     plan: Plan | MixedPlan
     image_size: int
     augment: AugmentConfig
-    tokenizer: CaptionTokenizer
+    tokenizer: CaptionTokenizer | None
+    """None where texts are not read, whatever the sources have."""
     captions: int = 1
     """Texts of each image."""
+    masking: Masking | None = None
+    """What is hidden of each sample, if something is: of one view and one text."""
     prompt_templates: tuple[str, ...] = ()
     max_pixels: int = MAX_PIXELS
     gap_bytes: int = GAP_BYTES
     """Bytes between two samples of a remote shard that are read along rather than asked for apart."""
     verify: bool = False
     """Compare every sample's bytes with the digest that the index has of it."""
+
+    def need(self, index: Index) -> tuple[str, ...]:
+        """The modalities that are read of a source."""
+        return tuple(modality for modality in index.summary.need if modality != "text" or self.tokenizer is not None)
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """Texts of a sample, and tokens of each."""
+        return (0, 0) if self.tokenizer is None else (self.captions, self.tokenizer.context_length)
 
 
 class IndexReader:
@@ -69,7 +83,7 @@ class IndexReader:
             DataError: `verify`, and the index has no digests.
         """
         self.index = index
-        self._ranged = RangedReader(gap_bytes=gap_bytes)
+        self._ranged, self._tables = RangedReader(gap_bytes=gap_bytes), TableReader()
         self._digests = index.digests if verify else None
         self._quarantine: dict[int, SampleProblem] = {}
         """Samples that are not what was indexed, by ordinal: they are not asked for again by this process."""
@@ -94,6 +108,7 @@ class IndexReader:
             time.sleep(wait_s)
             for span in self.spans(np.asarray(asked)):
                 self._ranged.forget(span.url)
+                self._tables.forget(span.url)
         if len(self._quarantine) < _QUARANTINE:
             self._quarantine |= {n: problem for n in asked if isinstance(problem := found[n], SampleProblem)}
         return [found[n] for n in numbers]
@@ -109,16 +124,23 @@ class IndexReader:
         return self.index.shard_names[int(self.index.locators[ordinal]["shard"])]
 
     def _attempt(self, ordinals: list[int]) -> dict[int, Group | SampleProblem]:
-        data = self._ranged.read(self.spans(np.asarray(ordinals, dtype=np.int64)))
-        return {n: self._group(n, one) for n, one in zip(ordinals, data, strict=True)}
+        spans = dict(zip(ordinals, self.spans(np.asarray(ordinals, dtype=np.int64)), strict=True))
+        rows = {n: span for n, span in spans.items() if span.url.endswith(TABLE)}
+        ranges = {n: span for n, span in spans.items() if n not in rows}
+        data = dict(zip(ranges, self._ranged.read([*ranges.values()]), strict=True))
+        data |= dict(zip(rows, self._tables.read([(span.url, span.start) for span in rows.values()]), strict=True))
+        return {n: self._group(n, data[n]) for n in ordinals}
 
     def _group(self, ordinal: int, data: bytes | SampleProblem) -> Group | SampleProblem:
         if isinstance(data, SampleProblem):
             return data
         row = self.index.locators[ordinal]
+        name, check = self.name_of(ordinal), int(row["check"])
         digest = None if self._digests is None else bytes(self._digests[ordinal]).hex()
         try:
-            return group_of_span(data, self.name_of(ordinal), check=int(row["check"]), occurrence=int(row["occurrence"]), digest=digest)
+            if is_texts(name):
+                return row_of_span(data, name, check=check, digest=digest)
+            return group_of_span(data, name, check=check, occurrence=int(row["occurrence"]), digest=digest)
         except SampleProblem as problem:
             return problem
 
@@ -138,6 +160,8 @@ def _changed(found: Group | SampleProblem) -> bool:
 @dataclass
 class _Decoded:
     uid: str
+    seed: int
+    """What is hidden of it is drawn by."""
     pixels: NDArray[np.uint8] | None
     """[views, size, size, 3]; None where the source is not read for images."""
     captions: list[str] | None
@@ -170,7 +194,7 @@ class PlanReader:
     def read(self, positions: U64) -> pa.Table:
         """One row per position: `position, source, epoch, uid, image` (views x size x size x 3 bytes), `input_ids` (captions x length),
         `replaced` (a reason or null) and `replaced_shard` (of the sample that could not be used, or null). Image or token ids are empty
-        where a source has none.
+        where a source has none. With a `masking` also `image_mask` (patches), `masked_ids` and `text_mask` (length).
 
         Args:
             positions: whole chunks of the plan.
@@ -210,7 +234,7 @@ class PlanReader:
             rows = np.flatnonzero(places.sources == source)
             key, reader = self.spec.plan.plans[source].seed, self._readers[source]
             ordinals = self._kept[source].at(places.kept[rows], places.epochs[rows], key)
-            need = reader.index.summary.need
+            need = self.spec.need(reader.index)
             # The place belongs to the seed only where a sample can come twice in an epoch.
             again = () if self._kept[source].copies is None else (places.kept[rows],)
             seeds = mix(key, _AUGMENT, places.epochs[rows], ordinals, *again)
@@ -232,6 +256,7 @@ class PlanReader:
         try:
             return _Decoded(
                 sample.uid,
+                int(mix(seed, _MASK)),
                 self._views(sample, seed, pixels) if "image" in need else None,
                 self._captions(sample, seed + _CAPTION, mask) if "text" in need else None,
             )
@@ -287,8 +312,7 @@ class PlanReader:
         lost = [row for row, reason in enumerate(reasons) if reason is not None]
         shards = dict(zip(lost, self._shards(places, lost), strict=True))
         seen = np.array([s.pixels is not None for s in samples])
-        captions = [caption for s in samples for caption in s.captions or ()]
-        input_ids = self.spec.tokenizer(captions).reshape(-1, self.spec.captions, self.spec.tokenizer.context_length)
+        texts = self._texts(samples)
         return pa.table(
             {
                 "position": positions,
@@ -296,8 +320,27 @@ class PlanReader:
                 "epoch": places.epochs,
                 "uid": pa.array([s.uid for s in samples], pa.string()),
                 "image": column_of(pixels if seen.all() else pixels[seen], seen),
-                "input_ids": column_of(input_ids, np.array([s.captions is not None for s in samples])),
+                **texts,
                 "replaced": pa.array(reasons, pa.string()),
                 "replaced_shard": pa.array([shards.get(row) for row in range(len(samples))], pa.string()),
+                **self._image_masks(samples, seen),
             }
         )
+
+    def _texts(self, samples: list[_Decoded]) -> dict[str, pa.Array]:
+        there = np.array([s.captions is not None for s in samples])
+        captions = [caption for s in samples for caption in s.captions or ()]
+        if self.spec.tokenizer is None or self.spec.masking is None:
+            ids = np.zeros((0, 0), dtype=np.int32) if self.spec.tokenizer is None else self.spec.tokenizer(captions)
+            return {"input_ids": column_of(ids.reshape(int(there.sum()), *self.spec.text_shape), there)}
+        ids, words = self.spec.tokenizer.with_words(captions)
+        seeds = np.array([s.seed for s in samples if s.captions is not None], dtype=np.uint64)
+        masked: MaskedWords = self.spec.masking.texts(ids, words, seeds)
+        columns = {"input_ids": ids, "masked_ids": masked.input_ids, "text_mask": masked.hidden}
+        return {name: column_of(np.ascontiguousarray(values), there) for name, values in columns.items()}
+
+    def _image_masks(self, samples: list[_Decoded], seen: NDArray[np.bool_]) -> dict[str, pa.Array]:
+        if self.spec.masking is None:
+            return {}
+        seeds = np.array([s.seed for s in samples if s.pixels is not None], dtype=np.uint64)
+        return {"image_mask": column_of(self.spec.masking.images(seeds), seen)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple
@@ -23,6 +24,7 @@ from mm_core.data.problems import Reason, SampleProblem
 from mm_core.data.ranged import retried
 from mm_core.data.sample import MAX_MEMBER_BYTES, MAX_OCCURRENCE, Group, content_digest, groups, read_group
 from mm_core.data.tar import BLOCK, Hole, is_header, walk
+from mm_core.data.text_rows import LINES, TABLE, lines, table_rows
 from mm_core.errors import DataError
 from mm_core.store import of_store, open_store, reaching
 
@@ -109,8 +111,8 @@ def scan_shard(
     rows: list[_Row] = []
     done, characters, name = 0, 0, shard_name(url)
     try:
-        with _ShardStream(url) as stream:
-            for entry in groups(walk(stream, max_member_bytes=MAX_MEMBER_BYTES)):
+        with _entries(url) as entries:
+            for entry in entries:
                 row = _Row(entry.start, entry.reason.value, BAD) if isinstance(entry, Hole) else _sample_row(entry, name, need, max_pixels)
                 rows.append(row)
                 characters += _characters(row)
@@ -121,6 +123,17 @@ def scan_shard(
         raise DataError(f"cannot read shard {url}: {error}") from None
     if rows:
         yield _batch(rows, shard, done)
+
+
+@contextmanager
+def _entries(url: str) -> Iterator[Iterator[Group | Hole]]:
+    """The samples of a shard, and the places that hold none, whatever it is made of."""
+    if url.endswith(TABLE):
+        with reaching(url):
+            yield table_rows(url)
+        return
+    with _ShardStream(url) as stream:
+        yield lines(stream) if url.endswith(LINES) else groups(walk(stream, max_member_bytes=MAX_MEMBER_BYTES))
 
 
 def _characters(row: _Row) -> int:

@@ -32,6 +32,14 @@ class CaptionTokenizer:
         encoded = self._tokenizer.encode_batch(list(captions))
         return np.asarray([e.ids for e in encoded], dtype=np.int32).reshape(len(captions), self.context_length)
 
+    def with_words(self, captions: Sequence[str]) -> tuple[Int32[np.ndarray, "b l"], Int32[np.ndarray, "b l"]]:
+        """Token ids, and the number of the word in its text that each token is of; -1 of marks and padding."""
+        encoded = self._tokenizer.encode_batch(list(captions))
+        shape = (len(captions), self.context_length)
+        words = [[-1 if word is None else word for word in e.word_ids] for e in encoded]
+        ids = np.asarray([e.ids for e in encoded], dtype=np.int32).reshape(shape)
+        return ids, np.asarray(words, dtype=np.int32).reshape(shape)
+
 
 TEMPLATE_MARK = "{c}"
 """Where a prompt template takes the caption: the mark of CLIP_benchmark's templates."""

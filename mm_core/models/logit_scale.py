@@ -30,16 +30,18 @@ _FORMS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, float]]] = {
 """By the parameter's name."""
 
 
-def scale_parameter(model: nn.Module) -> ScaleParameter:
-    """Of a two-tower model, wrapped or not. It lies at the model's root, where the walk begins."""
+def scale_parameter(model: nn.Module) -> ScaleParameter | None:
+    """Of a model with two towers, wrapped or not; None of any other. It lies at the model's root, where the walk begins."""
     for name, parameter in model.named_parameters():
         if (form := _FORMS.get(name.rpartition(".")[2])) is not None:
             return ScaleParameter(parameter, *form)
-    raise AssertionError(f"{type(model).__name__} has none of {', '.join(_FORMS)}")
+    return None
 
 
 def clamp_logit_scale(model: nn.Module) -> None:
-    """Keep the factor within [1, 100], in place."""
+    """Keep the factor within [1, 100], in place, where there is one."""
     found = scale_parameter(model)
+    if found is None:
+        return
     with torch.no_grad():
         found.parameter.clamp_(*found.bounds)

@@ -10,6 +10,8 @@ from transformers import (
     AlignModel,
     AutoConfig,
     CLIPModel,
+    FlavaForPreTraining,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipModel,
@@ -39,8 +41,13 @@ _CLASSES: dict[str, type[PreTrainedModel]] = {
     "siglip": SiglipModel,
     "align": AlignModel,
     "vision-text-dual-encoder": VisionTextDualEncoderModel,
+    "flava": FlavaForPreTraining,
 }
 """By `model_type` of config.json."""
+
+
+_TOWERS = ("text_config", "vision_config", "image_config", "multimodal_config", "image_codebook_config")
+"""Parts of a configuration, those that a model has."""
 
 
 def load_two_tower(source: str) -> PreTrainedModel:
@@ -93,10 +100,14 @@ def load_normalisation(
 
 def fed_image_size(model: PreTrainedModel, source: str) -> int:
     """Side of the images a model was trained on. An EfficientNet takes any, so ALIGN's is the one that its preprocessing crops to."""
-    size = int(model.config.vision_config.image_size)
+    size = int(_image_tower(model).image_size)
     if model.config.model_type != "align":
         return size
     return int(_preprocessing(source).get("crop_size", {}).get("height", size))
+
+
+def _image_tower(model: PreTrainedModel) -> PreTrainedConfig:
+    return model.config.image_config if model.config.model_type == "flava" else model.config.vision_config
 
 
 def _preprocessing(source: str) -> dict[str, Any]:
@@ -118,7 +129,7 @@ def architecture(model: PreTrainedModel) -> dict[str, object]:
     config = model.config
     towers = {
         f"{name}.{key}": getattr(tower, key)
-        for name, tower in (("text_config", config.text_config), ("vision_config", config.vision_config))
+        for name, tower in ((name, getattr(config, name)) for name in _TOWERS if hasattr(config, name))
         for key in _ARCHITECTURE
         if hasattr(tower, key)
     }

@@ -30,6 +30,9 @@ class TwoTowerConfig(Config):
     """Fields that are set when a run begins, from its tokenizer and its sources."""
     masks_padding: ClassVar[bool] = True
     """Whether the text tower takes an attention mask."""
+    needs: ClassVar[frozenset[str]] = frozenset({"image", "text"})
+    """The modalities that every source of a run has to have."""
+    reads_text: ClassVar[bool] = True
 
     image_size: int = Field(gt=0, description="Side of the square input, pixels.")
     context_length: int = Field(gt=1, description="Tokens of a caption, begin and end marks included.")

@@ -13,9 +13,9 @@ from mm_core.errors import ConfigError
 from mm_core.models.quiet import quiet
 from mm_core.models.sizes import SpecialTokens
 
-PAD, BOS, EOS = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
-_SPECIALS = [PAD, "<|unused|>", "<|unused2|>", BOS, EOS]
-"""The EOS must not have id 2 (see `clip.py`), so two ids are left unused."""
+PAD, MASK, BOS, EOS = "<|pad|>", "<|mask|>", "<|startoftext|>", "<|endoftext|>"
+_SPECIALS = [PAD, MASK, "<|unused|>", BOS, EOS]
+"""The EOS must not have id 2 (see `clip.py`), so an id is left unused."""
 
 
 def train_bpe(captions: Iterable[str], *, vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
@@ -39,7 +39,8 @@ def train_bpe(captions: Iterable[str], *, vocab_size: int, context_length: int) 
     tokenizer.train_from_iterator(captions, trainer)
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=[(BOS, bos), (EOS, eos)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=context_length)
+    marks = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "mask_token": MASK}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=context_length, **marks)
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
@@ -74,6 +75,16 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
     assert bos is not None, "the end mark stands in"
     assert pad is not None, "the end mark stands in"
     return SpecialTokens(bos=bos, eos=eos, pad=pad)
+
+
+def mask_token(tokenizer: PreTrainedTokenizerFast) -> int:
+    """
+    Raises:
+        ConfigError: it has none.
+    """
+    if tokenizer.mask_token_id is None:
+        raise ConfigError("words are hidden behind a mask token, and the tokenizer has none: take BERT's, or leave tokenizer.source out")
+    return int(tokenizer.mask_token_id)
 
 
 def _first(*ids: int | None) -> int | None:

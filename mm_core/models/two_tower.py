@@ -65,6 +65,9 @@ class TwoTower(nn.Module):
     mean: Tensor
     std: Tensor
 
+    trains_in_parts = False
+    """Every step trains all that is trained."""
+
     def __init__(self, model: PreTrainedModel, *, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD) -> None:
         super().__init__()
         self.model = model
@@ -81,10 +84,10 @@ class TwoTower(nn.Module):
 
     def image_features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
         pixels = normalise(images, self.mean, self.std)
-        return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
+        return unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
 
     def text_features(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
-        return _unit(self.model.get_text_features(input_ids=input_ids, attention_mask=self._mask(input_ids)).pooler_output)
+        return unit(self.model.get_text_features(input_ids=input_ids, attention_mask=self._mask(input_ids)).pooler_output)
 
     def _mask(self, input_ids: Int[Tensor, "b l"]) -> Int[Tensor, "b l"] | Bool[Tensor, "b 1 1 l"] | None:
         """True for text, false for padding. For SDPA in the form that its kernels take: of any other transformers first asks whether
@@ -98,6 +101,7 @@ class TwoTower(nn.Module):
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
         found = scale_parameter(self.model)
+        assert found is not None, "towers are compared by it"
         return found.factor(found.parameter).reshape(())
 
     @property
@@ -178,6 +182,6 @@ def normalise(images: UInt8[Tensor, "b h w 3"], mean: Float[Tensor, " 3"], std: 
     return ((images.to(mean.dtype) / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def _unit(features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+def unit(features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
     """L2-normalised, in fp32 at least: half precision has too few digits for logits of up to 100."""
     return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

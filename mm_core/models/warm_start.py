@@ -12,8 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-_POSITIONS = ("vision_model.embeddings.position_embedding.weight", "vision_model.embeddings.position_embeddings")
-"""By model: CLIP's and SigLIP's table, and the one that ViT and its kin have in front of an axis of one."""
+_POSITIONS = (
+    "vision_model.embeddings.position_embedding.weight",
+    "vision_model.embeddings.position_embeddings",
+    "flava.image_model.embeddings.position_embeddings",
+)
+"""By model: CLIP's and SigLIP's table, and the one that ViT and its kin, FLAVA's image tower too, have in front of an axis of one."""
 
 
 class InitMatch(StrEnum):

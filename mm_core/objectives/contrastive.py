@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,17 +24,9 @@ from mm_core.losses.sigmoid import sigmoid_loss
 from mm_core.losses.triplet import triplet_loss
 from mm_core.models.two_tower import ImageTextBatch, TwoTowerOutput
 from mm_core.objectives.config import ObjectiveConfig, ObjectiveKind
-from mm_core.objectives.output import LossOutput
+from mm_core.objectives.output import LossOutput, Objective
 
 Gather = Callable[[Tensor, Sequence[int]], Tensor]
-
-
-class Objective(Protocol):
-    """From one rank's outputs to its share of the global batch's loss."""
-
-    def __call__(self, output: TwoTowerOutput, batch: ImageTextBatch, counts: Sequence[int]) -> LossOutput:
-        """`counts`: samples of each rank in this step; `batch`: what `output` was made of."""
-        ...
 
 
 def build_objective(

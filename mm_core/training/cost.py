@@ -1,17 +1,23 @@
-"""What a step of a two-tower model costs, counted on the meta device: nothing is allocated, nothing is computed."""
+"""What a step of a model costs, counted on the meta device: nothing is allocated, nothing is computed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mm_core.models.family import ModelConfig, outline
+from mm_core.data.masking import MaskingConfig
+from mm_core.distributed import GlobalBatch
+from mm_core.models.dvae import DiscreteVae, DvaeBatch, DvaeConfig
+from mm_core.models.family import AnyModelConfig, outline
+from mm_core.models.flava import FlavaConfig
+from mm_core.models.fused import Fused
+from mm_core.models.fused_batch import MaskedImages, MaskedTexts, PairBatch
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
 from mm_core.optim import matrices_of
 
@@ -36,31 +42,63 @@ class SampleCost:
     """Kept from forward for backward. Attention without its matrix, as fused kernels have it."""
 
 
-def sample_cost(config: ModelConfig, *, views: int = 1, captions: int = 1, checkpointing: bool = False) -> SampleCost:
+def sample_cost(config: AnyModelConfig, *, views: int = 1, captions: int = 1, checkpointing: bool = False) -> SampleCost:
     """Products of matrices and convolutions, as `torch.utils.flop_counter` counts them, two operations for each multiply-add."""
-    model = outline(config)
-    with torch.device("meta"):
-        towers = TwoTower(model).to(torch.bfloat16)
-        images = torch.zeros(_SAMPLES, views, config.image_size, config.image_size, 3, dtype=torch.uint8)
-        batch = ImageTextBatch(images, torch.zeros(_SAMPLES, captions, config.context_length, dtype=torch.long))
-    towers.attend("sdpa")
+    model, batch = _model_and_batch(config, views, captions)
     if checkpointing:
-        towers.checkpoint_activations()
-    kept = _Kept(towers)
+        model.checkpoint_activations()
+    kept = _Kept(model)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}) as counter:
         with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
-            output = towers(batch)
+            output = model(batch)
         forward = counter.get_total_flops()
-        (output.image_features.sum() + output.text_features.sum()).backward()
+        torch.stack([tensor.float().sum() for tensor in _tensors(output)]).sum().backward()
         total = counter.get_total_flops()
     return SampleCost(
-        parameters=sum(p.numel() for p in towers.parameters()),
-        block_parameters=max(sum(p.numel() for p in block.parameters()) for block in towers.blocks()),
-        matrix_parameters=sum(p.numel() for p in matrices_of(towers.blocks())),
+        parameters=sum(p.numel() for p in model.parameters()),
+        block_parameters=max(sum(p.numel() for p in block.parameters()) for block in model.blocks()),
+        matrix_parameters=sum(p.numel() for p in matrices_of(model.blocks())),
         forward_flops=forward / _SAMPLES,
         backward_flops=(total - forward) / _SAMPLES,
         activation_bytes=kept.bytes / _SAMPLES,
     )
+
+
+def _model_and_batch(config: AnyModelConfig, views: int, captions: int) -> tuple[Any, Any]:
+    """On the meta device. Of a model for several tasks the dearest of its steps, that of pairs."""
+    inner, whole = outline(config), GlobalBatch((_SAMPLES,))
+    with torch.device("meta"):
+        images = torch.zeros(_SAMPLES, views, config.image_size, config.image_size, 3, dtype=torch.uint8)
+        match config:
+            case DvaeConfig():
+                return DiscreteVae(inner, config), DvaeBatch(images[:, 0], 1.0, 1.0, whole)
+            case FlavaConfig():
+                fused = Fused(inner).to(torch.bfloat16)
+                ids = torch.zeros(_SAMPLES, config.context_length, dtype=torch.long)
+                rows = [torch.zeros(int(share * _SAMPLES * n), dtype=torch.long) for share, n in _masked(config)]
+                mask = torch.zeros(_SAMPLES, config.patches, dtype=torch.bool)
+                pairs = PairBatch(MaskedImages(images[:, 0], mask, rows[0]), MaskedTexts(ids, ids, rows[1]), torch.zeros(_SAMPLES), whole)
+                fused.attend("sdpa")
+                return fused, pairs
+            case _:
+                towers = TwoTower(inner).to(torch.bfloat16)
+                towers.attend("sdpa")
+                return towers, ImageTextBatch(images, torch.zeros(_SAMPLES, captions, config.context_length, dtype=torch.long))
+
+
+def _masked(config: FlavaConfig) -> tuple[tuple[float, int], tuple[float, int]]:
+    """Share and number of an image's patches and a text's tokens, hidden as by default."""
+    usual = MaskingConfig()
+    return (usual.image_share, config.patches), (usual.text_share, config.context_length)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Those with a gradient, at any depth."""
+    if isinstance(output, Tensor):
+        return [output] if output.requires_grad else []
+    if is_dataclass(output):
+        output = {field.name: getattr(output, field.name) for field in fields(output)}
+    return [tensor for value in output.values() for tensor in _tensors(value)] if isinstance(output, dict) else []
 
 
 def _convolution_backward_flops(

@@ -62,12 +62,16 @@ class Alone:
 class Replicated:
     """DDP."""
 
-    def __init__(self, model: nn.Module, device: torch.device, clock: StepClock) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, clock: StepClock, *, in_parts: bool) -> None:
         device_ids = [device.index] if device.type == "cuda" else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # what follows it came with torch 2.13
             self._parallel = DistributedDataParallel(
-                model.to(device), device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                model.to(device),
+                device_ids=device_ids,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=in_parts,
             )
         self._parallel.register_comm_hook(clock, timed_all_reduce)
         self.module = model
@@ -111,15 +115,22 @@ class Sharded:
                     scalar.grad /= dist.get_world_size()
 
 
-def parallelise(model: nn.Module, kind: Parallelism, device: torch.device, clock: StepClock, *, blocks: Sequence[nn.Module]) -> Parallel:
-    """`model` on its device, over all ranks. `blocks`: the modules that are sharded one by one."""
+def parallelise(
+    model: nn.Module, kind: Parallelism, device: torch.device, clock: StepClock, *, blocks: Sequence[nn.Module], in_parts: bool = False
+) -> Parallel:
+    """`model` on its device, over all ranks.
+
+    Args:
+        blocks: the modules that are sharded one by one.
+        in_parts: whether there are steps that train a part of it only, the same on all ranks.
+    """
     if dist.get_world_size() > 1:
         synchronise_batch_norms(model)
     match kind:
         case Parallelism.DDP if dist.get_world_size() == 1:
             return Alone(model, device)
         case Parallelism.DDP:
-            return Replicated(model, device, clock)
+            return Replicated(model, device, clock, in_parts=in_parts)
         case Parallelism.FSDP:
             return Sharded(model, device, clock, blocks=blocks)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from mm_core.models.compiling import as_written
 from mm_core.models.logit_scale import clamp_logit_scale, scale_parameter
-from mm_core.models.two_tower import ImageTextBatch, TwoTowerOutput
-from mm_core.objectives.contrastive import Objective
-from mm_core.objectives.output import LossOutput
+from mm_core.objectives.output import LossOutput, Objective
 from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig, lr_at
 from mm_core.training.clock import Phase, StepClock
@@ -35,6 +34,8 @@ class StepResult:
 
     terms: dict[str, Tensor]
     """This rank's share of each loss term; the sum over ranks is the global batch's loss."""
+    measures: dict[str, Tensor]
+    """The same of what is logged beside the losses."""
     grad_norm: Tensor
     """Before clipping; the same on every rank, and not finite on all of them if it is on one."""
     lr: float
@@ -77,7 +78,7 @@ class TrainStep:
         self.mean, self.guard = mean, guard
         self._pieces = 1 if micro_batch_size is None else pieces_for(self._counts, micro_batch_size)
 
-    def __call__(self, batch: ImageTextBatch, step: int) -> StepResult:
+    def __call__(self, batch: Any, step: int) -> StepResult:
         lr = lr_at(self._schedule, self._optimizer_config.lr, step, self._total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -93,7 +94,8 @@ class TrainStep:
                 clamp_logit_scale(self.model.module)
                 if self.mean is not None:
                     self.mean.update(step)
-        return StepResult({name: term.detach() for name, term in loss.terms.items()}, grad_norm.detach(), lr, trouble)
+        terms, measures = ({name: value.detach() for name, value in some.items()} for some in (loss.terms, loss.measures))
+        return StepResult(terms, measures, grad_norm.detach(), lr, trouble)
 
     def _judge(self, loss: LossOutput, grad_norm: Tensor) -> Trouble | None:
         if self.guard is None:
@@ -101,7 +103,7 @@ class TrainStep:
         with self.clock.phase(Phase.COLLECTIVE):
             return self.guard.judge(loss, grad_norm)
 
-    def _backward(self, batch: ImageTextBatch) -> LossOutput:
+    def _backward(self, batch: Any) -> LossOutput:
         with self.clock.phase(Phase.FORWARD):
             with self._autocast():
                 output = self.model(batch)
@@ -110,7 +112,7 @@ class TrainStep:
             loss.total.backward()
         return loss
 
-    def _backward_in_pieces(self, batch: ImageTextBatch) -> LossOutput:
+    def _backward_in_pieces(self, batch: Any) -> LossOutput:
         """Its time counts as backward: the second forward of each piece belongs to it, and the first is the smaller part."""
         with self.clock.phase(Phase.BACKWARD):
             return cached_backward(
@@ -118,7 +120,7 @@ class TrainStep:
             )
 
     @contextmanager
-    def evaluating(self) -> Iterator[Callable[[ImageTextBatch], TwoTowerOutput]]:
+    def evaluating(self) -> Iterator[Callable[[Any], Any]]:
         """The model as it is evaluated: nothing dropped, no gradients, the mean of the weights where there is one. Afterwards
         everything is as it was. Where it is sharded, every call is a collective."""
         module = self.model.module
@@ -134,8 +136,10 @@ class TrainStep:
                 reshard(module)
 
     @property
-    def logit_scale(self) -> Tensor:
-        """The factor of the model's logits, as it is now. A collective where the model is sharded."""
+    def logit_scale(self) -> Tensor | None:
+        """The factor of the model's logits, as it is now, if it has one. A collective where the model is sharded."""
         found = scale_parameter(self.model.module)
+        if found is None:
+            return None
         parameter = found.parameter.detach()
         return found.factor(parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)

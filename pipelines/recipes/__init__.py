@@ -19,7 +19,9 @@ from pipelines.recipes.clip import (
     clip_vit_s32,
     clip_vit_ti16,
 )
+from pipelines.recipes.codebook import codebook_tiny
 from pipelines.recipes.dual import dual
+from pipelines.recipes.flava import flava_base, flava_tiny
 from pipelines.recipes.siglip import siglip_tiny, siglip_vit_b16
 from pipelines.train.config import TrainRun
 
@@ -39,6 +41,9 @@ RECIPES: dict[str, Callable[[], TrainRun]] = {
     "align-tiny": align_tiny,
     "align-base": align_base,
     "dual": dual,
+    "flava-tiny": flava_tiny,
+    "flava-base": flava_base,
+    "codebook-tiny": codebook_tiny,
 }
 
 

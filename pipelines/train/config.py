@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from mm_core.config import Config
 from mm_core.data.augment import AugmentConfig
 from mm_core.data.image import MAX_PIXELS
+from mm_core.data.masking import MaskingConfig
 from mm_core.data.mix import MixConfig
 from mm_core.data.ranged import GAP_BYTES
 from mm_core.data.text import TEMPLATE_MARK
-from mm_core.models.family import ModelConfig
+from mm_core.errors import ConfigError
+from mm_core.models.dvae import DvaeConfig
+from mm_core.models.family import AnyModelConfig, ModelConfig
 from mm_core.models.two_tower import Tower
 from mm_core.models.warm_start import InitMatch
+from mm_core.objectives.codebook import CodebookObjectiveConfig
 from mm_core.objectives.config import ObjectiveConfig
+from mm_core.objectives.multitask import MultitaskConfig
 from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig
 from mm_core.training.checkpoints import Retention
@@ -37,6 +42,7 @@ class DataConfig(Config):
     augment: AugmentConfig = AugmentConfig()
     captions: int = Field(default=1, ge=1, le=16, description="Texts of each image in a step, each one of its captions.")
     prompt_templates: tuple[str, ...] = Field(default=(), description="Texts with {c} for the caption; one is drawn each time.")
+    masking: MaskingConfig | None = Field(default=None, description="What is hidden of a sample, for models that predict it.")
     max_pixels: int = Field(default=MAX_PIXELS, gt=0, description="Images above this are not decoded.")
     gap_bytes: int = Field(
         default=GAP_BYTES, ge=0, description="Bytes between two samples of a remote shard that are read along rather than asked for apart."
@@ -151,17 +157,31 @@ class ResourceConfig(Config):
         return None if self.min_workers is None else (self.min_workers, self.workers)
 
 
+def _objective_tag(value: Any) -> str:
+    """Of kinds that need a model of their own their name; all others are of two towers."""
+    kind = value.get("kind") if isinstance(value, dict) else value.kind
+    return str(kind) if kind in ("multitask", "codebook") else "two_towers"
+
+
+Objectives = Annotated[
+    Annotated[ObjectiveConfig, Tag("two_towers")]
+    | Annotated[MultitaskConfig, Tag("multitask")]
+    | Annotated[CodebookObjectiveConfig, Tag("codebook")],
+    Discriminator(_objective_tag),
+]
+
+
 class TrainRun(Config):
     """A complete training run."""
 
     recipe: str = Field(description="Name of the recipe this came from.")
-    model: ModelConfig
+    model: AnyModelConfig
     towers: TowersConfig = TowersConfig()
     init: str | None = Field(default=None, description="Bundle folder or hub id whose weights training starts from.")
     init_match: InitMatch = Field(default=InitMatch.EXACT, description="exact, or partial: take what fits, and leave the rest fresh.")
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
+    objective: Objectives = ObjectiveConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     mean_decay: float | None = Field(
@@ -180,6 +200,28 @@ class TrainRun(Config):
     resources: ResourceConfig = ResourceConfig()
     tracking: TrackingConfig = TrackingConfig()
     storage: str = Field(default="runs", description="Folder or URL under which each run has a folder of its own.")
+
+    @model_validator(mode="after")
+    def _measures_what_there_is(self) -> Self:
+        if self.evaluation.every_steps is not None and not self.model.reads_text:
+            raise ValueError("evaluation compares images with texts, and a codebook reads none: set evaluation.every_steps=null")
+        return self
+
+    @property
+    def joint_model(self) -> ModelConfig:
+        """The model, where it puts images and texts into one space.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if isinstance(self.model, DvaeConfig):
+            raise ConfigError(f"{self.recipe} trains a codebook, which reads no texts: this is for models of images and texts")
+        return self.model
+
+    @property
+    def teacher(self) -> str | None:
+        """The model that a distillation learns from."""
+        return self.objective.teacher if isinstance(self.objective, ObjectiveConfig) else None
 
     def identity(self) -> dict[str, Any]:
         """The part that decides what is learned: two runs equal in it, on equal data, are the same run."""

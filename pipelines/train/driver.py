@@ -20,12 +20,13 @@ import ray
 from transformers import PreTrainedTokenizerFast
 
 from mm_core.address import absolute
-from mm_core.bundle import BundleManifest, load_teacher, write_bundle
+from mm_core.bundle import BundleManifest, write_bundle
 from mm_core.console import Console
 from mm_core.data.ledger import Source
 from mm_core.data.reader import ReadSpec
 from mm_core.errors import CheckpointError, ConfigError, MMError, TrainingError
 from mm_core.evaluation.chance import chance
+from mm_core.models.dvae import DiscreteVae
 from mm_core.models.family import build_model, resolved
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
 from mm_core.revision import code_revision
@@ -55,12 +56,12 @@ from pipelines.train.goodput import Goodput
 from pipelines.train.launch import check_resources, gpus_per_worker, launch, preemption_watched
 from pipelines.train.loop import WorkerTask
 from pipelines.train.outcome import Outcome
-from pipelines.train.preflight import Start, check_run, fed_by, named_weights, start_of
+from pipelines.train.parts import Model, check_parts, wrapped
+from pipelines.train.preflight import Start, check_run, fed_by, masking_for, named_weights, start_of, teacher_of
+from pipelines.train.reconstructions import draw_reconstructions
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
-from pipelines.train.towers import check_towers, wrapped
 
-_CURVES = ("loss", "loss/contrastive")
 _EVALUATED = ("retrieval/t2i_r1", "retrieval/i2t_r1", "zeroshot/top1")
 _SIZES = ("retrieval/images", "retrieval/texts", "zeroshot/classes")
 _BUNDLE_METRICS = ("loss", "logit_scale")
@@ -109,10 +110,10 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     start = None
     if record is None:
         run = run.model_copy(update={"model": resolved(run.model)})
-        check_towers(run)
+        check_parts(run)
         start = start_of(run)
         if start is not None and start.taken is not None:
-            console.note(f"--init {run.init}: {start.taken}" if run.init else f"the towers' sources: {start.taken}")
+            console.note(f"--init {run.init}: {start.taken}" if run.init else f"the model's sources: {start.taken}")
     else:
         if request.run.tracking == TrackingConfig():  # nobody named another store than the one it began in
             run = run.model_copy(update={"tracking": TrackingConfig.model_validate(record.config["tracking"])})
@@ -160,7 +161,7 @@ def _train(
         if outcome.failure:
             raise TrainingError(outcome.failure)
         export_bundle(folder, metrics={name: value for name, value in outcome.metrics.items() if name in _BUNDLE_METRICS})
-        _log_results(run, folder, record.tracking_run_id)
+        _log_results(run, folder, record.tracking_run_id, data, outcome.metrics)
         status = RunStatus.FINISHED
     except KeyboardInterrupt:
         status = RunStatus.KILLED
@@ -206,13 +207,13 @@ def export_bundle(folder: RunFolder, name: str = "bundle", *, metrics: Mapping[s
     step = folder.checkpoints.newest() if best is None else best
     if step is None:
         raise CheckpointError(f"the run {folder.url} has no checkpoint to export yet")
-    tokenizer = load_tokenizer(str(folder.get("tokenizer")))
-    model = wrapped(run, build_model(run.model, special_tokens(tokenizer)))
-    load_weights(folder.checkpoints.at(step), model, None if run.mean_decay is None else WeightMean(model, run.mean_decay))
+    tokenizer = _saved_tokenizer(run, folder)
+    model = _trained(run, folder, step, tokenizer)
     with tempfile.TemporaryDirectory(prefix="mm-bundle-") as temporary:
         manifest = write_bundle(
             Path(temporary) / name,
             model=model.model,
+            decoder=model.decoder if isinstance(model, DiscreteVae) else None,
             tokenizer=tokenizer,
             config=run.model,
             recipe=run.recipe,
@@ -222,6 +223,13 @@ def export_bundle(folder: RunFolder, name: str = "bundle", *, metrics: Mapping[s
         )
         folder.put(Path(temporary) / name, name)
     return manifest
+
+
+def _trained(run: TrainRun, folder: RunFolder, step: int, tokenizer: PreTrainedTokenizerFast | None) -> Model:
+    """The model of a checkpoint."""
+    model = wrapped(run, build_model(run.model, None if tokenizer is None else special_tokens(tokenizer)))
+    load_weights(folder.checkpoints.at(step), model, None if run.mean_decay is None else WeightMean(model, run.mean_decay))
+    return model
 
 
 def _claim(request: TrainRequest, run: TrainRun, data: RunData) -> tuple[RunFolder, RunRecord | None]:
@@ -260,9 +268,10 @@ def _begin(run: TrainRun, data: RunData, folder: RunFolder, start: Start | None)
     tokenizer = _train_tokenizer(run, data) if start is None else start.tokenizer
     run = fed_by(run, tokenizer)
     try:
-        with tempfile.TemporaryDirectory(prefix="mm-tokenizer-") as local:
-            tokenizer.save_pretrained(local)
-            folder.put(Path(local), "tokenizer")
+        if tokenizer is not None:
+            with tempfile.TemporaryDirectory(prefix="mm-tokenizer-") as local:
+                tokenizer.save_pretrained(local)
+                folder.put(Path(local), "tokenizer")
         run_id = create_run(
             run.tracking,
             run_name=folder.name,
@@ -293,23 +302,28 @@ def _begin(run: TrainRun, data: RunData, folder: RunFolder, start: Start | None)
 
 
 def _train_tokenizer(run: TrainRun, data: RunData) -> PreTrainedTokenizerFast:
-    return train_bpe(
-        data.captions(run.tokenizer.max_captions), vocab_size=run.tokenizer.vocab_size, context_length=run.model.context_length
-    )
+    captions = data.captions(run.tokenizer.max_captions)
+    return train_bpe(captions, vocab_size=run.tokenizer.vocab_size, context_length=run.joint_model.context_length)
+
+
+def _saved_tokenizer(run: TrainRun, folder: RunFolder) -> PreTrainedTokenizerFast | None:
+    return load_tokenizer(str(folder.get("tokenizer"))) if run.model.reads_text else None
 
 
 def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, record: RunRecord, start: Start | None) -> WorkerTask:
-    tokenizer = load_tokenizer(str(folder.get("tokenizer")))
+    tokenizer = _saved_tokenizer(run, folder)
     initial = None if start is None else start.weights
     if start is None and folder.checkpoints.newest() is None:
         initial, _ = named_weights(run, tokenizer)
+    teacher = teacher_of(run, tokenizer)
     spec = ReadSpec(
         sources=data.sources,
         plan=data.plan(run),
         image_size=run.model.image_size,
         augment=run.data.augment,
-        tokenizer=caption_tokenizer(tokenizer, run.model.context_length),
+        tokenizer=None if tokenizer is None else caption_tokenizer(tokenizer, run.joint_model.context_length),
         captions=run.data.captions,
+        masking=None if tokenizer is None else masking_for(run, tokenizer),
         prompt_templates=run.data.prompt_templates,
         max_pixels=run.data.max_pixels,
         gap_bytes=run.data.gap_bytes,
@@ -318,14 +332,14 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
     return WorkerTask(
         run=run,
         spec=spec,
-        tokens=special_tokens(tokenizer),
+        tokens=None if tokenizer is None else special_tokens(tokenizer),
         folder=folder.url,
         audit=request.audit and absolute(request.audit),
         data_fingerprint=data.fingerprint,
         code_revision=code_revision(),
         tracking_run_id=record.tracking_run_id,
         initial_weights=None if initial is None else ray.put(initial),
-        teacher=None if run.objective.teacher is None else ray.put(load_teacher(run.objective.teacher, run.model, tokenizer)),
+        teacher=None if teacher is None else ray.put(teacher),
         board=start_board(folder.read_goodput()),
         preemption_watched=preemption_watched(),
     )
@@ -334,7 +348,9 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
 def _evaluation(heldout: EvaluationData, task: WorkerTask, folder: RunFolder, console: Console) -> EvaluationTask:
     """Where it is to run in the background and there is no room for that, the ranks evaluate."""
     run = task.run
-    spec = heldout.spec(run, load_tokenizer(str(folder.get("tokenizer"))), folder)
+    tokenizer = _saved_tokenizer(run, folder)
+    assert tokenizer is not None, "the driver has looked at it"
+    spec = heldout.spec(run, tokenizer, folder)
     actor = start_background(spec, run, task.tokens, gpus_per_worker(run)) if run.evaluation.background else None
     if run.evaluation.background and actor is None:
         console.note(
@@ -369,12 +385,15 @@ def _log_goodput(run: TrainRun, folder: RunFolder, run_id: str, console: Console
         log_artifacts(run.tracking, run_id, time_bars(goodput.rows(), Path(temporary) / "goodput.png"), "plots")
 
 
-def _log_results(run: TrainRun, folder: RunFolder, run_id: str) -> None:
+def _log_results(run: TrainRun, folder: RunFolder, run_id: str, data: RunData, metrics: Mapping[str, float]) -> None:
     bundle = folder.get("bundle")
     log_artifacts(run.tracking, run_id, bundle, "bundle")
-    history = metric_history(run.tracking, run_id, _CURVES)
+    history = metric_history(run.tracking, run_id, [name for name in metrics if name == "loss" or name.startswith("loss/")])
     with tempfile.TemporaryDirectory() as temporary:
         loss_curve(history, Path(temporary) / "loss.png")
+        model = None if run.model.reads_text else _trained(run, folder, folder.checkpoints.newest() or 0, None)
+        if isinstance(model, DiscreteVae):
+            draw_reconstructions(model, run.model.image_size, data, Path(temporary) / "reconstructions.png")
         if run.evaluation.every_steps is not None:
             measured = metric_history(run.tracking, run_id, [f"eval/{name}" for name in (*_EVALUATED, *_SIZES)])
             _draw_evaluations({name.removeprefix("eval/"): points for name, points in measured.items()}, Path(temporary) / "evaluation.png")

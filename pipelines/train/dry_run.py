@@ -11,10 +11,10 @@ from mm_core.models.family import resolved
 from mm_core.optim import kept_numbers
 from mm_core.training.cost import sample_cost
 from pipelines.train.config import TrainRun
+from pipelines.train.parts import check_parts
 from pipelines.train.preflight import check_run, start_of
 from pipelines.train.read_cost import Prices, read_cost
 from pipelines.train.run_data import RunData
-from pipelines.train.towers import check_towers
 
 _FP32 = 4
 
@@ -31,7 +31,7 @@ def describe(
     data = RunData.open(sources)
     check_run(run, data)
     run = run.model_copy(update={"model": resolved(run.model)})
-    check_towers(run)
+    check_parts(run)
     start_of(run)
     workers = run.resources.workers
     chunks = chunks_per_step(run.global_batch_size, run.data.chunk, workers)

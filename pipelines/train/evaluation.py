@@ -21,11 +21,10 @@ from mm_core.evaluation.evaluator import EvaluationSpec, Evaluator
 from mm_core.evaluation.ranks import Ranks
 from mm_core.models.family import build_model
 from mm_core.models.sizes import SpecialTokens
-from mm_core.models.two_tower import TwoTower
 from mm_core.training.precision import autocast
 from mm_core.training.step import TrainStep
 from pipelines.train.config import TrainRun
-from pipelines.train.towers import wrapped
+from pipelines.train.parts import Model, wrapped
 
 _LAST_S = 600
 """How long a run waits at its end for an evaluation in the background, seconds."""
@@ -138,12 +137,12 @@ def _line(error: BaseException) -> str:
 class SnapshotEvaluator:
     """The actor. Its model is built at the first call: what a constructor raises is lost in Ray's report of a dead actor."""
 
-    def __init__(self, spec: EvaluationSpec, run: TrainRun, tokens: SpecialTokens) -> None:
+    def __init__(self, spec: EvaluationSpec, run: TrainRun, tokens: SpecialTokens | None) -> None:
         self._spec, self._run, self._tokens = spec, run, tokens
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
-    def _model(self) -> TwoTower:
+    def _model(self) -> Model:
         if self._device.type == "cpu":
             torch.set_num_threads(1)  # the processor it has booked
         model = wrapped(self._run, build_model(self._run.model, self._tokens))
@@ -161,7 +160,9 @@ class SnapshotEvaluator:
             return self._evaluator(self._model)
 
 
-def start_background(spec: EvaluationSpec, run: TrainRun, tokens: SpecialTokens, gpus_per_worker: float) -> ray.actor.ActorHandle | None:
+def start_background(
+    spec: EvaluationSpec, run: TrainRun, tokens: SpecialTokens | None, gpus_per_worker: float
+) -> ray.actor.ActorHandle | None:
     """An actor beside the ranks; None where the cluster has no GPU, or without GPUs no processor, beyond what they use."""
     kind = "GPU" if gpus_per_worker else "CPU"
     taken = run.resources.workers * (gpus_per_worker or 1)  # without GPUs each rank's stream has a processor

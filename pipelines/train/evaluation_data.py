@@ -22,6 +22,7 @@ from pipelines.evaluate import check_labels, check_need, classes_of, shards_of
 from pipelines.index import build_index
 from pipelines.shards import expand_shards
 from pipelines.train.config import TrainRun
+from pipelines.train.parts import heldout_objective
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder
 
@@ -84,9 +85,9 @@ class EvaluationData:
             retrieval=self.retrieval,
             zeroshot=zeroshot,
             max_samples=run.evaluation.max_samples,
-            tokenizer=caption_tokenizer(tokenizer, run.model.context_length),
+            tokenizer=caption_tokenizer(tokenizer, run.joint_model.context_length),
             image_size=run.model.image_size,
-            objective=run.objective,
+            objective=heldout_objective(run),
             batch_size=run.global_batch_size,
         )
 

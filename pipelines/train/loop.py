@@ -24,9 +24,8 @@ from mm_core.data.reader import ReadSpec
 from mm_core.evaluation.ranks import Ranks
 from mm_core.models.family import build_model
 from mm_core.models.sizes import SpecialTokens
-from mm_core.models.two_tower import ImageTextBatch, TwoTower
-from mm_core.objectives.contrastive import build_objective
-from mm_core.optim import build_optimizer
+from mm_core.models.two_tower import TwoTower
+from mm_core.optim import build_optimizer, lay_out_state
 from mm_core.training.checkpoint import seed_step
 from mm_core.training.clock import Phase, StepClock
 from mm_core.training.cost import sample_cost
@@ -45,10 +44,10 @@ from pipelines.train.config import TrainRun
 from pipelines.train.evaluation import EvaluationTask, evaluation_of
 from pipelines.train.meter import Meter
 from pipelines.train.outcome import Outcome
+from pipelines.train.parts import Model, inputs_of, objective_of, wrapped
 from pipelines.train.remedies import LeftOut, Remedies, Rollback, is_left_out, not_finite, too_many_replaced
 from pipelines.train.run_checkpoints import RunCheckpoints, next_attempt
 from pipelines.train.run_log import Preemption, RunLog, watching
-from pipelines.train.towers import wrapped
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ class WorkerTask:
 
     run: TrainRun
     spec: ReadSpec
-    tokens: SpecialTokens
+    tokens: SpecialTokens | None
+    """None of a model that reads no text."""
     folder: str
     """The run's folder (any fsspec URL)."""
     audit: str | None
@@ -138,27 +138,25 @@ class _Attempt:
         self.checkpoints.close()
 
 
-def build_step(run: TrainRun, model: TwoTower, clock: StepClock, teacher: TwoTower | None = None) -> TrainStep:
+def build_step(run: TrainRun, model: Model, clock: StepClock, teacher: TwoTower | None = None) -> TrainStep:
     """`model` on the clock's device, over all ranks, with its objective and optimiser."""
-    rank, world_size, device = dist.get_rank(), dist.get_world_size(), clock.device
+    rank, device = dist.get_rank(), clock.device
     model.attend_for(device)
     prepare_blocks(model.blocks(), run.precision, device)
-    parallel = parallelise(model, run.parallel.kind, device, clock, blocks=model.blocks())
-    objective = build_objective(
-        run.objective,
-        rank=rank,
-        teacher=None if teacher is None else teacher.to(device),
-        around=partial(clock.phase, Phase.COLLECTIVE),
-        block_bytes=run.parallel.logit_block_mb << 20,
-    )
+    parallel = parallelise(model, run.parallel.kind, device, clock, blocks=model.blocks(), in_parts=model.trains_in_parts)
+    around = partial(clock.phase, Phase.COLLECTIVE)
+    objective = objective_of(run, rank=rank, teacher=None if teacher is None else teacher.to(device), around=around)
+    optimizer = build_optimizer(model, run.optimizer, blocks=model.blocks())
+    if model.trains_in_parts:
+        lay_out_state(optimizer)
     return TrainStep(
         parallel,
         objective,
-        build_optimizer(model, run.optimizer, blocks=model.blocks()),
+        optimizer,
         optimizer_config=run.optimizer,
         schedule=run.schedule,
         total_steps=run.steps,
-        counts=rank_counts(chunks_per_step(run.global_batch_size, run.data.chunk, world_size), run.data.chunk, world_size),
+        counts=_counts(run),
         device=device,
         precision=run.precision,
         clock=clock,
@@ -166,6 +164,12 @@ def build_step(run: TrainRun, model: TwoTower, clock: StepClock, teacher: TwoTow
         mean=None if run.mean_decay is None else WeightMean(parallel.module, run.mean_decay),
         guard=StepGuard(run.faults) if run.faults.looks_before_updating else None,
     )
+
+
+def _counts(run: TrainRun) -> list[int]:
+    """Samples of each rank in a step."""
+    world_size = dist.get_world_size()
+    return rank_counts(chunks_per_step(run.global_batch_size, run.data.chunk, world_size), run.data.chunk, world_size)
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ def run_steps(
 ) -> Outcome | Rollback:
     """The steps [first_step, run.steps) on this rank."""
     rank, clock = dist.get_rank(), train_step.clock
-    to_device = Transfer(train_step.device)
+    to_device, inputs_from = Transfer(train_step.device), inputs_of(run, _counts(run), dist.get_rank())
     meter = Meter(train_step, run.global_batch_size, _flops_per_sample(run, train_step.device))
     clock.read()  # up to here was start-up
     metrics: dict[str, float] = {}
@@ -208,7 +212,7 @@ def run_steps(
         applied = not is_left_out(step, left_out)
         if applied:
             with clock.phase(Phase.HOST_TO_DEVICE):
-                inputs = _inputs(batch, to_device)
+                inputs = inputs_from(batch, to_device)
             seed_step(run.seed, step, rank)
             result = train_step(inputs, step)
             if result.trouble is not None:
@@ -222,7 +226,7 @@ def run_steps(
                 return Outcome(step, metrics, *failure)
             else:
                 unchecked = (batch, result.grad_norm)
-        meter.step_done(batch.replaced_in)
+        meter.step_done(batch.replaced_in, result if applied else None)
         if audit:
             audit.add(batch, applied=applied)
         done = step + 1
@@ -251,12 +255,6 @@ def run_steps(
         if evaluation_due or save_due or leaving:
             tools.alive(done)  # their time is not the next step's
     return Outcome(run.steps, metrics, replaced=tuple(meter.top_shards()))
-
-
-def _inputs(batch: StepBatch, to_device: Transfer) -> ImageTextBatch:
-    assert batch.images is not None, "the driver lets only paired sources pass"
-    assert batch.input_ids is not None, "the driver lets only paired sources pass"
-    return ImageTextBatch(to_device(batch.images), to_device(batch.input_ids).long())
 
 
 def _flops_per_sample(run: TrainRun, device: torch.device) -> float | None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mm_core.data.problems import Reason
 from mm_core.training.clock import Phase
@@ -31,12 +32,20 @@ class Meter:
         self._shards: Counter[tuple[str, str]] = Counter()
         """The same by shard and reason."""
         self._steps = 0
+        self._terms: dict[str, Tensor] = {}
+        self._measures: dict[str, Tensor] = {}
+        """The last of each since the last reading: not every step has all of them."""
 
-    def step_done(self, replaced: Mapping[tuple[str, str], int]) -> None:
-        """Args:
-        replaced: samples by shard and reason.
+    def step_done(self, replaced: Mapping[tuple[str, str], int], result: StepResult | None) -> None:
+        """
+        Args:
+            replaced: samples by shard and reason.
+            result: None of a step that was left out.
         """
         self._steps += 1
+        if result is not None:
+            self._terms |= result.terms
+            self._measures |= result.measures
         for (_, reason), samples in replaced.items():
             self.replaced[reason] += samples
         self._shards.update(replaced)
@@ -56,11 +65,11 @@ class Meter:
 
     def read(self, result: StepResult) -> dict[str, float]:
         """The metrics of the steps since the last call. Reading the tensors is a sync point: it is why this is not done at every
-        step. Losses are those of the last step, over the global batch; times are the mean over ranks."""
+        step. Losses are those of the last step that has them, over the global batch; times are the mean over ranks."""
         device = self._train_step.device
         seconds = self._train_step.clock.read()
-        names = [f"loss/{name}" for name in result.terms]
-        local = [*(term.float() for term in result.terms.values())]
+        names = [*(f"loss/{name}" for name in self._terms), *self._measures]
+        local = [*(value.float() for value in (*self._terms.values(), *self._measures.values()))]
         times_and_counts = (*seconds.values(), *(float(self.replaced[reason]) for reason in Reason))
         local += [torch.tensor(value, device=device) for value in times_and_counts]
         summed = torch.stack([v.reshape(()).float() for v in local])
@@ -68,9 +77,8 @@ class Meter:
         values = summed.tolist()
         terms, times, replaced = values[: len(names)], values[len(names) : -len(Reason)], values[-len(Reason) :]
         metrics = dict(zip(names, terms, strict=True)) | {
-            "loss": sum(terms),
+            "loss": sum(terms[: len(self._terms)]),
             "lr": result.lr,
-            "logit_scale": float(self._train_step.logit_scale),
             "grad_norm": float(result.grad_norm),
             "samples_per_s": self._steps * self._global_batch_size / sum(seconds.values()),
             "replaced_samples": sum(replaced),
@@ -78,9 +86,11 @@ class Meter:
         }
         metrics |= {f"time_fraction/{phase}": time_s / sum(times) for phase, time_s in zip(Phase, times, strict=True)}
         metrics |= {f"replaced/{reason}": count for reason, count in zip(Reason, replaced, strict=True) if count}
+        if (scale := self._train_step.logit_scale) is not None:
+            metrics["logit_scale"] = float(scale)
         if device.type == "cuda":
             if self._gpu is not None and self._flops_per_sample is not None:
                 metrics["mfu"] = mfu(metrics["samples_per_s"], self._flops_per_sample, self._gpu, dist.get_world_size())
             metrics["memory/gpu_peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-        self._steps = 0
+        self._steps, self._terms, self._measures = 0, {}, {}
         return metrics

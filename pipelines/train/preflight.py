@@ -8,15 +8,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mm_core.bundle import init_from, load_teacher
+from mm_core.data.masking import Masking
 from mm_core.errors import ConfigError
+from mm_core.models.codebook import load_codebook
 from mm_core.models.dual import DualConfig, tower_weights
-from mm_core.models.family import build_model
+from mm_core.models.family import ModelConfig, build_model
+from mm_core.models.flava import FlavaConfig
 from mm_core.models.pretrained import check_pooling
-from mm_core.models.sizes import TwoTowerConfig
-from mm_core.models.tokenizer import load_tokenizer, special_tokens
+from mm_core.models.tokenizer import load_tokenizer, mask_token, special_tokens
+from mm_core.models.two_tower import TwoTower
 from mm_core.models.warm_start import WarmStart, take_over
 from mm_core.training.parallel import Parallelism
 from pipelines.train.config import TrainRun
+from pipelines.train.parts import masking_of
 from pipelines.train.run_data import RunData
 
 
@@ -25,7 +29,7 @@ def check_run(run: TrainRun, data: RunData) -> None:
     Raises:
         ConfigError: data without pairs; a batch, chunk, mix or number of workers that do not fit one another.
     """
-    data.check_modalities()
+    data.check_modalities(run)
     data.plan(run)
     check_parallel(run, run.resources.workers)
 
@@ -46,7 +50,8 @@ def check_parallel(run: TrainRun, ranks: int) -> None:
 class Start:
     """What others have made of a new run."""
 
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast | None
+    """None: the model reads no text."""
     weights: dict[str, Tensor] | None
     """By the model's names; None: fresh ones."""
     taken: WarmStart | None
@@ -54,41 +59,72 @@ class Start:
 
 
 def start_of(run: TrainRun) -> Start | None:
-    """The tokenizer and the weights that a new run names; None: its tokenizer is to be trained, and its weights are fresh.
+    """The tokenizer and the weights that a new run names; None: its tokenizer is to be trained.
 
     Raises:
         ConfigError, BundleError: they, or the teacher, are not there or do not fit the run's model.
     """
+    if not run.model.reads_text:
+        return Start(None, *named_weights(run, None))
     # The weights of another model belong to its token ids.
-    source = run.tokenizer.source or run.init or run.objective.teacher or run.model.tokenizer_source
+    source = run.tokenizer.source or run.init or run.teacher or run.joint_model.tokenizer_source
     if not source:
         return None
     tokenizer = load_tokenizer(source)
     run = fed_by(run, tokenizer)
+    masking_for(run, tokenizer)
     weights, taken = named_weights(run, tokenizer)
-    if run.objective.teacher is not None:
-        load_teacher(run.objective.teacher, run.model, tokenizer)
+    teacher_of(run, tokenizer)
     return Start(tokenizer, weights, taken)
 
 
-def fed_by(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> TrainRun:
+def fed_by(run: TrainRun, tokenizer: PreTrainedTokenizerFast | None) -> TrainRun:
     """The run with its tokenizer's vocabulary."""
-    model: TwoTowerConfig = run.model.model_copy(update={"vocab_size": len(tokenizer)})
+    if tokenizer is None:
+        return run
+    model: ModelConfig = run.joint_model.model_copy(update={"vocab_size": len(tokenizer)})
     return run.model_copy(update={"model": model})
 
 
-def named_weights(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Tensor] | None, WarmStart | None]:
-    """A state of the run's model with what `--init` names, or the towers' sources, and what was taken of them; None: all is fresh.
+def masking_for(run: TrainRun, tokenizer: PreTrainedTokenizerFast) -> Masking | None:
+    """
+    Raises:
+        ConfigError: words are to be hidden, and the tokenizer has no mark for that.
+    """
+    return None if run.data.masking is None else masking_of(run, mask_token(tokenizer), special_tokens(tokenizer).pad)
+
+
+def teacher_of(run: TrainRun, tokenizer: PreTrainedTokenizerFast | None) -> TwoTower | None:
+    """
+    Raises:
+        ConfigError, BundleError: it does not fit the run's model.
+    """
+    if run.teacher is None:
+        return None
+    assert tokenizer is not None, "two towers read text"
+    return load_teacher(run.teacher, run.model, tokenizer)
+
+
+def named_weights(run: TrainRun, tokenizer: PreTrainedTokenizerFast | None) -> tuple[dict[str, Tensor] | None, WarmStart | None]:
+    """A state of the run's model with what `--init` names, or the model's sources, and what was taken of them; None: all is fresh.
 
     Raises:
         ConfigError, BundleError: sizes or tokenizer that do not fit the model.
     """
+    if tokenizer is None:
+        if run.init is not None:
+            raise ConfigError(f"--init is for models that bundles can be loaded as, and a {run.model.family} is none: leave it out")
+        return None, None
     model = build_model(run.model, special_tokens(tokenizer))
     if run.init is not None:
         taken = init_from(model, run.init, tokenizer=tokenizer, match=run.init_match)
     elif isinstance(run.model, DualConfig):
         check_pooling(model, tokenizer)
         taken = take_over(model, tower_weights(run.model))
+    elif isinstance(run.model, FlavaConfig):
+        assert run.model.codebook_source is not None, "the driver has looked at it"
+        codebook = load_codebook(run.model.codebook_source).state_dict()
+        taken = take_over(model, {f"image_codebook.{name}": tensor for name, tensor in codebook.items()})
     else:
         return None, None
     return model.state_dict(), taken

@@ -10,6 +10,7 @@ from mm_core.address import is_local
 from mm_core.data.plan import chunks_per_step
 from mm_core.data.ranged import Span, gather
 from mm_core.data.reader import IndexReader
+from mm_core.models.dvae import DvaeConfig
 from pipelines.stream import Share, row_bytes
 from pipelines.train.config import TrainRun
 from pipelines.train.run_data import RunData
@@ -63,9 +64,8 @@ def read_cost(data: RunData, run: TrainRun, *, blocks: int = _BLOCKS) -> ReadCos
     readers = [IndexReader(index) for index in data.indexes]
     plan, chunks = data.plan(run), chunks_per_step(run.global_batch_size, run.data.chunk, run.resources.workers)
     share = Share(0, run.resources.workers, chunks)
-    step_bytes = len(share.positions(0, run.data.chunk)) * row_bytes(
-        run.data.augment.views, run.model.image_size, run.data.captions, run.model.context_length
-    )
+    texts = (0, 0) if isinstance(run.model, DvaeConfig) else (run.data.captions, run.model.context_length)
+    step_bytes = len(share.positions(0, run.data.chunk)) * row_bytes(run.data.augment.views, run.model.image_size, *texts)
     steps = run.stream.steps_per_block(step_bytes)
     samples = requests = read = needed = 0
     for first in np.unique(np.linspace(0, max(0, run.steps - steps), blocks).astype(int) // steps * steps).tolist():

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mm_core.errors import CheckpointError
 from mm_core.evaluation.ranks import Ranks
-from mm_core.models.two_tower import TwoTower
 from mm_core.store import open_store, write_whole
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, read_state
 from mm_core.training.checkpoints import CheckpointFolder, CheckpointWriter
 from mm_core.training.guard import StepGuard
 from mm_core.training.step import TrainStep
 from pipelines.train.audit import Audit
+from pipelines.train.parts import Model
 from pipelines.train.remedies import LeftOut, Rollback
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class RunCheckpoints:
     def __init__(
         self,
         task: WorkerTask,
-        model: TwoTower,
+        model: Model,
         train_step: TrainStep,
         chunks_per_step: int,
         log: Callable[[int, dict[str, float]], None],

@@ -17,6 +17,7 @@ from mm_core.data.personal import mask_personal
 from mm_core.data.plan import Plan, chunks_per_step
 from mm_core.errors import ConfigError
 from pipelines.train.config import TrainRun
+from pipelines.train.parts import serves
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,23 @@ class RunData:
         names = [kept.fingerprint for kept in self.kept]
         return names[0] if len(names) == 1 else hashlib.blake2b(" ".join(names).encode(), digest_size=16).hexdigest()
 
-    def check_modalities(self) -> None:
+    def check_modalities(self, run: TrainRun) -> None:
         """
         Raises:
-            ConfigError: an index has only one side of the pairs that the contrastive objective needs.
+            ConfigError: an index lacks what the model needs, or has nothing for any of its tasks.
         """
         for index in self.indexes:
-            if missing := {"image", "text"} - set(index.summary.need):
+            need = index.summary.need
+            if missing := run.model.needs - set(need):
+                what = "pairs images with texts" if len(run.model.needs) > 1 else f"reads {' and '.join(run.model.needs)}s"
                 raise ConfigError(
-                    f"the index at {index.url} was made for {' and '.join(index.summary.need)} alone, but this recipe pairs images with"
-                    f" texts: index shards that have {' and '.join(sorted(missing))} too, without --modality"
+                    f"the index at {index.url} was made for {' and '.join(need)} alone, but this recipe {what}: index shards that have"
+                    f" {' and '.join(sorted(missing))} too, without --modality"
+                )
+            if not serves(run, need):
+                raise ConfigError(
+                    f"the index at {index.url} has {' and '.join(need)}, for which the weight of every task is 0: leave it out, or set"
+                    " objective.weights"
                 )
 
     def plan(self, run: TrainRun) -> Plan | MixedPlan:
@@ -62,7 +70,8 @@ class RunData:
         Raises:
             ConfigError: nothing kept; a batch, chunk or mix that does not fit.
         """
-        if run.data.mix.choice is Choice.CHUNK and len({index.summary.need for index in self.indexes}) > 1:
+        kinds = {index.summary.need if run.model.reads_text else ("image",) for index in self.indexes}
+        if run.data.mix.choice is Choice.CHUNK and len(kinds) > 1:
             raise ConfigError(
                 "the indexes differ in what their samples have, so a step must be of one of them: --set data.mix.choice=step, or index all"
                 " shards with the same --modality"
@@ -75,9 +84,10 @@ class RunData:
         return mixed_plan(plans, run.data.mix, chunks)
 
     def captions(self, limit: int) -> Iterator[str]:
-        """About `limit` captions of the samples that are kept, as training reads them, an equal share from each index."""
-        share = -(-limit // len(self.indexes))
-        return chain.from_iterable(islice(_captions(index, kept), share) for index, kept in zip(self.indexes, self.kept, strict=True))
+        """About `limit` captions of the samples that are kept, as training reads them, an equal share from each index that has some."""
+        those = [both for both in zip(self.indexes, self.kept, strict=True) if "text" in both[0].summary.need]
+        share = -(-limit // max(1, len(those)))
+        return chain.from_iterable(islice(_captions(index, kept), share) for index, kept in those)
 
 
 def _captions(index: Index, kept: Kept) -> Iterator[str]:

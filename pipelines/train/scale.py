@@ -15,8 +15,8 @@ from mm_core.training.cost import SampleCost, sample_cost
 from mm_core.training.gpus import gpu_named
 from mm_core.training.parallel import Parallelism
 from pipelines.train.config import TrainRun
+from pipelines.train.parts import check_parts
 from pipelines.train.preflight import check_parallel
-from pipelines.train.towers import check_towers
 
 _FP32, _BF16 = 4, 2
 _RESERVED_BYTES = 2.0e9
@@ -34,7 +34,7 @@ def describe_scale(run: TrainRun, gpus: int, gpu_type: str, *, mfu: float = 0.3)
     """
     run = run.model_copy(update={"model": resolved(run.model)})
     check_parallel(run, gpus)
-    check_towers(run)
+    check_parts(run)
     gpu, chunks = gpu_named(gpu_type), chunks_per_step(run.global_batch_size, run.data.chunk, gpus)
     cost = sample_cost(
         run.model,
@@ -75,7 +75,7 @@ def _memory(run: TrainRun, cost: SampleCost, gpus: int, at_a_time: int) -> dict[
     divided = gpus if sharded else 1
     state = cost.parameters * _FP32 / divided
     moments = kept_numbers(run.optimizer.kind, parameters=cost.parameters, matrices=cost.matrix_parameters)
-    features = run.global_batch_size * run.model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
+    features = run.global_batch_size * run.joint_model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
     return {
         "weights": state + (2 * cost.block_parameters * _FP32 if sharded else 0),
         "gradients": state,
@@ -92,7 +92,8 @@ def _flops(run: TrainRun, cost: SampleCost, rank_batch: int, at_a_time: int) -> 
     """Operations of one GPU and step."""
     twice = at_a_time < rank_batch  # pieces go through forward a second time
     texts = run.global_batch_size * run.data.captions
-    similarities = 4 * 2 * 2 * rank_batch * run.data.augment.views * texts * run.model.embed_dim  # once again in backward, and two products
+    # Once again in backward, and two products.
+    similarities = 4 * 2 * 2 * rank_batch * run.data.augment.views * texts * run.joint_model.embed_dim
     return {
         "forward": rank_batch * cost.forward_flops * (2 if twice else 1),
         "backward": rank_batch * cost.backward_flops,
@@ -103,7 +104,7 @@ def _flops(run: TrainRun, cost: SampleCost, rank_batch: int, at_a_time: int) -> 
 def _sent(run: TrainRun, cost: SampleCost, gpus: int, rank_batch: int, at_a_time: int) -> dict[str, float]:
     """Bytes that one GPU sends in a step, by rings: an all-gather and a reduce-scatter each send (n - 1)/n of the whole."""
     share, weights = (gpus - 1) / gpus, cost.parameters * _FP32
-    features = run.global_batch_size * run.model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
+    features = run.global_batch_size * run.joint_model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
     pieces = -(-rank_batch // at_a_time)
     passes = {
         Parallelism.DDP: 2,  # one all-reduce

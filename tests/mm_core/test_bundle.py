@@ -188,7 +188,7 @@ def drop_tensor(folder: Path) -> None:
         (lambda b: (b / "model.safetensors").unlink(), "no model that can be loaded at"),
         (
             lambda b: BertConfig().save_pretrained(b),
-            "is a bert model; this command takes clip, siglip, align, vision-text-dual-encoder models",
+            "is a bert model; this command takes clip, siglip, align, vision-text-dual-encoder, flava models",
         ),
         (lambda b: (b / "tokenizer.json").write_text("{}"), "cannot be used: no tokenizer at"),
         (lambda b: rewrite(b / "config.json", lambda v: v["text_config"].update(eos_token_id=3)), "pools at token 3, .* with 4"),

@@ -25,7 +25,8 @@ from mm_core.models.siglip import SiglipConfig
 from mm_core.models.sizes import SpecialTokens, TowerConfig
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
 from mm_core.objectives.config import ObjectiveConfig, ObjectiveKind
-from mm_core.objectives.contrastive import Objective, build_objective
+from mm_core.objectives.contrastive import build_objective
+from mm_core.objectives.output import Objective
 from mm_core.training.clock import StepClock
 from mm_core.training.gradient_cache import cached_backward, pieces_for
 from mm_core.training.parallel import Parallelism, clip_gradients, parallelise

@@ -1,0 +1,264 @@
+"""Two towers and a fusion as training calls them: what a step has of images and texts in, features and predictions out.
+
+The wrapped `FlavaForPreTraining` is the model, so what is exported loads with its `from_pretrained`, and with `FlavaModel`'s. Its forward
+is not: it computes every loss from one rank's batch alone, and waits for the device at each. Its parts are called here one by one.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mm_core.distributed import GlobalBatch, gather_rows
+from mm_core.losses.negatives import Negatives, draw_negatives, text_keys
+from mm_core.models.codebook import CODEBOOK_STRIDE, codebook_pixels
+from mm_core.models.compiling import compile_blocks
+from mm_core.models.fused_batch import (
+    FusedBatch,
+    FusedOutput,
+    ImageBatch,
+    MaskedImages,
+    MaskedTexts,
+    PairBatch,
+    Predictions,
+    Task,
+    TextBatch,
+)
+from mm_core.models.patch_product import multiply_patches
+from mm_core.models.sizes import OPENAI_MEAN, OPENAI_STD
+from mm_core.models.two_tower import normalise, unit
+
+if TYPE_CHECKING:
+    from transformers import FlavaForPreTraining
+
+ALL_TASKS = frozenset(Task)
+_IMAGE_FIRST = 2
+"""Of the fusion's tokens the first patch: before it are its own class token and the image's."""
+
+
+class _States(NamedTuple):
+    """What a tower gives."""
+
+    hidden: Float[Tensor, "b n d"]
+    """Before the last normalisation: what the fusion takes (as transformers' `FlavaModel` hands it on)."""
+    embedded: Float[Tensor, "b n d"]
+    """After it: what heads and projections take."""
+
+
+class Fused(nn.Module):
+    """A model of two towers whose tokens meet in a third transformer."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: FlavaForPreTraining,
+        *,
+        mean: tuple[float, ...] = OPENAI_MEAN,
+        std: tuple[float, ...] = OPENAI_STD,
+        tasks: frozenset[Task] = ALL_TASKS,
+        hard_negatives: bool = True,
+    ) -> None:
+        """
+        Args:
+            tasks: what is predicted in training; what serves none of them is not computed.
+            hard_negatives: negatives of `Task.ITM` by similarity; else any text of the batch.
+        """
+        super().__init__()
+        self.model = model
+        multiply_patches(model)
+        self._tasks, self._hard_negatives = tasks, hard_negatives
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    # Training.
+
+    def forward(self, batch: FusedBatch) -> FusedOutput:
+        match batch:
+            case ImageBatch():
+                return self._of_images(batch.images)
+            case TextBatch():
+                return self._of_texts(batch.texts)
+            case PairBatch():
+                return self._of_pairs(batch)
+
+    def _of_images(self, images: MaskedImages) -> FusedOutput:
+        if Task.MIM not in self._tasks:
+            return FusedOutput()
+        states = self._image(images.pixels, images.mask).embedded
+        logits = self.model.mim_head(_places(states, images.rows, images.mask.shape[1], first=1))
+        return FusedOutput({Task.MIM: Predictions(logits, self._entries(images))})
+
+    def _of_texts(self, texts: MaskedTexts) -> FusedOutput:
+        if Task.MLM not in self._tasks:
+            return FusedOutput()
+        states = self._text(texts.masked_ids).embedded
+        logits = self.model.mlm_head(_places(states, texts.rows, texts.input_ids.shape[1], first=0))
+        return FusedOutput({Task.MLM: Predictions(logits, _tokens(texts))})
+
+    def _of_pairs(self, batch: PairBatch) -> FusedOutput:
+        """The whole images and the masked ones go through their tower together, and so do the texts."""
+        contrasted = Task.CONTRASTIVE in self._tasks
+        fused = self._tasks & {Task.ITM, Task.MMM_IMAGE, Task.MMM_TEXT}
+        images, texts = batch.images, batch.texts
+        masks = [torch.zeros_like(images.mask)] * contrasted + [images.mask] * bool(fused)
+        ids = [texts.input_ids] * contrasted + [texts.masked_ids] * bool(fused)
+        if not masks:
+            return FusedOutput()
+        image = self._image(images.pixels.repeat(len(masks), 1, 1, 1), torch.cat(masks))
+        text = self._text(torch.cat(ids))
+        count = len(images.pixels)
+        features: tuple[Tensor, Tensor] | None = None
+        if contrasted:
+            features = self._image_projected(image.embedded[:count]), self._text_projected(text.embedded[:count])
+        predictions = self._fused(batch, image.hidden[-count:], text.hidden[-count:], features) if fused else {}
+        if features is None:
+            return FusedOutput(predictions)
+        return FusedOutput(predictions, *features, self.logit_scale)
+
+    def _fused(
+        self, batch: PairBatch, image: Float[Tensor, "b n d"], text: Float[Tensor, "b l d"], features: tuple[Tensor, Tensor] | None
+    ) -> dict[Task, Predictions]:
+        """`image`, `text`: of the masked sides. Pairs and negatives go through the fusion together."""
+        images, texts, count = batch.images, batch.texts, len(image)
+        present = self._is_text(texts.masked_ids)
+        negatives = None
+        if Task.ITM in self._tasks:
+            negatives, hidden, shown = self._negatives(batch, text, features)
+            image, text, present = image.repeat(2, 1, 1), torch.cat([text, hidden]), torch.cat([present, shown])
+        states = self._fuse(image, text, present)
+        found: dict[Task, Predictions] = {}
+        if negatives is not None:
+            labels = torch.arange(2, device=states.device).flip(0).repeat_interleave(count)
+            counts = torch.cat([torch.ones_like(negatives.found), negatives.found])
+            found[Task.ITM] = Predictions(self.model.itm_head(states), labels, counts)
+        pairs, patches = states[:count], images.mask.shape[1]
+        if Task.MMM_IMAGE in self._tasks:
+            masked = _places(pairs, images.rows, patches, first=_IMAGE_FIRST)
+            found[Task.MMM_IMAGE] = Predictions(self.model.mmm_image_head(masked), self._entries(images))
+        if Task.MMM_TEXT in self._tasks:
+            masked = _places(pairs, texts.rows, texts.input_ids.shape[1], first=_IMAGE_FIRST + patches)
+            found[Task.MMM_TEXT] = Predictions(self.model.mmm_text_head(masked), _tokens(texts))
+        return found
+
+    def _negatives(
+        self, batch: PairBatch, text: Float[Tensor, "b l d"], features: tuple[Tensor, Tensor] | None
+    ) -> tuple[Negatives, Float[Tensor, "b l d"], Bool[Tensor, "b l"]]:
+        """A text of the global batch for each image, masked as its own image sees it, encoded.
+
+        Of another rank its token ids are sent, which are small, and encoded again: the gradient is the same.
+        """
+        whole, ids = batch.whole, batch.texts.masked_ids
+        with torch.no_grad():
+            keys = gather_rows(text_keys(batch.texts.input_ids), whole.counts)
+            own = torch.arange(whole.first, whole.first + len(ids), device=ids.device)
+            negatives = draw_negatives(self._similarities(features, whole, len(ids)), own, keys, batch.draws)
+        if not whole.is_divided:
+            return negatives, text[negatives.rows], self._is_text(ids[negatives.rows])
+        theirs = gather_rows(ids, whole.counts)[negatives.rows]
+        return negatives, self._text(theirs).hidden, self._is_text(theirs)
+
+    def _similarities(self, features: tuple[Tensor, Tensor] | None, whole: GlobalBatch, count: int) -> Float[Tensor, "b n"]:
+        if features is None or not self._hard_negatives:
+            return self.mean.new_zeros(count, sum(whole.counts))
+        image, text = features
+        return self.logit_scale * image @ gather_rows(text, whole.counts).T
+
+    @torch.no_grad()
+    def _entries(self, images: MaskedImages) -> Int[Tensor, " m"]:
+        """Of the codebook, at the masked patches."""
+        size = CODEBOOK_STRIDE * round(images.mask.shape[1] ** 0.5)
+        pixels = codebook_pixels(images.pixels, size).to(self.mean.dtype)
+        return self.model.image_codebook.get_codebook_indices(pixels).flatten()[images.rows]
+
+    # The parts.
+
+    def _image(self, images: UInt8[Tensor, "b h w 3"], mask: Bool[Tensor, "b n"] | None = None) -> _States:
+        pixels = normalise(images, self.mean, self.std)
+        output = self.model.flava.image_model(pixel_values=pixels, bool_masked_pos=mask, output_hidden_states=True, return_dict=True)
+        return _States(output.hidden_states[-1], output.last_hidden_state)
+
+    def _text(self, input_ids: Int[Tensor, "b l"]) -> _States:
+        mask = self._mask(self._is_text(input_ids))
+        output = self.model.flava.text_model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, return_dict=True)
+        return _States(output.hidden_states[-1], output.last_hidden_state)
+
+    def _fuse(self, image: Float[Tensor, "b n d"], text: Float[Tensor, "b l d"], present: Bool[Tensor, "b l"]) -> Float[Tensor, "b m d"]:
+        """Class token, the image's tokens, the text's. `present`: which of the text's are no padding."""
+        flava = self.model.flava
+        tokens = torch.cat([flava.image_to_mm_projection(image), flava.text_to_mm_projection(text)], dim=1)
+        seen = torch.cat([present.new_ones(len(image), 1 + image.shape[1]), present], dim=1)
+        return flava.multimodal_model(tokens, attention_mask=self._mask(seen), return_dict=True).last_hidden_state
+
+    def _is_text(self, input_ids: Int[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
+        return input_ids != self.model.config.text_config.pad_token_id
+
+    def _mask(self, seen: Bool[Tensor, "b n"]) -> Bool[Tensor, "b 1 1 n"] | Int[Tensor, "b n"]:
+        """For SDPA as its kernels take it; transformers would first ask the device whether anything is masked."""
+        return seen[:, None, None] if self.model.config.text_config._attn_implementation == "sdpa" else seen.long()
+
+    def _image_projected(self, embedded: Float[Tensor, "b n d"]) -> Float[Tensor, "b e"]:
+        return unit(self.model.flava.image_projection(embedded[:, 0]))
+
+    def _text_projected(self, embedded: Float[Tensor, "b l d"]) -> Float[Tensor, "b e"]:
+        return unit(self.model.flava.text_projection(embedded[:, 0]))
+
+    # What evaluation and serving ask.
+
+    def image_features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
+        return self._image_projected(self._image(images).embedded)
+
+    def text_features(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
+        return self._text_projected(self._text(input_ids).embedded)
+
+    @property
+    def logit_scale(self) -> Float[Tensor, ""]:
+        return self.model.flava.logit_scale.exp()
+
+    # What training does to it.
+
+    depends_on_batch = False
+    """Features of a sample are the same in any batch."""
+    trains_in_parts = True
+    """A step of one modality trains no more than its tower."""
+
+    def attend_for(self, device: torch.device) -> None:
+        """SDPA everywhere: on a CPU too it is no slower than the eager form that transformers has of this model."""
+        self.attend("sdpa")
+
+    def attend(self, implementation: Literal["eager", "sdpa"]) -> None:
+        from mm_core.models.flava_attention import attend
+
+        config = self.model.config
+        attend(self.model, implementation)
+        for part in (config.image_config, config.text_config, config.multimodal_config):
+            part._attn_implementation = implementation  # for masks, which are made in another form
+
+    def blocks(self) -> list[nn.Module]:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    def compile_blocks(self) -> None:
+        """Compile the transformer blocks. To be called before `checkpoint_activations`."""
+        compile_blocks(self.blocks())
+
+    def checkpoint_activations(self) -> None:
+        """Keep only each block's input, and compute the rest again in backward."""
+        for block in self.blocks():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _places(states: Float[Tensor, "b n d"], rows: Int[Tensor, " m"], length: int, *, first: int) -> Float[Tensor, "m d"]:
+    """The states at `rows` of b x `length`, which begin at `first` in each sample."""
+    return states.flatten(0, 1)[rows // length * states.shape[1] + first + rows % length]
+
+
+def _tokens(texts: MaskedTexts) -> Int[Tensor, " m"]:
+    return texts.input_ids.flatten()[texts.rows]

@@ -1,0 +1,119 @@
+"""FLAVA's objectives (Singh et al. 2022, section 3.2): a loss for each task that a step's modalities allow, over the global batch.
+
+`LossOutput` says how a share is scaled. A mean is over all that is predicted on any rank, so ranks with more masked words count for more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from enum import StrEnum
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn import functional
+
+from mm_core.config import Config
+from mm_core.distributed import Around, gather_features, sum_over_ranks
+from mm_core.losses.blocks import BLOCK_BYTES
+from mm_core.losses.contrastive import contrastive_loss
+from mm_core.models.fused_batch import FusedBatch, FusedOutput, Predictions, Task
+from mm_core.objectives.output import LossOutput
+
+
+class NegativesKind(StrEnum):
+    HARD = "hard"
+    """By their similarity to the image."""
+    UNIFORM = "uniform"
+    """Any other text of the global batch."""
+
+
+class TaskWeights(Config):
+    """0 leaves a task out, and what serves no other."""
+
+    mim: float = Field(default=1.0, ge=0, description="Masked patches of an image alone.")
+    mlm: float = Field(default=1.0, ge=0, description="Masked words of a text alone.")
+    mmm_image: float = Field(default=1.0, ge=0, description="Masked patches of a pair.")
+    mmm_text: float = Field(default=1.0, ge=0, description="Masked words of a pair.")
+    itm: float = Field(default=1.0, ge=0, description="Whether an image and a text belong together.")
+    contrastive: float = Field(default=1.0, ge=0, description="Which image belongs to which text of the global batch.")
+
+    def __getitem__(self, task: Task) -> float:
+        weight: float = getattr(self, task)
+        return weight
+
+    @property
+    def tasks(self) -> frozenset[Task]:
+        return frozenset(task for task in Task if self[task])
+
+
+class MultitaskConfig(Config):
+    """The tasks and how they are weighted."""
+
+    kind: Literal["multitask"] = "multitask"
+    weights: TaskWeights = TaskWeights()
+    negatives: NegativesKind = Field(default=NegativesKind.HARD, description="Of image-text matching: hard, or uniform.")
+
+    @model_validator(mode="after")
+    def _has_a_task(self) -> MultitaskConfig:
+        if not self.weights.tasks:
+            raise ValueError("every weight is 0: there is no task")
+        return self
+
+
+class MultitaskObjective:
+    """The tasks of whatever a step's batch allows."""
+
+    def __init__(self, config: MultitaskConfig, *, around: Around = nullcontext, block_bytes: int = BLOCK_BYTES) -> None:
+        """
+        Args:
+            around: entered for the messages between ranks; for a clock.
+            block_bytes: the largest part of a similarity matrix that is held at a time.
+        """
+        self._weights, self._around = config.weights, around
+        self._contrastive = partial(contrastive_loss, block_bytes=block_bytes)
+
+    def __call__(self, output: FusedOutput, batch: FusedBatch, counts: Sequence[int]) -> LossOutput:
+        sums = {task: _sums(predictions) for task, predictions in output.predictions.items()}
+        terms: dict[str, Tensor] = {}
+        measures: dict[str, Tensor] = {}
+        if sums:
+            number = sum_over_ranks(torch.stack([found.number for found in sums.values()]), batch.whole, around=self._around).clamp(min=1)
+            for (task, found), whole in zip(sums.items(), number.unbind(), strict=True):
+                terms[task.value] = self._weights[task] * found.loss / whole
+                measures[f"accuracy/{task}"] = found.hits / whole
+        if output.image_features is not None:
+            terms[Task.CONTRASTIVE.value] = self._weights[Task.CONTRASTIVE] * self._contrast(output, batch)
+        return LossOutput.of(terms, len(counts), measures)
+
+    def _contrast(self, output: FusedOutput, batch: FusedBatch) -> Tensor:
+        image, text, scale, whole = output.image_features, output.text_features, output.logit_scale, batch.whole
+        assert image is not None, "a pair has both"
+        assert text is not None, "a pair has both"
+        assert scale is not None, "a pair has both"
+        both = gather_features(torch.cat([image, text], dim=1), whole.counts, around=self._around)
+        all_image, all_text = both.chunk(2, dim=1)
+        return self._contrastive(image, text[:, None], all_image, all_text[:, None], scale, whole.first)
+
+
+class _Sums(NamedTuple):
+    """Of one rank's predictions."""
+
+    loss: Float[Tensor, ""]
+    hits: Float[Tensor, ""]
+    number: Float[Tensor, ""]
+
+
+def _sums(predictions: Predictions) -> _Sums:
+    """In fp32 at least; half precision has too few digits for a sum over thousands of places."""
+    logits = predictions.logits.to(torch.promote_types(predictions.logits.dtype, torch.float32))
+    losses = functional.cross_entropy(logits, predictions.targets, reduction="none")
+    hits = logits.detach().argmax(dim=1) == predictions.targets
+    if predictions.counts is None:
+        return _Sums(losses.sum(), hits.sum().to(losses.dtype), losses.new_full((), len(losses)))
+    counts = predictions.counts
+    return _Sums((losses * counts).sum(), (hits & counts).sum().to(losses.dtype), counts.sum().to(losses.dtype))

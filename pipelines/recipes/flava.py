@@ -1,0 +1,52 @@
+"""FLAVA recipes. Hyperparameters: Singh et al. 2022, section 3.4: a large batch, a large weight decay, a long warm-up. The sources come
+with `--data`, pairs, images or texts; a step is of one of them, in the proportions of `data.mix.weights`."""
+
+from __future__ import annotations
+
+from mm_core.data.augment import AugmentConfig
+from mm_core.data.masking import MaskingConfig
+from mm_core.data.mix import Choice, MixConfig
+from mm_core.models import flava as models
+from mm_core.objectives.multitask import MultitaskConfig
+from mm_core.optim import OptimizerConfig
+from mm_core.schedule import ScheduleConfig
+from pipelines.train.config import CheckpointConfig, DataConfig, TokenizerConfig, TrainRun
+
+_BY_STEP = MixConfig(choice=Choice.STEP)
+
+
+def flava_tiny() -> TrainRun:
+    """Rendered scenes, a quarter of an hour on two CPU cores. Blocks and shares suit 16 patches and captions of ten words."""
+    return TrainRun(
+        recipe="flava-tiny",
+        model=models.flava_tiny(),
+        objective=MultitaskConfig(),
+        tokenizer=TokenizerConfig(vocab_size=1024),
+        data=DataConfig(
+            chunk=16,
+            mix=_BY_STEP,
+            augment=AugmentConfig(crop_area=(0.9, 1.0)),
+            masking=MaskingConfig(min_block=2, text_share=0.3),
+        ),
+        optimizer=OptimizerConfig(lr=1e-3, beta2=0.999, weight_decay=0.1),
+        schedule=ScheduleConfig(warmup_steps=100),
+        steps=2000,
+        global_batch_size=64,
+        checkpoint=CheckpointConfig(every_steps=250),
+    )
+
+
+def flava_base() -> TrainRun:
+    """The paper's: 8,192 samples a step, 150,000 steps; BERT's tokenizer, DALL-E's codebook."""
+    return TrainRun(
+        recipe="flava-base",
+        model=models.flava_base(),
+        objective=MultitaskConfig(),
+        tokenizer=TokenizerConfig(source="google-bert/bert-base-uncased"),
+        data=DataConfig(chunk=64, run_length=64, mix=_BY_STEP, masking=MaskingConfig()),
+        optimizer=OptimizerConfig(lr=1e-3, beta2=0.999, eps=1e-8, weight_decay=0.1),
+        schedule=ScheduleConfig(warmup_steps=10_000),
+        steps=150_000,
+        global_batch_size=8_192,
+        checkpoint=CheckpointConfig(every_steps=1000),
+    )

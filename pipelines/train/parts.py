@@ -1,0 +1,194 @@
+"""From a run's configuration to what its loop is made of: the model as it is trained, its objective, and the batches it takes.
+
+The loop knows none of the kinds that there are: a new one is added here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from mm_core.data.masking import Masking, uniform
+from mm_core.distributed import Around, GlobalBatch
+from mm_core.errors import ConfigError
+from mm_core.models.dvae import DiscreteVae, DvaeBatch, DvaeConfig
+from mm_core.models.family import outline
+from mm_core.models.flava import FlavaConfig
+from mm_core.models.fused import Fused
+from mm_core.models.fused_batch import FusedBatch, ImageBatch, MaskedImages, MaskedTexts, PairBatch, Task, TextBatch
+from mm_core.models.two_tower import ImageTextBatch, TwoTower
+from mm_core.objectives.codebook import CodebookObjective, CodebookObjectiveConfig
+from mm_core.objectives.config import ObjectiveConfig
+from mm_core.objectives.contrastive import build_objective
+from mm_core.objectives.multitask import MultitaskConfig, MultitaskObjective, NegativesKind
+from mm_core.objectives.output import Objective
+from mm_core.training.transfer import Transfer
+from pipelines.stream import StepBatch
+from pipelines.train.config import TrainRun
+
+_NEGATIVE = 7
+"""Keeps the draws of negatives apart from those of the plan and the reader."""
+
+Model = TwoTower | Fused | DiscreteVae
+Inputs = Callable[[StepBatch, Transfer], Any]
+"""From what the stream gives of a step to what the model takes, on its device."""
+
+_OBJECTIVES = {FlavaConfig: MultitaskConfig, DvaeConfig: CodebookObjectiveConfig}
+"""By the model's configuration, where it is not that of two towers."""
+
+
+def wrapped(run: TrainRun, model: PreTrainedModel) -> Model:
+    """`model` as the run trains it.
+
+    Raises:
+        ConfigError: the run asks for what such a model does not have.
+    """
+    _check_objective(run)
+    whole: Model
+    match run.model, run.objective:
+        case FlavaConfig() as config, MultitaskConfig() as objective:
+            hard = objective.negatives is NegativesKind.HARD
+            whole = Fused(model, mean=config.image_mean, std=config.image_std, tasks=objective.weights.tasks, hard_negatives=hard)
+        case DvaeConfig() as config, _:
+            whole = DiscreteVae(model, config)
+        case config, _:
+            whole = TwoTower(model, mean=config.image_mean, std=config.image_std)
+    if isinstance(whole, TwoTower):
+        _prepare_towers(run, whole)
+    else:
+        _check_untouched(run)
+    if run.parallel.compile:
+        _compile(whole)
+    if run.parallel.activation_checkpointing:
+        whole.checkpoint_activations()
+    return whole
+
+
+def _compile(model: Model) -> None:
+    if isinstance(model, DiscreteVae):
+        raise ConfigError("parallel.compile is of transformer blocks, and a codebook has none: leave it out")
+    model.compile_blocks()
+
+
+def _check_objective(run: TrainRun) -> None:
+    wanted = _OBJECTIVES.get(type(run.model), ObjectiveConfig)
+    if not isinstance(run.objective, wanted):
+        raise ConfigError(f"objective.kind={run.objective.kind} is none of a {run.model.family} model: begin with a recipe that has it")
+
+
+def _prepare_towers(run: TrainRun, towers: TwoTower) -> None:
+    if run.towers.frozen is not None:
+        towers.freeze(run.towers.frozen)
+    if run.towers.patch_dropout:
+        towers.drop_patches(run.towers.patch_dropout)
+    if run.parallel.micro_batch_size is not None and towers.depends_on_batch:
+        raise ConfigError(
+            "parallel.micro_batch_size computes a batch in pieces, and this image tower normalises over the whole of it (BatchNorm): pieces"
+            " would train another function. Leave it out, and save memory with parallel.activation_checkpointing=true or more workers;"
+            " a tower that is not trained, towers.frozen=vision, may be computed in pieces"
+        )
+
+
+def _check_untouched(run: TrainRun) -> None:
+    """What is there for two towers only."""
+    if run.towers != type(run.towers)():
+        raise ConfigError(f"towers.frozen and towers.patch_dropout are for two towers, and this is a {run.model.family} model")
+    if run.parallel.micro_batch_size is not None:
+        raise ConfigError(
+            f"parallel.micro_batch_size computes a batch in pieces, which the objectives of a {run.model.family} model do not allow: save"
+            " memory with parallel.activation_checkpointing=true, parallel.kind=fsdp or more workers"
+        )
+
+
+def check_parts(run: TrainRun) -> None:
+    """
+    Raises:
+        ConfigError: as `wrapped`, and sizes that do not fit one another; nothing is allocated.
+    """
+    wrapped(run, outline(run.model))
+    if run.data.masking is not None and (run.data.augment.views, run.data.captions) != (1, 1):
+        raise ConfigError("data.masking hides parts of one view and one text of a sample: leave data.augment.views and data.captions at 1")
+
+
+def objective_of(run: TrainRun, *, rank: int, teacher: TwoTower | None = None, around: Around = nullcontext) -> Objective:
+    """`around`: entered for the messages between ranks; for a clock."""
+    block_bytes = run.parallel.logit_block_mb << 20
+    match run.objective:
+        case MultitaskConfig():
+            return MultitaskObjective(run.objective, around=around, block_bytes=block_bytes)
+        case CodebookObjectiveConfig():
+            return CodebookObjective(run.objective, around=around)
+        case ObjectiveConfig():
+            return build_objective(run.objective, rank=rank, teacher=teacher, around=around, block_bytes=block_bytes)
+
+
+def heldout_objective(run: TrainRun) -> ObjectiveConfig:
+    """What held-out features are measured by."""
+    return run.objective if isinstance(run.objective, ObjectiveConfig) else ObjectiveConfig()
+
+
+def masking_of(run: TrainRun, mask_id: int, pad_id: int) -> Masking | None:
+    """What read tasks hide of a sample."""
+    if run.data.masking is None:
+        return None
+    assert isinstance(run.model, FlavaConfig), "only its recipes have masks"
+    return Masking(run.data.masking, run.model.grid, mask_id=mask_id, pad_id=pad_id, vocab_size=run.model.vocab_size)
+
+
+def inputs_of(run: TrainRun, counts: Sequence[int], rank: int) -> Inputs:
+    """`counts`: samples of each rank in a step."""
+    whole = GlobalBatch(tuple(counts), rank)
+    match run.objective:
+        case MultitaskConfig():
+            return lambda batch, to_device: _fused_batch(run, batch, to_device, whole)
+        case CodebookObjectiveConfig() as objective:
+            return lambda batch, to_device: _dvae_batch(objective, batch.step / run.steps, batch, to_device, whole)
+        case ObjectiveConfig():
+            return _pairs
+
+
+def _pairs(batch: StepBatch, to_device: Transfer) -> ImageTextBatch:
+    assert batch.images is not None, "the driver lets only paired sources pass"
+    assert batch.input_ids is not None, "the driver lets only paired sources pass"
+    return ImageTextBatch(to_device(batch.images), to_device(batch.input_ids).long())
+
+
+def _dvae_batch(
+    objective: CodebookObjectiveConfig, progress: float, batch: StepBatch, to_device: Transfer, whole: GlobalBatch
+) -> DvaeBatch:
+    assert batch.images is not None, "the driver lets only sources with images pass"
+    images = to_device(batch.images[:, 0])
+    return DvaeBatch(images, objective.temperature_at(progress), objective.kl_weight_at(progress), whole)
+
+
+def _fused_batch(run: TrainRun, batch: StepBatch, to_device: Transfer, whole: GlobalBatch) -> FusedBatch:
+    """By what the step's source has. What is masked is counted here, on the host, so that the device need not be asked."""
+    masks = batch.masks
+    assert masks is not None, "the driver hides something of each sample"
+    images = texts = None
+    if batch.images is not None and masks.patches is not None:
+        rows = to_device(np.flatnonzero(masks.patches))
+        images = MaskedImages(to_device(batch.images[:, 0]), to_device(masks.patches), rows)
+    if batch.input_ids is not None and masks.masked_ids is not None and masks.tokens is not None:
+        rows = to_device(np.flatnonzero(masks.tokens))
+        texts = MaskedTexts(to_device(batch.input_ids[:, 0]).long(), to_device(masks.masked_ids).long(), rows)
+    if images is None:
+        assert texts is not None, "a sample has one modality at least"
+        return TextBatch(texts, whole)
+    if texts is None:
+        return ImageBatch(images, whole)
+    draws = uniform(run.seed, _NEGATIVE, batch.positions).astype(np.float32)
+    return PairBatch(images, texts, to_device(draws), whole)
+
+
+def serves(run: TrainRun, modalities: Sequence[str]) -> bool:
+    """Whether a source with these modalities has something to teach."""
+    if not isinstance(run.objective, MultitaskConfig):
+        return True
+    alone = {"image": Task.MIM, "text": Task.MLM}
+    tasks = {alone[modalities[0]]} if len(modalities) == 1 else set(Task) - set(alone.values())
+    return bool(tasks & run.objective.weights.tasks)

@@ -1,0 +1,187 @@
+"""FLAVA's sizes, its parts against transformers' own forward, and an export that loads with both of transformers' classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import FlavaConfig as HFFlavaConfig
+from transformers import FlavaForPreTraining, FlavaImageCodebook, FlavaModel
+
+from mm_core.distributed import GlobalBatch
+from mm_core.errors import ConfigError
+from mm_core.models.codebook import CodebookSizes, codebook_pixels, codebook_settings, codebook_sizes
+from mm_core.models.family import build_model, outline, resolved
+from mm_core.models.flava import FlavaConfig, flava_base, flava_tiny
+from mm_core.models.fused import Fused
+from mm_core.models.fused_batch import ImageBatch, MaskedImages, MaskedTexts, PairBatch, Task, TextBatch
+from mm_core.models.sizes import SpecialTokens, TowerConfig
+from mm_core.models.two_tower import normalise
+
+TOKENS = SpecialTokens(bos=3, eos=4, pad=0)
+TOWER = TowerConfig(width=24, layers=2, heads=2)
+SMALL = FlavaConfig(
+    image_size=32,
+    patch_size=8,
+    context_length=10,
+    text_positions=12,
+    vocab_size=40,
+    embed_dim=16,
+    vision=TOWER,
+    text=TOWER,
+    fusion=TOWER,
+    codebook=CodebookSizes(width=4, blocks_per_group=1, entries=12),
+)
+COUNT = 6
+
+
+def model_of(config: FlavaConfig = SMALL) -> Fused:
+    torch.manual_seed(0)
+    return Fused(build_model(config, TOKENS)).double()
+
+
+def images_and_texts(config: FlavaConfig = SMALL, count: int = COUNT) -> tuple[MaskedImages, MaskedTexts]:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (count, config.image_size, config.image_size, 3), dtype=torch.uint8, generator=generator)
+    mask = torch.rand(count, config.patches, generator=generator) < 0.4
+    ids = torch.randint(5, config.vocab_size, (count, config.context_length), generator=generator)
+    ids[::2, 7:] = TOKENS.pad
+    chosen = (torch.rand(ids.shape, generator=generator) < 0.3) & (ids != TOKENS.pad)
+    masked = torch.where(chosen, 1, ids)
+    return (
+        MaskedImages(pixels, mask, mask.flatten().nonzero()[:, 0]),
+        MaskedTexts(ids, masked, chosen.flatten().nonzero()[:, 0]),
+    )
+
+
+def pairs(config: FlavaConfig = SMALL, count: int = COUNT) -> PairBatch:
+    draws = torch.rand(count, generator=torch.Generator().manual_seed(2))
+    return PairBatch(*images_and_texts(config, count), draws, GlobalBatch((count,)))
+
+
+def transformers_inputs(model: Fused, batch: PairBatch) -> dict[str, Any]:
+    """The same for `FlavaForPreTraining` itself. Its labels are made anew each time, as it changes those it is given."""
+    texts, images = batch.texts, batch.images
+    labels = torch.full_like(texts.input_ids, -100)
+    labels.view(-1)[texts.rows] = texts.input_ids.view(-1)[texts.rows]
+    text = {
+        "input_ids": texts.input_ids,
+        "input_ids_masked": texts.masked_ids,
+        "mlm_labels": labels,
+        "attention_mask": (texts.input_ids != TOKENS.pad).long(),
+    }
+    image = {
+        "pixel_values": normalise(images.pixels, model.mean, model.std),
+        "codebook_pixel_values": codebook_pixels(images.pixels, SMALL.codebook_size).double(),
+        "bool_masked_pos": images.mask,
+    }
+    return {"text": text, "image": image}
+
+
+def test_the_base_has_the_papers_sizes() -> None:
+    """Section 3.1: ViT-B/16, a text encoder of the same shape, six layers over both; transformers' defaults are facebook/flava-full's."""
+    config = flava_base()
+    assert (config.vision.width, config.vision.layers, config.vision.heads, config.patch_size, config.image_size) == (768, 12, 12, 16, 224)
+    assert (config.text, config.fusion) == (config.vision, TowerConfig(width=768, layers=6, heads=12))
+    with torch.device("meta"):
+        published = {name: p.shape for name, p in FlavaForPreTraining(HFFlavaConfig()).named_parameters()}
+    assert {name: p.shape for name, p in outline(config).named_parameters()} == published
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_its_parts_give_what_transformers_forward_gives(implementation: Any) -> None:
+    """Losses of one rank, where each pair belongs together; and features, which transformers projects from the same states."""
+    model, batch = model_of(), pairs()
+    with torch.no_grad():
+        inputs = transformers_inputs(model, batch)
+        matched = torch.ones(COUNT, dtype=torch.long)
+        expected = model.model(**inputs["text"], **inputs["image"], itm_labels=matched, return_loss=True)
+        image_alone = model.model(**inputs["image"], return_loss=True).loss_info.mim
+        text_alone = model.model(**inputs["text"], return_loss=True).loss_info.mlm
+        model.attend(implementation)
+        found = model(batch)
+        losses = {task: torch.nn.functional.cross_entropy(p.logits, p.targets) for task, p in found.predictions.items()}
+        mim = model(ImageBatch(batch.images, batch.whole)).predictions[Task.MIM]
+        mlm = model(TextBatch(batch.texts, batch.whole)).predictions[Task.MLM]
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(losses[Task.MMM_IMAGE], expected.loss_info.mmm_image, **close)
+    torch.testing.assert_close(losses[Task.MMM_TEXT], expected.loss_info.mmm_text, **close)
+    torch.testing.assert_close(torch.nn.functional.cross_entropy(mim.logits, mim.targets), image_alone, **close)
+    torch.testing.assert_close(torch.nn.functional.cross_entropy(mlm.logits, mlm.targets), text_alone, **close)
+    torch.testing.assert_close(found.predictions[Task.ITM].logits[:COUNT], expected.itm_logits, **close)
+    logits = found.logit_scale * found.image_features @ found.text_features.T
+    torch.testing.assert_close(logits, expected.contrastive_logits_per_image, **close)
+
+
+def test_sdpa_and_checkpointing_change_no_gradient() -> None:
+    gradients = []
+    for implementation, checkpoints in (("eager", False), ("sdpa", False), ("sdpa", True)):
+        model = model_of()
+        model.attend(implementation)  # type: ignore[arg-type]
+        if checkpoints:
+            model.checkpoint_activations()
+        output = model(pairs())
+        total = sum(torch.nn.functional.cross_entropy(p.logits, p.targets) for p in output.predictions.values())
+        (total + (output.image_features * output.text_features).sum() * output.logit_scale).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for other in gradients[1:]:
+        assert other.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_every_trained_parameter_serves_a_task() -> None:
+    """But mim_head and mlm_head, which a pair does not need: their steps are of one modality."""
+    model, batch = model_of(), pairs()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    reached = set()
+    for one in (batch, ImageBatch(batch.images, batch.whole), TextBatch(batch.texts, batch.whole)):
+        model.zero_grad()
+        output = model(one)
+        tensors = [p.logits.sum() for p in output.predictions.values()]
+        tensors += [f.sum() * output.logit_scale for f in (output.image_features, output.text_features) if f is not None]
+        torch.stack(tensors).sum().backward()
+        reached |= {name for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == trained
+
+
+def test_an_export_loads_with_both_classes(tmp_path: Path) -> None:
+    model = model_of().float()
+    model.attend("sdpa")
+    model.model.save_pretrained(tmp_path / "flava")
+    whole = FlavaForPreTraining.from_pretrained(tmp_path / "flava")
+    assert {n: t.shape for n, t in whole.state_dict().items()} == {n: t.shape for n, t in model.model.state_dict().items()}
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, model.model.state_dict()[name]), name
+    bare = FlavaModel.from_pretrained(tmp_path / "flava").eval()
+    batch = pairs()
+    with torch.no_grad():
+        features = bare.get_image_features(pixel_values=normalise(batch.images.pixels, model.mean, model.std)).pooler_output[:, 0]
+        torch.testing.assert_close(torch.nn.functional.normalize(features, dim=-1), model.image_features(batch.images.pixels))
+
+
+def test_a_codebook_comes_from_a_folder(tmp_path: Path) -> None:
+    sizes = CodebookSizes(width=8, blocks_per_group=2, entries=30)
+    from transformers import FlavaImageCodebookConfig
+
+    FlavaImageCodebook(FlavaImageCodebookConfig(**codebook_settings(sizes))).save_pretrained(tmp_path / "codebook")
+    assert codebook_sizes(str(tmp_path / "codebook")) == sizes
+    config = flava_tiny().model_copy(update={"codebook_source": str(tmp_path / "codebook")})
+    found = resolved(config)
+    assert isinstance(found, FlavaConfig)
+    assert found.codebook == sizes
+    with pytest.raises(ConfigError, match="no codebook at"):
+        resolved(config.model_copy(update={"codebook_source": str(tmp_path / "nothing")}))
+    with pytest.raises(ConfigError, match=r"name one with model\.codebook_source"):
+        resolved(flava_tiny())
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match="fusion"):
+        build_model(SMALL.model_copy(update={"fusion": TowerConfig(width=25, layers=1, heads=2)}), TOKENS)
+    with pytest.raises(ConfigError, match="text_positions"):
+        build_model(SMALL.model_copy(update={"text_positions": 9}), TOKENS)
+    with pytest.raises(ConfigError, match="padding"):
+        build_model(SMALL, SpecialTokens(bos=3, eos=4, pad=4))

@@ -1,0 +1,60 @@
+"""What a run may ask of its model, known before anything is allocated."""
+
+from __future__ import annotations
+
+import pytest
+
+from mm_core.config import resolve
+from mm_core.errors import ConfigError
+from pipelines.recipes import recipe
+from pipelines.train.config import TrainRun
+from pipelines.train.parts import check_parts, serves
+
+
+def run_of(name: str, *settings: str) -> TrainRun:
+    return resolve(recipe(name), environment={}, overrides=settings)[0]
+
+
+def test_pieces_are_refused_where_features_depend_on_the_whole_batch() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.micro_batch_size .*BatchNorm.*parallel\.activation_checkpointing=true"):
+        check_parts(run_of("align-tiny", "parallel.micro_batch_size=8"))
+    check_parts(run_of("align-tiny", "parallel.micro_batch_size=8", "towers.frozen=vision"))
+    check_parts(run_of("clip-tiny", "parallel.micro_batch_size=8"))
+
+
+def test_patches_are_dropped_where_there_are_some_and_they_are_trained() -> None:
+    check_parts(run_of("siglip-tiny", "towers.patch_dropout=0.5"))
+    with pytest.raises(ConfigError, match=r"set towers\.patch_dropout=0"):
+        check_parts(run_of("align-tiny", "towers.patch_dropout=0.5"))
+    with pytest.raises(ConfigError, match="set one of the two"):
+        run_of("clip-tiny", "towers.patch_dropout=0.5", "towers.frozen=vision")
+
+
+def test_what_is_for_two_towers_is_refused_elsewhere() -> None:
+    check_parts(run_of("flava-tiny"))
+    check_parts(run_of("codebook-tiny"))
+    with pytest.raises(ConfigError, match=r"micro_batch_size .* flava model .*activation_checkpointing"):
+        check_parts(run_of("flava-tiny", "parallel.micro_batch_size=8"))
+    with pytest.raises(ConfigError, match=r"towers\.frozen"):
+        check_parts(run_of("codebook-tiny", "towers.frozen=vision"))
+    with pytest.raises(ConfigError, match=r"one view and one text"):
+        check_parts(run_of("flava-tiny", "data.captions=2"))
+    with pytest.raises(ConfigError, match="there is no task"):
+        run_of("flava-tiny", "objective.weights={mim: 0, mlm: 0, mmm_image: 0, mmm_text: 0, itm: 0, contrastive: 0}")
+
+
+def test_an_objective_belongs_to_its_model() -> None:
+    with pytest.raises(ConfigError, match=r"objective\.kind=contrastive is none of a flava model"):
+        check_parts(run_of("flava-tiny", "objective={kind: contrastive}"))
+    with pytest.raises(ConfigError, match=r"objective\.kind=codebook is none of a clip model"):
+        check_parts(run_of("clip-tiny", "objective={kind: codebook}"))
+
+
+def test_a_source_teaches_something() -> None:
+    run = run_of("flava-tiny", "objective.weights.mlm=0")
+    assert not serves(run, ("text",))
+    assert serves(run, ("image",))
+    assert serves(run, ("image", "text"))
+    assert not serves(
+        run_of("flava-tiny", *(f"objective.weights.{t}=0" for t in ("mmm_image", "mmm_text", "itm", "contrastive"))), ("image", "text")
+    )
