@@ -26,10 +26,10 @@ from pipelines.train.audit import read_audit
 from tests.mm_core.models.hub import write_hub
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-STEPS, GLOBAL_BATCH = 60, 40
+STEPS, GLOBAL_BATCH = 120, 40
 SETTINGS = (
     f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}", "data.chunk=8", "data.run_length=8", "precision=fp32", "log_every_steps=5",
-    "checkpoint.every_steps=10", "model.image_size=32", "model.embed_dim=16", "model.context_length=12", "schedule.warmup_steps=10",
+    "checkpoint.every_steps=20", "model.image_size=32", "model.embed_dim=16", "model.context_length=12", "schedule.warmup_steps=10",
     "tracking.system_metrics=false",
 )  # fmt: skip
 
@@ -87,7 +87,7 @@ def kill_evaluator(killed: threading.Event, over: threading.Event) -> None:
 def resumed(killed: Path, hub: Path, index: str, corpus: Path) -> Result:
     """Evaluated in the background, where the first evaluation's process is killed."""
     pairs = build_index([str(corpus / "heldout")], str(killed / "heldout")).url
-    evaluation = ("evaluation.every_steps=40", "evaluation.background=true", f"evaluation.retrieval={pairs}")
+    evaluation = ("evaluation.every_steps=80", "evaluation.background=true", f"evaluation.retrieval={pairs}")
     struck, over = threading.Event(), threading.Event()
     killer = threading.Thread(target=kill_evaluator, args=(struck, over))
     killer.start()
@@ -119,7 +119,7 @@ def test_its_bundle_is_transformers_own_model_with_the_locked_tower_as_it_came(r
 
 
 def test_an_evaluation_whose_process_is_killed_is_lost_and_the_next_one_is_not(resumed: Result, killed: Path) -> None:
-    assert "the evaluation of step 40 in the background failed, training goes on: " in " ".join(resumed.stderr.split())
+    assert "the evaluation of step 80 in the background failed, training goes on: " in " ".join(resumed.stderr.split())
     client = MlflowClient(f"sqlite:///{killed / 'mlflow.db'}")
     run_id = json.loads(resumed.stdout.splitlines()[-1])["run_id"]
     assert [metric.step for metric in client.get_metric_history(run_id, "eval/retrieval/t2i_r1")] == [STEPS]
