@@ -68,7 +68,7 @@ def test_it_learns_pictures_and_its_entries_say_them_apart() -> None:
         losses.append(float(loss.terms["reconstruction"].detach()))
     assert losses[-1] < losses[0] - 1
     error = (model.reconstruct(stripes(16)).float() - stripes(16)).abs().mean()
-    assert error < 25  # grey, the best single colour, is 102 away
+    assert error < 50  # grey, the best single colour, is 102 away; rounding moves it from 20 to 40
     assert 2.5 < float(loss.measures["codebook/perplexity"]) <= 6
 
 
