@@ -107,6 +107,43 @@ class Bundle:
         input_ids = torch.from_numpy(self._tokenise(texts)).to(self.device).long()
         return self.towers.text_features(input_ids).cpu().numpy()
 
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether it has a fusion, so that `multimodal_features` and `match` can be asked."""
+        return isinstance(self.towers, Fused)
+
+    @torch.inference_mode()
+    def multimodal_features(self, images: UInt8[np.ndarray, "b h w 3"] | None, texts: Sequence[str] | None) -> Float32[np.ndarray, "b e"]:
+        """Of pairs, or of images or texts alone; L2-normalised.
+
+        Raises:
+            BundleError: the model has no fusion.
+        """
+        return self._fused().multimodal_features(self._pixels(images), self._ids(texts)).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def match(self, images: UInt8[np.ndarray, "b h w 3"], texts: Sequence[str]) -> Float32[np.ndarray, " b"]:
+        """The probability that each image and text belong together, by the fusion.
+
+        Raises:
+            BundleError: the model has no fusion.
+        """
+        pixels, ids = self._pixels(images), self._ids(texts)
+        assert pixels is not None, "a pair has both"
+        assert ids is not None, "a pair has both"
+        return self._fused().match(pixels, ids).cpu().numpy()
+
+    def _fused(self) -> Fused:
+        if not isinstance(self.towers, Fused):
+            raise BundleError(f"{self.name} is two towers, without a fusion over both: this needs a flava model")
+        return self.towers
+
+    def _pixels(self, images: UInt8[np.ndarray, "b h w 3"] | None) -> torch.Tensor | None:
+        return None if images is None else torch.from_numpy(np.array(images)).to(self.device)
+
+    def _ids(self, texts: Sequence[str] | None) -> torch.Tensor | None:
+        return None if texts is None else torch.from_numpy(self._tokenise(texts)).to(self.device).long()
+
 
 def write_bundle(
     folder: Path,

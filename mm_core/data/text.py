@@ -40,6 +40,16 @@ class CaptionTokenizer:
         ids = np.asarray([e.ids for e in encoded], dtype=np.int32).reshape(shape)
         return ids, np.asarray(words, dtype=np.int32).reshape(shape)
 
+    def words(self, text: str) -> list[str]:
+        """The words that `with_words` counts, in lower case."""
+        encoded = self._tokenizer.encode(text)
+        spans: dict[int, tuple[int, int]] = {}
+        for word, (start, end) in zip(encoded.word_ids, encoded.offsets, strict=True):
+            if word is not None:
+                first, last = spans.get(word, (start, end))
+                spans[word] = min(first, start), max(last, end)
+        return [text[start:end].strip().lower() for _, (start, end) in sorted(spans.items())]
+
 
 TEMPLATE_MARK = "{c}"
 """Where a prompt template takes the caption: the mark of CLIP_benchmark's templates."""

@@ -6,6 +6,7 @@ is not: it computes every loss from one rank's batch alone, and waits for the de
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -31,7 +32,7 @@ from mm_core.models.fused_batch import (
 )
 from mm_core.models.patch_product import multiply_patches
 from mm_core.models.sizes import OPENAI_MEAN, OPENAI_STD
-from mm_core.models.two_tower import normalise, unit
+from mm_core.models.two_tower import ImageTextBatch, TwoTowerOutput, normalise, unit
 
 if TYPE_CHECKING:
     from transformers import FlavaForPreTraining
@@ -64,29 +65,43 @@ class Fused(nn.Module):
         std: tuple[float, ...] = OPENAI_STD,
         tasks: frozenset[Task] = ALL_TASKS,
         hard_negatives: bool = True,
+        learns_balance: bool = False,
     ) -> None:
         """
         Args:
             tasks: what is predicted in training; what serves none of them is not computed.
             hard_negatives: negatives of `Task.ITM` by similarity; else any text of the batch.
+            learns_balance: each task has a scalar parameter, for weights that are learned. They are not exported.
         """
         super().__init__()
         self.model = model
         multiply_patches(model)
         self._tasks, self._hard_negatives = tasks, hard_negatives
+        learned = sorted(tasks) if learns_balance else []
+        self.balance = nn.ParameterDict({task.value: nn.Parameter(torch.zeros(())) for task in learned})
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
     # Training.
 
-    def forward(self, batch: FusedBatch) -> FusedOutput:
+    def forward(self, batch: FusedBatch | ImageTextBatch) -> FusedOutput | TwoTowerOutput:
+        """Of an `ImageTextBatch`, as evaluation gives it, the features alone."""
         match batch:
             case ImageBatch():
-                return self._of_images(batch.images)
+                return self._weighted(self._of_images(batch.images))
             case TextBatch():
-                return self._of_texts(batch.texts)
+                return self._weighted(self._of_texts(batch.texts))
             case PairBatch():
-                return self._of_pairs(batch)
+                return self._weighted(self._of_pairs(batch))
+            case ImageTextBatch():
+                views = self.image_features(batch.images.flatten(0, 1)).unflatten(0, batch.images.shape[:2])
+                captions = self.text_features(batch.input_ids.flatten(0, 1)).unflatten(0, batch.input_ids.shape[:2])
+                return TwoTowerOutput(views, captions, self.logit_scale)
+
+    def _weighted(self, output: FusedOutput) -> FusedOutput:
+        there = {*output.predictions, *([Task.CONTRASTIVE] if output.image_features is not None else [])}
+        # Clones: of an output that is a parameter itself DDP does not see that it is used.
+        return replace(output, balance={task: self.balance[task.value].clone() for task in there if task.value in self.balance})
 
     def _of_images(self, images: MaskedImages) -> FusedOutput:
         if Task.MIM not in self._tasks:
@@ -118,25 +133,28 @@ class Fused(nn.Module):
         if contrasted:
             features = self._image_projected(image.embedded[:count]), self._text_projected(text.embedded[:count])
         predictions = self._fused(batch, image.hidden[-count:], text.hidden[-count:], features) if fused else {}
+        tokens = (image.hidden, text.hidden) if batch.probed else ()
         if features is None:
-            return FusedOutput(predictions)
-        return FusedOutput(predictions, *features, self.logit_scale)
+            return FusedOutput(predictions, tokens=tokens)
+        return FusedOutput(predictions, *features, self.logit_scale, tokens=tokens)
 
     def _fused(
         self, batch: PairBatch, image: Float[Tensor, "b n d"], text: Float[Tensor, "b l d"], features: tuple[Tensor, Tensor] | None
     ) -> dict[Task, Predictions]:
         """`image`, `text`: of the masked sides. Pairs and negatives go through the fusion together."""
         images, texts, count = batch.images, batch.texts, len(image)
+        seen = batch.seen if batch.seen is not None else images.mask.new_ones(count, 2)
         present = self._is_text(texts.masked_ids)
         negatives = None
         if Task.ITM in self._tasks:
             negatives, hidden, shown = self._negatives(batch, text, features)
             image, text, present = image.repeat(2, 1, 1), torch.cat([text, hidden]), torch.cat([present, shown])
-        states = self._fuse(image, text, present)
+            seen = seen.repeat(2, 1)
+        states = self._fuse(image, text, present & seen[:, 1:], seen[:, 0])
         found: dict[Task, Predictions] = {}
         if negatives is not None:
             labels = torch.arange(2, device=states.device).flip(0).repeat_interleave(count)
-            counts = torch.cat([torch.ones_like(negatives.found), negatives.found])
+            counts = torch.cat([torch.ones_like(negatives.found), negatives.found]) & seen.all(dim=1)
             found[Task.ITM] = Predictions(self.model.itm_head(states), labels, counts)
         pairs, patches = states[:count], images.mask.shape[1]
         if Task.MMM_IMAGE in self._tasks:
@@ -159,7 +177,7 @@ class Fused(nn.Module):
             keys = gather_rows(text_keys(batch.texts.input_ids), whole.counts)
             own = torch.arange(whole.first, whole.first + len(ids), device=ids.device)
             negatives = draw_negatives(self._similarities(features, whole, len(ids)), own, keys, batch.draws)
-        if not whole.is_divided:
+        if not whole.is_divided and not batch.probed:  # what is probed are the pairs' own tokens, on any number of ranks
             return negatives, text[negatives.rows], self._is_text(ids[negatives.rows])
         theirs = gather_rows(ids, whole.counts)[negatives.rows]
         return negatives, self._text(theirs).hidden, self._is_text(theirs)
@@ -189,12 +207,29 @@ class Fused(nn.Module):
         output = self.model.flava.text_model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True, return_dict=True)
         return _States(output.hidden_states[-1], output.last_hidden_state)
 
-    def _fuse(self, image: Float[Tensor, "b n d"], text: Float[Tensor, "b l d"], present: Bool[Tensor, "b l"]) -> Float[Tensor, "b m d"]:
-        """Class token, the image's tokens, the text's. `present`: which of the text's are no padding."""
-        flava = self.model.flava
-        tokens = torch.cat([flava.image_to_mm_projection(image), flava.text_to_mm_projection(text)], dim=1)
-        seen = torch.cat([present.new_ones(len(image), 1 + image.shape[1]), present], dim=1)
-        return flava.multimodal_model(tokens, attention_mask=self._mask(seen), return_dict=True).last_hidden_state
+    def _fuse(
+        self,
+        image: Float[Tensor, "b n d"] | None,
+        text: Float[Tensor, "b l d"] | None,
+        present: Bool[Tensor, "b l"] | None,
+        seen: Bool[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b m d"]:
+        """Class token, the image's tokens, the text's; of one modality alone its own.
+
+        Args:
+            present: which of the text's tokens it may look at.
+            seen: of which samples the image's; None for all.
+        """
+        flava, tokens, masks = self.model.flava, [], []
+        if image is not None:
+            tokens.append(flava.image_to_mm_projection(image))
+            masks.append(self.mean.new_ones(image.shape[:2], dtype=torch.bool) if seen is None else seen[:, None].expand(image.shape[:2]))
+        if text is not None:
+            assert present is not None, "a text has padding"
+            tokens.append(flava.text_to_mm_projection(text))
+            masks.append(present)
+        mask = self._mask(torch.cat([masks[0].new_ones(len(masks[0]), 1), *masks], dim=1))
+        return flava.multimodal_model(torch.cat(tokens, dim=1), attention_mask=mask, return_dict=True).last_hidden_state
 
     def _is_text(self, input_ids: Int[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
         return input_ids != self.model.config.text_config.pad_token_id
@@ -216,6 +251,21 @@ class Fused(nn.Module):
 
     def text_features(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
         return self._text_projected(self._text(input_ids).embedded)
+
+    def fused_states(self, images: UInt8[Tensor, "b h w 3"] | None, input_ids: Int[Tensor, "b l"] | None) -> Float[Tensor, "b n d"]:
+        """The fusion's tokens, its class token first, of pairs or of one modality."""
+        image = None if images is None else self._image(images).hidden
+        if input_ids is None:
+            return self._fuse(image, None, None)
+        return self._fuse(image, self._text(input_ids).hidden, self._is_text(input_ids))
+
+    def multimodal_features(self, images: UInt8[Tensor, "b h w 3"] | None, input_ids: Int[Tensor, "b l"] | None) -> Float[Tensor, "b d"]:
+        """Of pairs, or of images or texts alone; L2-normalised. Not in the space of the towers' own features."""
+        return unit(self.fused_states(images, input_ids)[:, 0])
+
+    def match(self, images: UInt8[Tensor, "b h w 3"], input_ids: Int[Tensor, "b l"]) -> Float[Tensor, " b"]:
+        """The probability that each pair belongs together."""
+        return self.model.itm_head(self.fused_states(images, input_ids)).float().softmax(dim=1)[:, 1]
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:

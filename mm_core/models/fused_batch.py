@@ -74,6 +74,10 @@ class PairBatch:
     draws: Float[Tensor, " b"]
     """In [0, 1): what a sample's choice of a negative is drawn by."""
     whole: GlobalBatch
+    seen: Bool[Tensor, "b 2"] | None = None
+    """Which of image and text the fusion sees of each sample; None for both of all. What is not seen has no rows to predict."""
+    probed: bool = False
+    """Whether the tasks' gradients are to be compared."""
 
 
 FusedBatch = ImageBatch | TextBatch | PairBatch
@@ -98,3 +102,7 @@ class FusedOutput:
     """L2-normalised, as the texts'."""
     text_features: Float[Tensor, "b d"] | None = None
     logit_scale: Float[Tensor, ""] | None = None
+    balance: dict[Task, Float[Tensor, ""]] = field(default_factory=dict)
+    """What the weight of each task is learned by, where it is."""
+    tokens: tuple[Float[Tensor, ...], ...] = ()
+    """Of a batch that is probed, what the towers give to all tasks."""

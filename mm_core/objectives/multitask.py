@@ -22,6 +22,16 @@ from mm_core.distributed import Around, gather_features, sum_over_ranks
 from mm_core.losses.blocks import BLOCK_BYTES
 from mm_core.losses.contrastive import contrastive_loss
 from mm_core.models.fused_batch import FusedBatch, FusedOutput, Predictions, Task
+from mm_core.objectives.balance import (
+    BalanceConfig,
+    BalanceKind,
+    damping,
+    gradnorm_loss,
+    gradnorm_weights,
+    guessing_loss,
+    pulls_of,
+    uncertainty_terms,
+)
 from mm_core.objectives.output import LossOutput
 
 
@@ -57,6 +67,10 @@ class MultitaskConfig(Config):
     kind: Literal["multitask"] = "multitask"
     weights: TaskWeights = TaskWeights()
     negatives: NegativesKind = Field(default=NegativesKind.HARD, description="Of image-text matching: hard, or uniform.")
+    balance: BalanceConfig = BalanceConfig()
+    modality_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of pairs of which the fusion sees one side only, the image or the text."
+    )
 
     @model_validator(mode="after")
     def _has_a_task(self) -> MultitaskConfig:
@@ -74,21 +88,68 @@ class MultitaskObjective:
             around: entered for the messages between ranks; for a clock.
             block_bytes: the largest part of a similarity matrix that is held at a time.
         """
-        self._weights, self._around = config.weights, around
+        self._config, self._around = config, around
         self._contrastive = partial(contrastive_loss, block_bytes=block_bytes)
 
     def __call__(self, output: FusedOutput, batch: FusedBatch, counts: Sequence[int]) -> LossOutput:
+        shares, measures = self._shares(output, batch)
+        assert shares, "the driver lets only sources pass that serve a task"
+        if output.tokens:
+            measures |= self._probe(output, batch, shares)
+        terms = self._balanced(output, batch, shares, measures)
+        return LossOutput.of(terms, len(counts), measures)
+
+    def _shares(self, output: FusedOutput, batch: FusedBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """This rank's share of each task's loss with its set weight, and of its accuracy."""
         sums = {task: _sums(predictions) for task, predictions in output.predictions.items()}
-        terms: dict[str, Tensor] = {}
+        shares: dict[str, Tensor] = {}
         measures: dict[str, Tensor] = {}
         if sums:
             number = sum_over_ranks(torch.stack([found.number for found in sums.values()]), batch.whole, around=self._around).clamp(min=1)
             for (task, found), whole in zip(sums.items(), number.unbind(), strict=True):
-                terms[task.value] = self._weights[task] * found.loss / whole
+                shares[task.value] = self._config.weights[task] * found.loss / whole
                 measures[f"accuracy/{task}"] = found.hits / whole
         if output.image_features is not None:
-            terms[Task.CONTRASTIVE.value] = self._weights[Task.CONTRASTIVE] * self._contrast(output, batch)
-        return LossOutput.of(terms, len(counts), measures)
+            shares[Task.CONTRASTIVE.value] = self._config.weights[Task.CONTRASTIVE] * self._contrast(output, batch)
+        return shares, measures
+
+    def _probe(self, output: FusedOutput, batch: FusedBatch, shares: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Norms and cosines of the tasks' gradients; where one tower is pulled harder, its gradient is damped."""
+        self._pulls = pulls_of([*shares.values()], output.tokens, batch.whole, around=self._around)
+        measures = self._pulls.measures([*shares], len(batch.whole.counts))
+        if self._config.balance.modulation:
+            factors = damping(self._pulls.by_tower.sum(dim=0), self._config.balance.modulation)
+            for name, tokens, factor in zip(("image", "text"), output.tokens, factors.unbind(), strict=True):
+                tokens.register_hook(partial(torch.mul, factor.to(tokens.dtype)))
+                measures[f"gradient_factor/{name}"] = factor / len(batch.whole.counts)
+        return measures
+
+    def _balanced(
+        self, output: FusedOutput, batch: FusedBatch, shares: dict[str, Tensor], measures: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The terms: shares with the weights that are learned, if some are. The weights join the measures."""
+        ranks = len(batch.whole.counts)
+        match self._config.balance.kind:
+            case BalanceKind.FIXED:
+                return shares
+            case BalanceKind.UNCERTAINTY:
+                measures |= {f"weight/{task}": torch.exp(-s.detach()) / ranks for task, s in output.balance.items()}
+                return uncertainty_terms(shares, {task.value: s for task, s in output.balance.items()}, ranks)
+            case BalanceKind.GRADNORM:
+                if not output.tokens:  # a step of one task has nothing to balance
+                    return {name: share + 0 * output.balance[Task(name)] for name, share in shares.items()}
+                weights = gradnorm_weights([output.balance[Task(name)] for name in shares])
+                losses = sum_over_ranks(torch.stack([*shares.values()]).detach(), batch.whole, around=self._around)
+                firsts = [self._first_loss(Task(name), output, batch) for name in shares]
+                extra = gradnorm_loss(weights, self._pulls.norms, losses, firsts, self._config.balance.alpha) / ranks
+                measures |= {f"weight/{name}": weight.detach() / ranks for name, weight in zip(shares, weights.unbind(), strict=True)}
+                weighted = {name: weight.detach() * share for (name, share), weight in zip(shares.items(), weights.unbind(), strict=True)}
+                return weighted | {"gradnorm": extra}
+
+    def _first_loss(self, task: Task, output: FusedOutput, batch: FusedBatch) -> float:
+        """What guessing gives."""
+        choices = sum(batch.whole.counts) if task is Task.CONTRASTIVE else output.predictions[task].logits.shape[1]
+        return self._config.weights[task] * guessing_loss(choices)
 
     def _contrast(self, output: FusedOutput, batch: FusedBatch) -> Tensor:
         image, text, scale, whole = output.image_features, output.text_features, output.logit_scale, batch.whole

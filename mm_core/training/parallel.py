@@ -95,10 +95,11 @@ class Sharded:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         self._clock = clock
         self.module = model.to(device)
-        scalars = {p for p in model.parameters() if p.ndim == 0}  # FSDP2 does not shard them: each rank has its own, and they are averaged
+        # FSDP2 does not shard scalars: each rank has its own, and they are averaged, in one order on all ranks.
+        scalars = [p for p in model.parameters() if p.ndim == 0]
         for block in blocks:
             fully_shard(block)
-        fully_shard(model, ignored_params=scalars)
+        fully_shard(model, ignored_params=set(scalars))
         self._scalars = [p for p in scalars if p.requires_grad]
 
     def __call__(self, batch: Any) -> Any:

@@ -30,8 +30,8 @@ from mm_core.training.transfer import Transfer
 from pipelines.stream import StepBatch
 from pipelines.train.config import TrainRun
 
-_NEGATIVE = 7
-"""Keeps the draws of negatives apart from those of the plan and the reader."""
+_NEGATIVE, _SEEN = 7, 8
+"""Keep the draws of negatives and of what the fusion sees apart from those of the plan and the reader."""
 
 Model = TwoTower | Fused | DiscreteVae
 Inputs = Callable[[StepBatch, Transfer], Any]
@@ -52,7 +52,14 @@ def wrapped(run: TrainRun, model: PreTrainedModel) -> Model:
     match run.model, run.objective:
         case FlavaConfig() as config, MultitaskConfig() as objective:
             hard = objective.negatives is NegativesKind.HARD
-            whole = Fused(model, mean=config.image_mean, std=config.image_std, tasks=objective.weights.tasks, hard_negatives=hard)
+            whole = Fused(
+                model,
+                mean=config.image_mean,
+                std=config.image_std,
+                tasks=objective.weights.tasks,
+                hard_negatives=hard,
+                learns_balance=objective.balance.learns,
+            )
         case DvaeConfig() as config, _:
             whole = DiscreteVae(model, config)
         case config, _:
@@ -143,8 +150,8 @@ def inputs_of(run: TrainRun, counts: Sequence[int], rank: int) -> Inputs:
     """`counts`: samples of each rank in a step."""
     whole = GlobalBatch(tuple(counts), rank)
     match run.objective:
-        case MultitaskConfig():
-            return lambda batch, to_device: _fused_batch(run, batch, to_device, whole)
+        case MultitaskConfig() as tasks:
+            return lambda batch, to_device: _fused_batch(run, tasks, batch, to_device, whole)
         case CodebookObjectiveConfig() as objective:
             return lambda batch, to_device: _dvae_batch(objective, batch.step / run.steps, batch, to_device, whole)
         case ObjectiveConfig():
@@ -165,16 +172,19 @@ def _dvae_batch(
     return DvaeBatch(images, objective.temperature_at(progress), objective.kl_weight_at(progress), whole)
 
 
-def _fused_batch(run: TrainRun, batch: StepBatch, to_device: Transfer, whole: GlobalBatch) -> FusedBatch:
+def _fused_batch(run: TrainRun, objective: MultitaskConfig, batch: StepBatch, to_device: Transfer, whole: GlobalBatch) -> FusedBatch:
     """By what the step's source has. What is masked is counted here, on the host, so that the device need not be asked."""
-    masks = batch.masks
+    masks, seen = batch.masks, None
     assert masks is not None, "the driver hides something of each sample"
+    if objective.modality_dropout and batch.images is not None and batch.input_ids is not None:
+        draw = uniform(run.seed, _SEEN, batch.positions) / objective.modality_dropout
+        seen = np.stack([draw >= 0.5, (draw < 0.5) | (draw >= 1)], axis=1)
     images = texts = None
     if batch.images is not None and masks.patches is not None:
-        rows = to_device(np.flatnonzero(masks.patches))
+        rows = to_device(np.flatnonzero(masks.patches if seen is None else masks.patches & seen[:, :1]))
         images = MaskedImages(to_device(batch.images[:, 0]), to_device(masks.patches), rows)
     if batch.input_ids is not None and masks.masked_ids is not None and masks.tokens is not None:
-        rows = to_device(np.flatnonzero(masks.tokens))
+        rows = to_device(np.flatnonzero(masks.tokens if seen is None else masks.tokens & seen[:, 1:]))
         texts = MaskedTexts(to_device(batch.input_ids[:, 0]).long(), to_device(masks.masked_ids).long(), rows)
     if images is None:
         assert texts is not None, "a sample has one modality at least"
@@ -182,7 +192,8 @@ def _fused_batch(run: TrainRun, batch: StepBatch, to_device: Transfer, whole: Gl
     if texts is None:
         return ImageBatch(images, whole)
     draws = uniform(run.seed, _NEGATIVE, batch.positions).astype(np.float32)
-    return PairBatch(images, texts, to_device(draws), whole)
+    probed = objective.balance.probes(batch.step)
+    return PairBatch(images, texts, to_device(draws), whole, None if seen is None else to_device(seen), probed)
 
 
 def serves(run: TrainRun, modalities: Sequence[str]) -> bool:

@@ -57,10 +57,10 @@ def test_the_choice_hardens_and_the_weight_grows() -> None:
 
 def test_it_learns_pictures_and_its_entries_say_them_apart() -> None:
     model, objective = model_of(), CodebookObjective(CodebookObjectiveConfig(usage_weight=0.1))
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     losses = []
-    for step in range(150):
-        batch = DvaeBatch(stripes(16), 1 - 0.9 * step / 150, 0.1, GlobalBatch((16,)))
+    for step in range(100):
+        batch = DvaeBatch(stripes(16), 1 - 0.9 * step / 100, 0.1, GlobalBatch((16,)))
         loss = objective(model(batch), batch, [16])
         optimizer.zero_grad()
         loss.total.backward()
@@ -68,8 +68,11 @@ def test_it_learns_pictures_and_its_entries_say_them_apart() -> None:
         losses.append(float(loss.terms["reconstruction"].detach()))
     assert losses[-1] < losses[0] - 1
     error = (model.reconstruct(stripes(16)).float() - stripes(16)).abs().mean()
-    assert error < 50  # grey, the best single colour, is 102 away; rounding moves it from 20 to 40
+    assert error < 60  # of the best single colour 77
     assert 2.5 < float(loss.measures["codebook/perplexity"]) <= 6
+    colours = stripes(16)[:, ::8, ::8].argmax(dim=-1).flatten()
+    entries = model.model.get_codebook_indices(codebook_pixels(stripes(16), 16)).flatten()
+    assert all(len(colours[entries == entry].unique()) == 1 for entry in entries.unique())
 
 
 def test_pixels_go_there_and_back() -> None:

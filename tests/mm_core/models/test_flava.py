@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import FlavaConfig as HFFlavaConfig
 from transformers import FlavaForPreTraining, FlavaImageCodebook, FlavaModel
 
+from mm_core.bundle import load_bundle, write_bundle
 from mm_core.distributed import GlobalBatch
 from mm_core.errors import ConfigError
 from mm_core.models.codebook import CodebookSizes, codebook_pixels, codebook_settings, codebook_sizes
@@ -18,6 +21,7 @@ from mm_core.models.flava import FlavaConfig, flava_base, flava_tiny
 from mm_core.models.fused import Fused
 from mm_core.models.fused_batch import ImageBatch, MaskedImages, MaskedTexts, PairBatch, Task, TextBatch
 from mm_core.models.sizes import SpecialTokens, TowerConfig
+from mm_core.models.tokenizer import special_tokens, train_bpe
 from mm_core.models.two_tower import normalise
 
 TOKENS = SpecialTokens(bos=3, eos=4, pad=0)
@@ -185,3 +189,55 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         build_model(SMALL.model_copy(update={"text_positions": 9}), TOKENS)
     with pytest.raises(ConfigError, match="padding"):
         build_model(SMALL, SpecialTokens(bos=3, eos=4, pad=4))
+
+
+def test_a_side_that_is_not_seen_changes_nothing() -> None:
+    """Without its image a sample's masked words are predicted as if any other image were there; without its text the patches are."""
+    model, batch = model_of(), pairs()
+    images, texts = batch.images, batch.texts
+    unseen = replace(batch, seen=torch.tensor([[False, True]] * COUNT))
+    other = replace(unseen, images=replace(images, pixels=images.pixels.flip(0)))
+    with torch.no_grad():
+        blind, still_blind = (model(one).predictions[Task.MMM_TEXT].logits for one in (unseen, other))
+        torch.testing.assert_close(blind, still_blind)
+        assert not torch.allclose(blind, model(batch).predictions[Task.MMM_TEXT].logits)
+        alone = replace(batch, seen=torch.tensor([[True, False]] * COUNT))
+        silent = replace(alone, texts=replace(texts, masked_ids=texts.masked_ids.flip(0)))
+        mute, still_mute = (model(one).predictions[Task.MMM_IMAGE].logits for one in (alone, silent))
+        torch.testing.assert_close(mute, still_mute)
+        assert not model(alone).predictions[Task.ITM].counts.any()
+
+
+def test_one_modality_alone_is_an_input_of_the_fusion() -> None:
+    model, batch = model_of(), pairs()
+    images, ids = batch.images.pixels, batch.texts.input_ids
+    with torch.no_grad():
+        both, image, text = (model.multimodal_features(*one) for one in ((images, ids), (images, None), (None, ids)))
+        assert both.shape == image.shape == text.shape == (COUNT, TOWER.width)
+        torch.testing.assert_close(both.norm(dim=1), torch.ones(COUNT, dtype=torch.float64))
+        assert not torch.allclose(both, image)
+        match = model.match(images, ids)
+        assert ((match > 0) & (match < 1)).all()
+        inputs = {"pixel_values": normalise(images, model.mean, model.std), "input_ids": ids, "attention_mask": (ids != TOKENS.pad).long()}
+        theirs = model.model.flava(**inputs).multimodal_embeddings[:, 0]
+        torch.testing.assert_close(both, torch.nn.functional.normalize(theirs, dim=-1))
+
+
+def test_a_bundle_answers_what_a_server_asks(tmp_path: Path) -> None:
+    config = SMALL.model_copy(update={"context_length": 12})
+    tokenizer = train_bpe(["a red circle", "a blue square"] * 3, vocab_size=300, context_length=12)
+    config = config.model_copy(update={"vocab_size": len(tokenizer)})
+    torch.manual_seed(0)
+    facts = {"recipe": "flava-tiny", "data_fingerprint": "f", "metrics": {}}
+    manifest = write_bundle(
+        tmp_path / "b", model=build_model(config, special_tokens(tokenizer)), tokenizer=tokenizer, config=config, **facts
+    )
+    assert manifest.task == "multitask"
+    bundle = load_bundle(tmp_path / "b")
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    texts = ["a red circle", "a blue square"]
+    assert bundle.is_multimodal
+    assert bundle.image_features(images).shape == bundle.text_features(texts).shape == (2, config.embed_dim)
+    assert bundle.multimodal_features(images, texts).shape == bundle.multimodal_features(None, texts).shape == (2, TOWER.width)
+    assert bundle.multimodal_features(images, None).shape == (2, TOWER.width)
+    assert bundle.match(images, texts).shape == (2,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from mm_core.models.flava import FlavaConfig
 from mm_core.models.fused import Fused
 from mm_core.models.fused_batch import FusedBatch, ImageBatch, MaskedImages, MaskedTexts, PairBatch, TextBatch
 from mm_core.models.sizes import SpecialTokens, TowerConfig
+from mm_core.objectives.balance import BalanceConfig, BalanceKind
 from mm_core.objectives.multitask import MultitaskConfig, MultitaskObjective, TaskWeights
 from mm_core.training.clock import StepClock
 from mm_core.training.parallel import Parallelism, parallelise
@@ -38,7 +40,13 @@ MODEL = FlavaConfig(
     fusion=TOWER,
     codebook=CodebookSizes(width=4, blocks_per_group=1, entries=9),
 )
-OBJECTIVE = MultitaskConfig(weights=TaskWeights(mim=0.5, mlm=2.0, mmm_text=3.0, itm=0.7))
+WEIGHTS = TaskWeights(mim=0.5, mlm=2.0, mmm_text=3.0, itm=0.7)
+OBJECTIVES = {
+    "fixed": MultitaskConfig(weights=WEIGHTS),
+    "probed": MultitaskConfig(weights=WEIGHTS, balance=BalanceConfig(probe_every_steps=1, modulation=0.5)),
+    "uncertainty": MultitaskConfig(weights=WEIGHTS, balance=BalanceConfig(kind=BalanceKind.UNCERTAINTY)),
+    "gradnorm": MultitaskConfig(weights=WEIGHTS, balance=BalanceConfig(kind=BalanceKind.GRADNORM)),
+}
 SAMPLES = 9
 COUNTS = {2: [5, 4], 4: [3, 2, 2, 2]}
 STEPS = ("pairs", "images", "texts")
@@ -47,27 +55,31 @@ STEPS = ("pairs", "images", "texts")
 class Case(NamedTuple):
     step: str
     parallelism: Parallelism
+    objective: str
 
     def __str__(self) -> str:
-        return f"{self.step}, {self.parallelism}"
+        return f"{self.step}, {self.parallelism}, {self.objective}"
 
 
-CASES = [Case(*case) for case in itertools.product(STEPS, Parallelism)]
+CASES = [Case(*case) for case in itertools.product(STEPS, Parallelism, OBJECTIVES) if case[0] == "pairs" or case[2] != "probed"]
 
 
-def model_of() -> Fused:
+def model_of(objective: str) -> Fused:
     """Its positions and codebook drawn at random, since both begin as nothing, and a similarity that makes some negatives likelier."""
     torch.manual_seed(0)
-    model = Fused(build_model(MODEL, SpecialTokens(bos=3, eos=4, pad=0))).double()
+    inner = build_model(MODEL, SpecialTokens(bos=3, eos=4, pad=0))
+    model = Fused(inner, learns_balance=OBJECTIVES[objective].balance.learns).double()
     with torch.no_grad():
+        for number, parameter in enumerate(model.balance.values()):
+            parameter.fill_(0.1 * number)
         for name, parameter in model.named_parameters():
             if "position" in name or "token" in name or "image_codebook" in name:
                 parameter.normal_(std=0.3)
     return model
 
 
-def batch_of(step: str, first: int, count: int, whole: GlobalBatch) -> FusedBatch:
-    """The part [first, first + count) of nine samples, of which two say the same."""
+def batch_of(step: str, first: int, count: int, whole: GlobalBatch, objective: str) -> FusedBatch:
+    """The part [first, first + count) of nine samples, of which two say the same, and one side of three is not seen."""
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (SAMPLES, 16, 16, 3), dtype=torch.uint8, generator=generator)
     mask = torch.rand(SAMPLES, 16, generator=generator) < 0.4
@@ -85,14 +97,18 @@ def batch_of(step: str, first: int, count: int, whole: GlobalBatch) -> FusedBatc
         case "texts":
             return TextBatch(texts, whole)
         case _:
-            return PairBatch(images, texts, draws[part], whole)
+            seen = torch.ones(SAMPLES, 2, dtype=torch.bool)
+            seen[2, 0] = seen[5, 1] = seen[8, 0] = False
+            shown_images = replace(images, rows=(mask & seen[:, :1])[part].flatten().nonzero()[:, 0])
+            shown_texts = replace(texts, rows=(hidden & seen[:, 1:])[part].flatten().nonzero()[:, 0])
+            return PairBatch(shown_images, shown_texts, draws[part], whole, seen[part], OBJECTIVES[objective].balance.probes(0))
 
 
 @cache
-def alone(step: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def alone(step: str, objective: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Terms, measures and gradients of one process on the whole batch."""
-    model, batch = model_of(), batch_of(step, 0, SAMPLES, GlobalBatch((SAMPLES,)))
-    loss = MultitaskObjective(OBJECTIVE)(model(batch), batch, [SAMPLES])
+    model, batch = model_of(objective), batch_of(step, 0, SAMPLES, GlobalBatch((SAMPLES,)), objective)
+    loss = MultitaskObjective(OBJECTIVES[objective])(model(batch), batch, [SAMPLES])
     loss.total.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: term.detach() for name, term in loss.terms.items()}, loss.measures, gradients
@@ -100,14 +116,14 @@ def alone(step: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], 
 
 def _compute(case: Case, rank: int, counts: list[int]) -> dict[str, Any]:
     device = torch.device("cpu")
-    inner = model_of()
+    inner = model_of(case.objective)
     if case.parallelism is Parallelism.FSDP:
         inner.checkpoint_activations()
     model = parallelise(inner, case.parallelism, device, StepClock(device), blocks=inner.blocks(), in_parts=inner.trains_in_parts)
-    objective = MultitaskObjective(OBJECTIVE)
+    objective = MultitaskObjective(OBJECTIVES[case.objective])
     whole = GlobalBatch(tuple(counts), rank)
     for step in ("texts", case.step):  # after a step of another kind, as in a mix
-        batch = batch_of(step, whole.first, counts[rank], whole)
+        batch = batch_of(step, whole.first, counts[rank], whole, case.objective)
         inner.zero_grad(set_to_none=True)
         loss = objective(model(batch), batch, counts)
         loss.total.backward()
@@ -140,7 +156,7 @@ def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_every_step_equals_one_process_on_the_whole_batch(computed: list[list[dict[str, Any]]]) -> None:
     close = {"rtol": 1e-9, "atol": 1e-9}
     for number, case in enumerate(CASES):
-        terms, measures, expected = alone(case.step)
+        terms, measures, expected = alone(case.step, case.objective)
         for kind, wanted in (("terms", terms), ("measures", measures)):
             for name, value in wanted.items():
                 found = torch.stack([rank[number][kind][name] for rank in computed]).sum()

@@ -1,0 +1,139 @@
+"""What a model for several tasks has learned of each, on held-out pairs: its loss and accuracy beside those of the best constant answer,
+and, for masked words, with the right image, another one and none.
+
+Masks and negatives are drawn from the samples' numbers, so that two models are asked the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int32
+from torch import Tensor
+from torch.nn import functional
+
+from mm_core.data.decoded import decode_samples
+from mm_core.data.masking import Masking, uniform
+from mm_core.data.permutation import U64, mix
+from mm_core.data.reader import IndexReader
+from mm_core.data.text import CaptionTokenizer
+from mm_core.distributed import GlobalBatch
+from mm_core.evaluation.encoded import check_skipped
+from mm_core.models.fused import Fused
+from mm_core.models.fused_batch import FusedBatch, ImageBatch, MaskedImages, MaskedTexts, PairBatch, Predictions, Task, TextBatch
+
+_SAMPLES = 64
+"""At a time: negatives are drawn among so many."""
+_SEED, _DRAW = 11, 12
+
+Ids = Int32[np.ndarray, "b l"]
+Hide = Callable[[Ids, Ids, list[str], U64], tuple[Ids, Bool[np.ndarray, "b l"]]]
+"""From token ids, the word each is of, the texts and seeds to what the model sees and which tokens it shall predict."""
+
+
+@dataclass
+class _Score:
+    """Of one task so far."""
+
+    loss: float = 0.0
+    hits: int = 0
+    targets: list[Tensor] = field(default_factory=list)
+
+    def add(self, found: Predictions) -> None:
+        counted = torch.ones_like(found.targets, dtype=torch.bool) if found.counts is None else found.counts
+        logits, targets = found.logits.float()[counted], found.targets[counted]
+        self.loss += float(functional.cross_entropy(logits, targets, reduction="sum"))
+        self.hits += int((logits.argmax(dim=1) == targets).sum())
+        self.targets.append(targets.cpu())
+
+    def metrics(self) -> dict[str, float]:
+        """`constant_…`: of the answer that would have been best for all places alike."""
+        targets = torch.cat(self.targets)
+        shares = targets.bincount().double() / len(targets)
+        entropy = -float(torch.special.xlogy(shares, shares).sum())
+        return {
+            "loss": self.loss / len(targets),
+            "constant_loss": entropy,
+            "accuracy": self.hits / len(targets),
+            "constant_accuracy": float(shares.max()),
+            "places": float(len(targets)),
+        }
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Pairs, and how they are shown."""
+
+    reader: IndexReader
+    ordinals: U64
+    tokenizer: CaptionTokenizer
+    masking: Masking
+    image_size: int
+
+
+@torch.no_grad()
+def task_metrics(model: Fused, held: HeldOut, device: torch.device, *, hide: Hide | None = None) -> dict[str, dict[str, float]]:
+    """By task the figures of `_Score.metrics`; `mmm_text_other_image`: masked words beside the image of another sample.
+
+    Args:
+        hide: which words are hidden; by default as in training.
+
+    Raises:
+        DataError: more than a tenth of the samples cannot be decoded.
+    """
+    scores: dict[str, _Score] = {}
+    for batch in _batches(held, device, hide):
+        shown: dict[str, FusedBatch] = {
+            "": batch,
+            "image": ImageBatch(batch.images, batch.whole),
+            "text": TextBatch(batch.texts, batch.whole),
+        }
+        for one in shown.values():
+            for task, found in model(one).predictions.items():
+                scores.setdefault(task, _Score()).add(found)
+        other = replace(batch, images=replace(batch.images, pixels=batch.images.pixels.roll(1, 0)))
+        if (found := model(other).predictions.get(Task.MMM_TEXT)) is not None:
+            scores.setdefault("mmm_text_other_image", _Score()).add(found)
+    return {name: score.metrics() for name, score in scores.items()}
+
+
+def _batches(held: HeldOut, device: torch.device, hide: Hide | None) -> Iterator[PairBatch]:
+    reasons: list[str] = []
+    good = 0
+    for start in range(0, len(held.ordinals), _SAMPLES):
+        ordinals = held.ordinals[start : start + _SAMPLES]
+        decoded = decode_samples(held.reader, ordinals, held.image_size)
+        reasons += [reason for reason in decoded.reasons if reason is not None]
+        good += len(decoded.images)
+        if not len(decoded.images):
+            continue
+        seeds = mix(_SEED, ordinals[decoded.good])
+        texts = [captions[0] for captions, there in zip(decoded.captions, decoded.good, strict=True) if there]
+        ids, words = held.tokenizer.with_words(texts)
+        masked, hidden = hide(ids, words, texts, seeds) if hide else held.masking.texts(ids, words, seeds)
+        patches = held.masking.images(seeds)
+
+        def there(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.array(values)).to(device)
+
+        yield PairBatch(
+            MaskedImages(there(decoded.images), there(patches), there(np.flatnonzero(patches))),
+            MaskedTexts(there(ids).long(), there(masked).long(), there(np.flatnonzero(hidden))),
+            there(uniform(seeds, _DRAW).astype(np.float32)),
+            GlobalBatch((len(seeds),)),
+        )
+    check_skipped(reasons, good, held.reader.index.url)
+
+
+def hiding(names: Collection[str], tokenizer: CaptionTokenizer, mask_id: int) -> Hide:
+    """Hide every occurrence of the words `names`, and nothing else."""
+
+    def hide(ids: np.ndarray, words: np.ndarray, texts: list[str], seeds: U64) -> tuple[np.ndarray, np.ndarray]:
+        chosen = [{n for n, word in enumerate(tokenizer.words(text)) if word in names} for text in texts]
+        hidden = np.array([[word in some for word in row] for row, some in zip(words.tolist(), chosen, strict=True)])
+        return np.where(hidden, mask_id, ids).astype(np.int32), hidden
+
+    return hide
