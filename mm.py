@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import warnings
-from base64 import b64encode
 from collections.abc import Mapping
 from datetime import datetime
 from glob import glob
@@ -24,6 +23,8 @@ from mm_core.errors import MMError
 from pipelines.session import ray_session
 
 if TYPE_CHECKING:
+    import ray.serve
+
     from mm_core.console import Console
 
 app = typer.Typer(
@@ -35,6 +36,16 @@ app = typer.Typer(
     help="Multimodal pretraining on Ray: shards in; a trained, tracked, registered and served model out.",
 )
 _INTERRUPTED = 130
+_CLIENTS = ("AsyncClient", "Client")
+
+
+def __getattr__(name: str) -> Any:
+    """`mm.Client` and `mm.AsyncClient`, imported when somebody asks: commands need neither."""
+    if name in _CLIENTS:
+        import serve.client
+
+        return getattr(serve.client, name)
+    raise AttributeError(f"module 'mm' has no attribute {name!r}")
 
 
 def _show_version(wanted: bool) -> None:
@@ -110,7 +121,7 @@ def _run_demo(console: Console, shards: str | None, folder: Path, keep: bool) ->
     console.note(f"{model.reference} is version {model.version}")
 
     console.stage("6/7 serve it with Ray Serve and ask it over HTTP")
-    served = _ask(console, pipelines.cli.resolve_model(model.reference), *_question(retrieval, held_out), keep=keep)
+    served = _ask(console, model.reference, *_question(retrieval, held_out), keep=keep)
 
     console.stage("7/7 figures")
     rows = [
@@ -182,32 +193,34 @@ def _question(retrieval: str, ledgers: tuple[str, ...]) -> tuple[bytes, list[str
 
 def _ask(console: Console, model: str, image: bytes, labels: list[str], *, keep: bool) -> dict[str, Any]:
     """Deploy, send the image with the labels, print the answer, shut down."""
-    import json
-    from urllib.request import Request, urlopen
-
     from serve.address import free_port
+    from serve.cli import wanted_models
+    from serve.client import Client
     from serve.config import ServeConfig
     from serve.run import look_at, start
 
     config = ServeConfig(port=free_port())
-    server = start(look_at(model, config), config)
+    server = start(look_at(wanted_models([model], ()), config, pipelines.cli.model_store()))
     try:
-        body = {"image": f"data:image/jpeg;base64,{b64encode(image).decode()}", "labels": labels}
-        request = Request(f"{server.url}/v1/classify", json.dumps(body).encode(), {"content-type": "application/json"})
-        with urlopen(request, timeout=60) as response:
-            answer: dict[str, Any] = json.load(response)
+        with Client(server.url) as client:
+            scores = client.classify(image, labels)
         console.say(f"POST {server.url}/v1/classify   a held-out picture that shows: {labels[0]}")
-        console.table(("the endpoint's answer", "score"), [(row["label"], f"{row['score']:.3f}") for row in answer["scores"]])
+        console.table(("the endpoint's answer", "score"), [(score.label, f"{score.score:.3f}") for score in scores])
         if keep:
-            console.say(f"The endpoint stays up at {server.url}/docs until Ctrl-C")
+            console.say(f"The page is at {server.url} until Ctrl-C")
             server.wait()
     finally:
         server.stop()
-    return {"url": server.url, "asked": labels[0], "answer": answer["scores"][0]["label"]}
+    return {"url": server.url, "asked": labels[0], "answer": scores[0].label}
+
+
+def serving(args: Mapping[str, Any]) -> ray.serve.Application:
+    """The application of a serve.yaml that `mm serve --write-config` wrote: `import_path: mm:serving`."""
+    return serve.cli.from_yaml(args, pipelines.cli.model_store())
 
 
 pipelines.cli.attach(app)
-serve.cli.attach(app, pipelines.cli.resolve_model, ray_session)
+serve.cli.attach(app, pipelines.cli.model_store, ray_session)
 cluster.cli.attach(app)
 
 

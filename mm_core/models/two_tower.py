@@ -77,11 +77,32 @@ class TwoTower(nn.Module):
         return TwoTowerOutput(views, captions, self.logit_scale, None if bias is None else bias.reshape(()))
 
     def image_features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
-        pixels = normalise(images, self.mean, self.std)
-        return _unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
+        return unit(self.image_vectors(images))
 
     def text_features(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
-        return _unit(self.model.get_text_features(input_ids=input_ids, attention_mask=self._mask(input_ids)).pooler_output)
+        return unit(self.text_vectors(input_ids))
+
+    def image_vectors(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
+        """As the tower gives them: of any length."""
+        pixels = normalise(images, self.mean, self.std)
+        vectors: Tensor = self.model.get_image_features(pixel_values=pixels).pooler_output
+        return vectors
+
+    def text_vectors(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
+        """As the tower gives them: of any length."""
+        vectors: Tensor = self.model.get_text_features(input_ids=input_ids, attention_mask=self._mask(input_ids)).pooler_output
+        return vectors
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether a text's features change with the padding behind it, as SigLIP's do, which was trained so."""
+        return bool(self.model.config.text_config.model_type == "siglip_text_model")
+
+    @property
+    def logit_bias(self) -> float | None:
+        """Of models that were made for the sigmoid loss."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else float(bias.detach())
 
     def _mask(self, input_ids: Int[Tensor, "b l"]) -> Int[Tensor, "b l"] | Bool[Tensor, "b 1 1 l"] | None:
         """True for text, false for padding. For SDPA in the form that its kernels take: of any other transformers first asks whether
@@ -169,6 +190,6 @@ def normalise(images: UInt8[Tensor, "b h w 3"], mean: Float[Tensor, " 3"], std: 
     return ((images.to(mean.dtype) / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def _unit(features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+def unit(features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
     """L2-normalised, in fp32 at least: half precision has too few digits for logits of up to 100."""
     return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

@@ -14,8 +14,10 @@ from mm_core.models.clip import ClipConfig, build_clip
 from mm_core.models.sizes import TowerConfig
 from mm_core.models.tokenizer import special_tokens, train_bpe
 from serve.address import free_port
-from serve.config import ServeConfig
+from serve.cli import wanted_models
+from serve.config import Bound, Compute, LabelSet, ServeConfig
 from serve.run import Server, look_at, start
+from serve.store import Folders
 
 
 @pytest.fixture(scope="session")
@@ -45,9 +47,7 @@ def bundle(bundle_folder: Path) -> Bundle:
 @pytest.fixture(scope="session")
 def serve_config() -> ServeConfig:
     """Small bounds, so that breaking them is cheap."""
-    return ServeConfig(
-        port=free_port(),
-        max_batch_size=4,
+    bounds = Bound(
         max_requests=8,
         max_inputs=12,
         max_text_characters=200,
@@ -55,11 +55,13 @@ def serve_config() -> ServeConfig:
         max_pixels=1_000_000,
         max_request_bytes=1_000_000,
     )
+    shapes = LabelSet(labels=("red circle", "blue square", "star"), templates=("a {c}", "a picture of a {c}."))
+    return ServeConfig(port=free_port(), compute=Compute(max_batch_size=4), bounds=bounds, label_sets={"shapes": shapes})
 
 
 @pytest.fixture(scope="package")
 def server(ray_cluster: None, bundle_folder: Path, serve_config: ServeConfig) -> Iterator[Server]:
-    running = start(look_at(str(bundle_folder), serve_config), serve_config)
+    running = start(look_at(wanted_models([str(bundle_folder)], ()), serve_config, Folders()))
     yield running
     running.stop()
 

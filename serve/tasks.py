@@ -1,0 +1,13 @@
+"""Which endpoints a model has: that follows from its bundle's task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+ENDPOINTS: dict[str, tuple[str, ...]] = {"contrastive": ("embeddings", "classify", "match", "search")}
+"""By task. `search` is there where an index is served too."""
+
+
+def endpoints_of(tasks: Iterable[str]) -> list[str]:
+    """Of all models of an endpoint together."""
+    return list(dict.fromkeys(name for task in tasks for name in ENDPOINTS[task]))
