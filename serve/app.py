@@ -42,6 +42,7 @@ from serve.search import Searching, attach_search
 from serve.status import attach_status
 from serve.tasks import endpoints_of
 from serve.upstream import Upstream
+from serve.web import attach_page
 
 _SESSION = "x-session-id"
 _VERSION = "x-mm-version"
@@ -105,6 +106,7 @@ def create_app(
     if "search" in there and searching is not None:
         attach_search(app, desk, searching)
     attach_status(app, desk, searching)
+    attach_page(app)
     return app
 
 

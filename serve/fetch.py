@@ -99,7 +99,8 @@ class Fetcher:
         except TimeoutError:
             raise InputError(f"{name}: {_short(url)} did not answer within {self._config.timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise InputError(f"{name}: {_short(url)} could not be fetched: {error}") from None
+            reason = getattr(error, "os_error", error)  # what aiohttp says of a connection leaves the reason out
+            raise InputError(f"{name}: {_short(url)} could not be fetched: {reason}") from None
 
     async def _body(self, answer: aiohttp.ClientResponse, name: str) -> bytes:
         data = bytearray()
@@ -122,6 +123,16 @@ class Fetcher:
         host = (parts.hostname or "").rstrip(".").lower()
         if not any(_matches(host, pattern.lower()) for pattern in self._config.hosts):
             raise InputError(f"{name}: pictures are not fetched from {host[:100]!r}; allowed: {', '.join(self._config.hosts)}")
+        if _is_address(host) and not self._allowed(host):  # which no resolver would see
+            raise InputError(f"{name}: {host} is no public address")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _matches(host: str, pattern: str) -> bool:

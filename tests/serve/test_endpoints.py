@@ -41,17 +41,17 @@ def expected(bundle: Bundle, value: str | bytes) -> np.ndarray:
     return bundle.image_features(decode_centre(value, bundle.image_size)[None])[0]
 
 
-def test_health_and_readiness(client: httpx.Client, bundle_folder: Path) -> None:
+def test_health_and_readiness(client: httpx.Client) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     ready = client.get("/readyz")
     assert ready.status_code == 200
-    assert ready.json() == {"status": "ready", "models": [{"name": "tiny", "answers": {str(bundle_folder): 100.0}, "refused": None}]}
+    assert ready.json() == {"status": "ready", "models": [{"name": "tiny", "answers": {"models:/tiny/1": 100.0}, "refused": None}]}
 
 
 def test_models_tell_what_they_are_and_answer(client: httpx.Client, bundle: Bundle, bundle_folder: Path) -> None:
     (card,) = client.get("/v1/models").json()["data"]
     assert card["id"] == "tiny"
-    assert card["endpoints"] == ["embeddings", "classify", "match"], "there is no search without an index"
+    assert card["endpoints"] == ["embeddings", "classify", "match", "search"]
     assert card["label_sets"] == ["shapes"]
     (version,) = card["versions"]
     assert (version["dimensions"], version["image_size"], version["context_length"]) == (16, 32, 16)
@@ -60,7 +60,6 @@ def test_models_tell_what_they_are_and_answer(client: httpx.Client, bundle: Bund
     assert version["card"].startswith("---")
     assert client.get("/v1/models/tiny").json() == card
     assert client.get("/v1/models/other").status_code == 404
-    assert client.post("/v1/search", json={"text": "a star"}).status_code == 404
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
@@ -236,8 +235,9 @@ def test_a_request_keeps_the_id_its_caller_gave(client: httpx.Client) -> None:
 
 def test_openapi_describes_every_route_with_examples_that_work(client: httpx.Client) -> None:
     document = client.get("/openapi.json").json()
-    asked = ("/v1/embeddings", "/v1/classify", "/v1/match")
-    assert set(document["paths"]) == {"/healthz", "/readyz", "/metrics", "/v1/models", "/v1/models/{name}", *asked}
+    asked = ("/v1/embeddings", "/v1/classify", "/v1/match", "/v1/search")
+    looked_at = {"/v1/search/map", "/v1/search/items/{item}/thumbnail", "/v1/models", "/v1/models/{name}"}
+    assert set(document["paths"]) == {"/healthz", "/readyz", "/metrics", *looked_at, *asked}
     schemas = document["components"]["schemas"]
     for path in asked:
         operation = document["paths"][path]["post"]

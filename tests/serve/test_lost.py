@@ -74,3 +74,8 @@ def test_a_mistake_of_ours_is_500_and_is_not_asked_again() -> None:
     failures: list[Exception] = [ValueError("x"), ValueError("y")]
     assert ask(failures).status_code == 500
     assert len(failures) == 1
+
+
+def test_without_an_index_there_is_no_search() -> None:
+    upstream = Upstream(10, Measured(), lambda *_: asyncio.sleep(0))  # type: ignore[arg-type, return-value]
+    assert not [path for path in create_app(ServeConfig(), ["contrastive"], upstream).openapi()["paths"] if "search" in path]
