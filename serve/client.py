@@ -93,6 +93,11 @@ class Settings:
         body = {"images": [data_uri(image) for image in images], "texts": list(texts), "model": self.model}
         return _Call("v1/match", body, lambda r: np.array(MatchResponse.model_validate_json(r.content).scores, dtype=np.float32))
 
+    def thumbnail_call(self, found: Found, side: int) -> _Call[PillowImage]:
+        if found.thumbnail is None:
+            raise ValueError(f"item {found.item} has no picture")
+        return _Call(f"{found.thumbnail}?side={side}", None, _picture)
+
     def search_call(self, image: Image | None, query: dict[str, Any]) -> _Call[SearchResponse]:
         body = query | ({"image": data_uri(image)} if image is not None else {})
         return _Call("v1/search", body, lambda r: SearchResponse.model_validate_json(r.content))
@@ -169,6 +174,10 @@ class Client:
             page = self.search(text, limit=limit, offset=offset, **query)
             yield from page.results
             offset = page.next_offset
+
+    def thumbnail(self, found: Found, side: int = 256) -> PillowImage:
+        """The picture of a result, its longer side at most `side` pixels."""
+        return self._send(self._settings.thumbnail_call(found, side))
 
     def models(self) -> list[ModelCard]:
         return self._send(_MODELS)
@@ -262,6 +271,10 @@ class AsyncClient:
                 yield found
             offset = page.next_offset
 
+    async def thumbnail(self, found: Found, side: int = 256) -> PillowImage:
+        """As `Client.thumbnail`."""
+        return await self._send(self._settings.thumbnail_call(found, side))
+
     async def models(self) -> list[ModelCard]:
         return await self._send(_MODELS)
 
@@ -312,6 +325,14 @@ def _vectors(answer: httpx.Response) -> Float32[np.ndarray, "n d"]:
     rows = answer.json()["data"]
     packed = b"".join(base64.b64decode(row["embedding"]) for row in rows)
     return np.frombuffer(packed, dtype="<f4").reshape(len(rows), -1)
+
+
+def _picture(answer: httpx.Response) -> PillowImage:
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(answer.content))
+    picture.load()
+    return picture
 
 
 def _query(text: str | None, item: int | None, target: str, filters: Sequence[dict[str, Any]], text_weight: float) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def test_the_other_questions(ours: Any, bundle: Bundle) -> None:
     everything = [found.item for found in ours.search_all("a star", limit=25)]
     assert len(everything) == len(set(everything)) == 60
     assert ours.search(image=picture(1), target="texts", limit=2).results[0].caption
+    assert ours.thumbnail(ours.search("a star", limit=1).results[0], side=20).size == (20, 20)
     assert ours.models()[0].id == "tiny"
     assert ours.ready().status == "ready"
 
