@@ -22,7 +22,7 @@ from mm_core.search.embeddings import Recall, Searchable
 
 EXACT_BELOW = 100_000
 _RERANKED = {"fp16": 0, "int8": 4, "pq": 16}
-_TRAIN_PER_CELL = 64
+_TRAIN_PER_CELL = 40
 _HNSW_LINKS = 32
 _HNSW_BUILD = 100
 _BLOCK_ROWS = 1 << 16
