@@ -220,7 +220,10 @@ def _watch(console: Console) -> Callable[[], None]:
 
     def look() -> None:
         nonlocal told
-        now = states()
+        try:
+            now = states()
+        except Exception:  # a keeper that is being replaced tells again when it is back
+            return
         for name, line in now.items():
             if told.get(name) != line:
                 console.note(f"{name}: {line}")
