@@ -76,7 +76,7 @@ def build(
     keeper = ray.serve.deployment(Keeper).options(ray_actor_options={"num_cpus": 0}).bind(wanted, config, store, searched)
     searcher = (
         ray.serve.deployment(Searcher)
-        .options(max_ongoing_requests=at_a_time, ray_actor_options={"num_cpus": 0.25})
+        .options(max_ongoing_requests=at_a_time, ray_actor_options={"num_cpus": 0.1})
         .bind(config.search, config.bounds.max_pixels)
         if config.search
         else None

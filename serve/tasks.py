@@ -1,4 +1,7 @@
-"""Which endpoints a model has: that follows from its bundle's task."""
+"""Which endpoints a model has: that follows from its bundle's task.
+
+A new task is a line here, what its model takes in `prepare.py`, what it computes in `encoder.py`, and its routes beside those in `app.py`.
+"""
 
 from __future__ import annotations
 

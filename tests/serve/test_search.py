@@ -114,7 +114,7 @@ def test_filters_leave_what_meets_them(client: httpx.Client, samples: list) -> N
     found = client.post("/v1/search", json={"text": "a star", "limit": 100, "filters": filters}).json()["results"]
     assert {row["item"] for row in found} == {i for i, (_, _, captions) in enumerate(samples) if word.lower() in captions[0].lower()}
     assert all(row["metadata"]["width"] == 48 for row in found)
-    captions = client.post("/v1/search", json={"text": "a star", "target": "texts", "limit": 100, "filters": filters}).json()["results"]
+    captions = client.post("/v1/search", json={"text": "a star", "target": "texts", "limit": 400, "filters": filters}).json()["results"]
     assert {row["item"] for row in captions} == {row["item"] for row in found}
 
 
