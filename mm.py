@@ -21,6 +21,7 @@ import cluster.cli
 import pipelines.cli
 import serve.cli
 from mm_core.errors import MMError
+from pipelines.options import model_store
 from pipelines.session import ray_session
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def _searchable(console: Console, reference: str, shards: str, ledgers: tuple[st
     from pipelines.embed import embed
     from pipelines.search_index import SearchOptions, make_searchable
 
-    store = pipelines.cli.model_store()
+    store = model_store()
     pinned = store.pin(reference)
     with console.progress("embed") as tracker:
         embed(store.fetch(pinned), pinned, [shards], out, ledgers=ledgers, on_progress=tracker.advance)
@@ -222,7 +223,7 @@ def _endpoint(reference: str, vectors: Path) -> Iterator[Server]:
     from serve.run import look_at, start
 
     config = ServeConfig(port=free_port(), search=str(vectors.absolute()))
-    server = start(look_at(wanted_models([reference], ()), config, pipelines.cli.model_store()))
+    server = start(look_at(wanted_models([reference], ()), config, model_store()))
     try:
         yield server
     finally:
@@ -245,11 +246,11 @@ def _ask(console: Console, url: str, image: bytes, labels: list[str]) -> dict[st
 
 def serving(args: Mapping[str, Any]) -> ray.serve.Application:
     """The application of a serve.yaml that `mm serve --write-config` wrote: `import_path: mm:serving`."""
-    return serve.cli.from_yaml(args, pipelines.cli.model_store())
+    return serve.cli.from_yaml(args, model_store())
 
 
 pipelines.cli.attach(app)
-serve.cli.attach(app, pipelines.cli.model_store, ray_session)
+serve.cli.attach(app, model_store, ray_session)
 cluster.cli.attach(app)
 
 
