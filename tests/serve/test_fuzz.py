@@ -83,9 +83,9 @@ def fuzz(server: Server, requests: range) -> Counter[int]:
 
 
 def test_some_hundred_tampered_requests_break_nothing(server: Server) -> None:
-    statuses = fuzz(server, range(600))
-    assert statuses[200] > 20, "some are still pictures"
-    assert statuses[422] > 200, statuses
+    statuses = fuzz(server, range(400))
+    assert statuses[200] > 15, "some are still pictures"
+    assert statuses[422] > 150, statuses
 
 
 @pytest.mark.long
@@ -101,7 +101,7 @@ def test_what_the_document_allows_is_answered_as_it_says(server: Server) -> None
     for operation in operations:
 
         @given(case=operation.as_strategy())
-        @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+        @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
         def ask(case: schemathesis.Case) -> None:
             case.call_and_validate(checks=[not_a_server_error, response_schema_conformance], timeout=60)
 

@@ -155,8 +155,7 @@ def test_the_map_is_walked_with_keys_and_mouse(page: Page) -> None:
     expect(page.locator("#gallery .score").first).to_have_text("1.000")
 
 
-@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("size", "scheme"), [(WIDE, "light"), (NARROW, "dark")], ids=["wide and light", "narrow and dark"])
 def test_every_view_fits_and_is_accessible(page: Page, size: dict[str, int], scheme: str) -> None:
     page.set_viewport_size(size)  # type: ignore[arg-type]
     page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
