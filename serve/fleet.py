@@ -150,7 +150,7 @@ def bring_up(pinned: str, config: ServeConfig, store: ModelStore) -> Version:
     Raises:
         ServiceError: it did not come up, or answered no sense; nothing of it is left.
     """
-    application = f"{APPLICATION}-{hashlib.blake2b(pinned.encode(), digest_size=6).hexdigest()}"
+    application = application_of(pinned)
     try:
         handle = ray.serve.run(build_version(pinned, config, store), name=application, route_prefix=None)
         facts = handle.probe.remote().result(timeout_s=_PROBE_TIMEOUT_S)
@@ -159,6 +159,11 @@ def bring_up(pinned: str, config: ServeConfig, store: ModelStore) -> Version:
         ray.serve.delete(application)
         raise ServiceError(reason) from None
     return Version(application=application, reference=pinned, facts=facts)
+
+
+def application_of(pinned: str) -> str:
+    """The name of a version's application."""
+    return f"{APPLICATION}-{hashlib.blake2b(pinned.encode(), digest_size=6).hexdigest()}"
 
 
 def build_version(pinned: str, config: ServeConfig, store: ModelStore) -> ray.serve.Application:

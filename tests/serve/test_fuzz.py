@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance
 
+from serve.fleet import application_of
 from serve.run import Server
 from tests.serve import mutate
 
@@ -36,11 +37,13 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
 
 
 def replicas() -> dict[int, int]:
-    """Memory of each process of the endpoint, by its id."""
+    """Memory of each process of the endpoint and of the version that answers, by its id."""
+    applications = tuple(f"ray::ServeReplica:{name}:" for name in ("mm", application_of("models:/tiny/1")))
     found = {}
-    for process in psutil.process_iter(["name", "cmdline", "memory_info"]):
-        if "ServeReplica:mm" in " ".join(process.info["cmdline"] or [process.info["name"] or ""]):
+    for process in psutil.process_iter(["cmdline", "memory_info"]):
+        if " ".join(process.info["cmdline"] or ()).startswith(applications):
             found[process.pid] = process.info["memory_info"].rss
+    assert len(found) >= 5, "gateway, keeper, searcher, preparer, encoder"
     return found
 
 
