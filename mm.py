@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import warnings
-from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from glob import glob
 from importlib.metadata import version
@@ -21,10 +21,14 @@ import cluster.cli
 import pipelines.cli
 import serve.cli
 from mm_core.errors import MMError
+from pipelines.options import model_store
 from pipelines.session import ray_session
 
 if TYPE_CHECKING:
+    import ray.serve
+
     from mm_core.console import Console
+    from serve.run import Server
 
 app = typer.Typer(
     name="mm",
@@ -35,6 +39,16 @@ app = typer.Typer(
     help="Multimodal pretraining on Ray: shards in; a trained, tracked, registered and served model out.",
 )
 _INTERRUPTED = 130
+_CLIENTS = ("AsyncClient", "Client")
+
+
+def __getattr__(name: str) -> Any:
+    """`mm.Client` and `mm.AsyncClient`, imported when somebody asks: commands need neither."""
+    if name in _CLIENTS:
+        import serve.client
+
+        return getattr(serve.client, name)
+    raise AttributeError(f"module 'mm' has no attribute {name!r}")
 
 
 def _show_version(wanted: bool) -> None:
@@ -56,7 +70,7 @@ def _root(
 def demo(
     data: Annotated[str | None, typer.Option(help="Your own shards, e.g. 'path/*.tar'; by default scenes are rendered.")] = None,
     folder: Annotated[str, typer.Option(help="Where everything is put.")] = "demo",
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the endpoint up at the end, until Ctrl-C.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the page and the endpoint up at the end, until Ctrl-C.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")] = False,
 ) -> None:
     """The main job, end to end, on this machine: shards, index, training, evaluation, registry, endpoint.
@@ -109,23 +123,30 @@ def _run_demo(console: Console, shards: str | None, folder: Path, keep: bool) ->
     model = register_bundle(tracking, name="clip-demo", bundle_folder=bundle, alias="champion", metrics=metrics)
     console.note(f"{model.reference} is version {model.version}")
 
-    console.stage("6/7 serve it with Ray Serve and ask it over HTTP")
-    served = _ask(console, pipelines.cli.resolve_model(model.reference), *_question(retrieval, held_out), keep=keep)
+    console.stage("6/7 embed what was held out, serve it with Ray Serve, ask it over HTTP")
+    vectors = _searchable(console, model.reference, retrieval, held_out, folder / "vectors")
+    with _endpoint(model.reference, vectors) as server:
+        served = _ask(console, server.url, *_question(retrieval, held_out))
 
-    console.stage("7/7 figures")
-    rows = [
-        (f"{kind} {key}", f"{value:.3f}", f"{chance:.3f}") for kind, values in report.items() for key, (value, chance) in values.items()
-    ]
-    console.table(("held-out scenes" if shards is None else "held-out samples", "model", "chance"), rows)
-    above = above_chance(report)
-    if shards is None:
-        console.say("passed: at least 3 × chance" if above else "FAILED: below 3 × chance")
-    elif not above:
-        console.say("Below 3 × chance: a few minutes are little for photographs; mm train clip-tiny-photo is made for them")
-    console.say(f"\nSee the run:    .venv/bin/{describe_run(tracking, trained.run_id)}")
-    console.say(f"See the plots:  {folder}/plots")
-    console.say(f"Serve it again: .venv/bin/mm serve {model.reference}")
-    console.say("Your own data:  make demo DATA='path/*.tar', or follow the README from `mm data index`")
+        console.stage("7/7 figures")
+        rows = [
+            (f"{kind} {key}", f"{value:.3f}", f"{chance:.3f}") for kind, values in report.items() for key, (value, chance) in values.items()
+        ]
+        console.table(("held-out scenes" if shards is None else "held-out samples", "model", "chance"), rows)
+        above = above_chance(report)
+        if shards is None:
+            console.say("passed: at least 3 × chance" if above else "FAILED: below 3 × chance")
+        elif not above:
+            console.say("Below 3 × chance: a few minutes are little for photographs; mm train clip-tiny-photo is made for them")
+        console.say(f"\nSee the run:    .venv/bin/{describe_run(tracking, trained.run_id)}")
+        console.say(f"See the plots:  {folder}/plots")
+        console.say(f"Serve it again: .venv/bin/mm serve {model.reference} --search {vectors}")
+        console.say("Your own data:  make demo DATA='path/*.tar', or follow the README from `mm data index`")
+        if keep:
+            console.say(f"The page:       {server.url} until Ctrl-C")
+            server.wait()
+        else:
+            console.say("The page:       http://127.0.0.1:8000 once it is served again; `mm demo --keep` leaves it up")
     return {
         "passed": above or shards is not None,
         "train": asdict(trained),
@@ -180,34 +201,56 @@ def _question(retrieval: str, ledgers: tuple[str, ...]) -> tuple[bytes, list[str
     return samples[0].image or b"", [sample.captions[0] for sample in samples]
 
 
-def _ask(console: Console, model: str, image: bytes, labels: list[str], *, keep: bool) -> dict[str, Any]:
-    """Deploy, send the image with the labels, print the answer, shut down."""
-    import json
-    from urllib.request import Request, urlopen
+def _searchable(console: Console, reference: str, shards: str, ledgers: tuple[str, ...], out: Path) -> Path:
+    """What `mm embed` and `mm search-index` do."""
+    from pipelines.embed import embed
+    from pipelines.search_index import SearchOptions, make_searchable
 
+    store = model_store()
+    pinned = store.pin(reference)
+    with console.progress("embed") as tracker:
+        embed(store.fetch(pinned), pinned, [shards], out, ledgers=ledgers, on_progress=tracker.advance)
+    make_searchable(out, SearchOptions())
+    return out
+
+
+@contextmanager
+def _endpoint(reference: str, vectors: Path) -> Iterator[Server]:
+    """What `mm serve` does, on a free port."""
     from serve.address import free_port
+    from serve.cli import wanted_models
     from serve.config import ServeConfig
     from serve.run import look_at, start
 
-    config = ServeConfig(port=free_port())
-    server = start(look_at(model, config), config)
+    config = ServeConfig(port=free_port(), search=str(vectors.absolute()))
+    server = start(look_at(wanted_models([reference], ()), config, model_store()))
     try:
-        body = {"image": f"data:image/jpeg;base64,{b64encode(image).decode()}", "labels": labels}
-        request = Request(f"{server.url}/v1/classify", json.dumps(body).encode(), {"content-type": "application/json"})
-        with urlopen(request, timeout=60) as response:
-            answer: dict[str, Any] = json.load(response)
-        console.say(f"POST {server.url}/v1/classify   a held-out picture that shows: {labels[0]}")
-        console.table(("the endpoint's answer", "score"), [(row["label"], f"{row['score']:.3f}") for row in answer["scores"]])
-        if keep:
-            console.say(f"The endpoint stays up at {server.url}/docs until Ctrl-C")
-            server.wait()
+        yield server
     finally:
         server.stop()
-    return {"url": server.url, "asked": labels[0], "answer": answer["scores"][0]["label"]}
+
+
+def _ask(console: Console, url: str, image: bytes, labels: list[str]) -> dict[str, Any]:
+    """Send the image with the labels, and the first of them as a search; print the answers."""
+    from serve.client import Client
+
+    with Client(url) as client:
+        scores = client.classify(image, labels)
+        found = client.search(labels[0], limit=3).results
+    console.say(f"POST {url}/v1/classify   a held-out picture that shows: {labels[0]}")
+    console.table(("the endpoint's answer", "score"), [(score.label, f"{score.score:.3f}") for score in scores])
+    console.say(f"POST {url}/v1/search   {labels[0]}")
+    console.table(("a picture was found of which the caption is", "cosine"), [(one.caption, f"{one.score:.3f}") for one in found])
+    return {"url": url, "asked": labels[0], "answer": scores[0].label, "found": found[0].caption if found else None}
+
+
+def serving(args: Mapping[str, Any]) -> ray.serve.Application:
+    """The application of a serve.yaml that `mm serve --write-config` wrote: `import_path: mm:serving`."""
+    return serve.cli.from_yaml(args, model_store())
 
 
 pipelines.cli.attach(app)
-serve.cli.attach(app, pipelines.cli.resolve_model, ray_session)
+serve.cli.attach(app, model_store, ray_session)
 cluster.cli.attach(app)
 
 

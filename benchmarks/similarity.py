@@ -21,7 +21,7 @@ from mm_core.data.image import decode_centre
 from mm_core.data.index import Index
 from mm_core.data.reader import IndexReader
 from mm_core.data.sample import Sample
-from pipelines.curate import model_scores
+from pipelines import encoded_table
 from pipelines.curate.folds import Fold
 from pipelines.curate.model_scores import embeddings, score_by_models
 from pipelines.index import build_index
@@ -30,7 +30,7 @@ from pipelines.session import ray_session
 
 def plain(index: Index, model: str, samples: int) -> float:
     """Samples/s of one process, one thread for decoding and as many for the towers as torch takes."""
-    bundle, reader, rows = load_bundle(model), IndexReader(index), model_scores._BLOCK_ROWS
+    bundle, reader, rows = load_bundle(model), IndexReader(index), encoded_table._BLOCK_ROWS
     started = time.perf_counter()
     for at in range(0, samples, rows):
         found = reader.read(np.arange(at, min(samples, at + rows), dtype=np.uint64))

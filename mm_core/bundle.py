@@ -81,7 +81,7 @@ class Bundle:
     device: torch.device
 
     def __post_init__(self) -> None:
-        self._tokenise = caption_tokenizer(self.tokenizer, self.context_length)
+        self.tokenise = caption_tokenizer(self.tokenizer, self.context_length)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -104,7 +104,7 @@ class Bundle:
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Float32[np.ndarray, "b d"]:
         """L2-normalised."""
-        input_ids = torch.from_numpy(self._tokenise(texts)).to(self.device).long()
+        input_ids = torch.from_numpy(self.tokenise(texts)).to(self.device).long()
         return self.towers.text_features(input_ids).cpu().numpy()
 
     @property
@@ -142,7 +142,7 @@ class Bundle:
         return None if images is None else torch.from_numpy(np.array(images)).to(self.device)
 
     def _ids(self, texts: Sequence[str] | None) -> torch.Tensor | None:
-        return None if texts is None else torch.from_numpy(self._tokenise(texts)).to(self.device).long()
+        return None if texts is None else torch.from_numpy(self.tokenise(texts)).to(self.device).long()
 
 
 def write_bundle(
@@ -245,12 +245,7 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
     Raises:
         BundleError: there is no such model, it is damaged, or it is of another kind.
     """
-    folder = Path(source)
-    manifest = read_manifest(folder, verify=verify) if (folder / MANIFEST).is_file() else None
-    if manifest is None and not folder.is_dir() and not _may_be_hub_id(source):
-        raise BundleError(
-            f"no bundle at {source}: give a bundle's folder, models:/NAME@ALIAS, or a hub id like openai/clip-vit-base-patch32"
-        )
+    folder, manifest = Path(source), _manifest_of(source, verify)
     written = None if manifest is None else manifest.model
     if isinstance(written, DvaeConfig):
         raise BundleError(f"{source} is a codebook, which has no towers: it serves a flava recipe as model.codebook_source")
@@ -267,6 +262,28 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
         return Bundle(folder.resolve().name, manifest, towers, tokenizer, image_size, context_length, torch.device(device))
     except ConfigError as error:
         raise BundleError(f"the model {source} cannot be used: {error}") from None
+
+
+def look_into(source: str | Path) -> str:
+    """The task of a model, its files' digests checked and nothing loaded.
+
+    Raises:
+        BundleError: there is no such model, or it is damaged.
+    """
+    manifest = _manifest_of(source, verify=True)
+    return manifest.task if manifest else "contrastive"
+
+
+def _manifest_of(source: str | Path, verify: bool) -> BundleManifest | None:
+    """None of a plain transformers folder or what may be a hub id."""
+    folder = Path(source)
+    if (folder / MANIFEST).is_file():
+        return read_manifest(folder, verify=verify)
+    if not folder.is_dir() and not _may_be_hub_id(source):
+        raise BundleError(
+            f"no bundle at {source}: give a bundle's folder, models:/NAME@ALIAS, or a hub id like openai/clip-vit-base-patch32"
+        )
+    return None
 
 
 def _may_be_hub_id(source: str | Path) -> bool:

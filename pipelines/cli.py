@@ -1,5 +1,5 @@
 """`mm data`, `mm train`, `mm eval`, `mm register`, `mm config`. Each command is a thin layer over the module that does the work; those
-that choose among samples are in `curate/cli.py`.
+that choose among samples are in `curate/cli.py`, those of search in `search_cli.py`.
 
 Ray, torch and MLflow are imported inside the commands, so that `mm --help` is quick.
 """
@@ -17,7 +17,8 @@ import typer
 from mm_core.console import Console
 from mm_core.errors import ConfigError
 from pipelines.curate.cli import attach as attach_curation
-from pipelines.options import Json, Ledgers, Settings, tracking_config
+from pipelines.options import Json, Ledgers, Settings, model_store, tracking_config
+from pipelines.search_cli import attach as attach_search
 
 if TYPE_CHECKING:
     from pipelines.tracking import TrackingConfig
@@ -36,6 +37,7 @@ def attach(app: typer.Typer) -> None:
     app.add_typer(data, name="data")
     app.command("train")(train)
     app.command("eval")(evaluate)
+    attach_search(app)
     app.add_typer(imports, name="import")
     app.command("register")(register)
     app.add_typer(config, name="config")
@@ -391,11 +393,7 @@ def evaluation_metrics(bundle: Path, tracking: TrackingConfig) -> dict[str, floa
 
 def resolve_model(reference: str, settings: Sequence[str] | None = None) -> str:
     """The local folder, from the root, as workers have working folders of their own; or hub id, that a MODEL argument stands for."""
-    from mm_core.address import absolute
-    from pipelines.registry import resolve_model as look_up
-
-    found = str(look_up(reference, tracking_config(settings)))
-    return absolute(found) if Path(found).is_dir() else found
+    return model_store(settings).fetch(reference)
 
 
 def _need(modality: str) -> tuple[str, ...]:

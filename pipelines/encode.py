@@ -59,7 +59,7 @@ class Block(NamedTuple):
 
 
 Measure = Callable[[Bundle, NDArray[np.uint8], list[list[str]]], Mapping[str, NDArray[Any]]]
-"""Of a model, decoded images [n, h, w, 3] and their captions: columns of n numbers or n vectors, by name."""
+"""Of a model, decoded images [n, h, w, 3] and their captions: columns of n numbers, n vectors or n byte strings, by name."""
 
 
 def encode(
@@ -153,8 +153,14 @@ class Encoder:
                         columns[name][np.flatnonzero(decoded)[mine]] = values
         rows = rows.drop_columns(["image", "model"])
         for name, values in columns.items():
-            rows = rows.append_column(name, vectors_column(values, decoded) if values.ndim == 2 else pa.array(values, mask=~decoded))
+            rows = rows.append_column(name, _column(values, decoded))
         return rows
+
+
+def _column(values: NDArray[Any], present: NDArray[np.bool_]) -> pa.Array:
+    if values.ndim == 2:
+        return vectors_column(values, present)
+    return pa.array(values, pa.binary() if values.dtype == object else None, mask=~present)
 
 
 def image_features(bundle: Bundle, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from pipelines.registry import RegistryModels
     from pipelines.tracking import TrackingConfig
 
 Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
@@ -41,3 +42,10 @@ def tracking_config(settings: Sequence[str] | None) -> TrackingConfig:
 
     environment = {key: value for key, value in os.environ.items() if key.startswith("MM_SET__TRACKING__")}
     return resolve(_Only(), environment=environment, overrides=settings or ())[0].tracking.resolved()
+
+
+def model_store(settings: Sequence[str] | None = None) -> RegistryModels:
+    """What finds models: the registry of the environment and the settings."""
+    from pipelines.registry import RegistryModels
+
+    return RegistryModels(tracking_config(settings))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mm_core.address import absolute
 from mm_core.bundle import MANIFEST, BundleManifest, read_manifest
 from mm_core.bundle_cache import bundle_at, bundle_digest, keep_bundle
 from mm_core.cache import cache_folder
@@ -102,12 +103,9 @@ def resolve_model(reference: str, tracking: TrackingConfig) -> Path | str:
         return bundle_at(reference)
     if not reference.startswith("models:"):
         return reference
-    parts = _REFERENCE.fullmatch(reference)
-    if parts is None:
-        raise ConfigError(f"{reference!r} is not a model reference; use models:/NAME@ALIAS or models:/NAME/VERSION")
     client = open_client(tracking)
     with store_errors(tracking, f"looking up {reference}"):
-        version = _find(client, parts["name"], parts["alias"], parts["version"])
+        version = _find(client, *_parts(reference))
         source = client.get_model_version_download_uri(version.name, version.version)
     digest = version.tags.get(DIGEST_TAG)
     if digest is None or not _NAME.fullmatch(version.name):
@@ -121,6 +119,41 @@ def resolve_model(reference: str, tracking: TrackingConfig) -> Path | str:
 
     with store_errors(tracking, f"downloading {reference}"):
         return keep_bundle(folder, digest, source, fetch)
+
+
+def pin(reference: str, tracking: TrackingConfig) -> str:
+    """The reference that means the same tomorrow: `models:/NAME/VERSION` of an alias, a folder from the root, else as it came.
+
+    Raises:
+        ConfigError, BundleError, ServiceError: as `resolve_model`.
+    """
+    if not reference.startswith("models:"):
+        return absolute(reference) if Path(reference).is_dir() else reference
+    with store_errors(tracking, f"looking up {reference}"):
+        version = _find(open_client(tracking), *_parts(reference))
+    return f"models:/{version.name}/{version.version}"
+
+
+@dataclass(frozen=True)
+class RegistryModels:
+    """Models as serving asks for them, in whichever process."""
+
+    tracking: TrackingConfig
+
+    def pin(self, reference: str) -> str:
+        return pin(reference, self.tracking)
+
+    def fetch(self, reference: str) -> str:
+        found = str(resolve_model(reference, self.tracking))
+        return absolute(found) if Path(found).is_dir() else found
+
+
+def _parts(reference: str) -> tuple[str, str | None, str | None]:
+    """Name, alias and version."""
+    parts = _REFERENCE.fullmatch(reference)
+    if parts is None:
+        raise ConfigError(f"{reference!r} is not a model reference; use models:/NAME@ALIAS or models:/NAME/VERSION")
+    return parts["name"], parts["alias"], parts["version"]
 
 
 def _existing_run(client: MlflowClient, run_id: str | None) -> str | None:

@@ -1,133 +1,190 @@
-"""The HTTP interface: checks a request against the bounds, asks the encoder, shapes the answer.
+"""The HTTP interface: checks a request against the bounds, asks a model, shapes the answer.
 
-The application is built in the gateway from what is served, so that later tasks can bring other routes.
+The application is built in the gateway from what is served: which routes there are follows from the models' tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 import numpy as np
-import ray.serve
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from jaxtyping import Float32
-from ray.serve.config import BackpressureConfig
-from ray.serve.handle import DeploymentHandle
 
+from mm_core.data.text import TEMPLATE_MARK
+from serve.access import Access
 from serve.bounds import Bounds
+from serve.classes import ClassVectors
 from serve.config import ServeConfig
-from serve.encoder import Encoded, Encoder, Unreadable
-from serve.inputs import LABEL_PLACE, checked_image, checked_inputs, checked_prompts, encoded
-from serve.problems import RESPONSES, RETRY_AFTER_S, InputError, install
+from serve.facts import Version
+from serve.fetch import Fetcher
+from serve.form import FILE, FILES, STRING, STRINGS, FormRoute, form_too
+from serve.inputs import Checker, encoded, shortened
+from serve.keys import Door
+from serve.problems import RESPONSES, InputError, install
 from serve.schema import (
     ClassifyRequest,
     ClassifyResponse,
     Embedding,
     EmbeddingRequest,
     EmbeddingResponse,
-    Health,
+    ImageInput,
+    Input,
+    MatchRequest,
+    MatchResponse,
     Score,
+    TextInput,
     Usage,
 )
+from serve.search import Searching, attach_search
+from serve.status import attach_status
+from serve.tasks import endpoints_of
+from serve.upstream import Upstream
+from serve.web import attach_page
 
-_REFUSED_AT_A_TIME = 1000
-"""Requests above the bound that may be in the gateway while it refuses them."""
-
-Encode = Callable[[Sequence[str | bytes]], Awaitable[Encoded | Unreadable]]
+_SESSION = "x-session-id"
+_VERSION = "x-mm-version"
 
 
 @dataclass(frozen=True)
-class Served:
-    """What the gateway knows of the model behind it."""
+class Desk:
+    """What every route needs."""
 
-    source: str
-    """A bundle's folder, or a hub id."""
-    name: str
-    embed_dim: int
-    logit_scale: float
+    config: ServeConfig
+    upstream: Upstream
+    checker: Checker
+
+    def choose(self, request: Request, model: str | None, response: Response) -> tuple[str, Version]:
+        """The model that is asked for, and the version of it for this caller: of one session, else of one key, always the same.
+
+        Raises:
+            InputError: it is not served.
+            UnavailableError: no version of it is up yet.
+        """
+        state = request.state
+        session = request.headers.get(_SESSION) or getattr(state, "key", None) or state.request_id
+        name, version = self.upstream.choose(model, session)
+        state.model, state.version = name, version.reference
+        response.headers[_VERSION] = version.reference
+        return name, version
 
 
-def create_app(served: Served, config: ServeConfig, encode: Encode, ping: Callable[[], Awaitable[None]]) -> FastAPI:
-    """The routes of a contrastive model."""
-    app = FastAPI(title="mm", summary="Embeddings and zero-shot classification of images and texts", version="1")
-    app.add_middleware(Bounds, max_requests=config.max_requests, max_request_bytes=config.max_request_bytes)
+def create_app(
+    config: ServeConfig,
+    tasks: Sequence[str],
+    upstream: Upstream,
+    *,
+    searching: Searching | None = None,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+) -> FastAPI:
+    """The routes of models with these tasks."""
+    app = FastAPI(
+        title="mm",
+        summary="Embeddings, zero-shot classification and search of images and texts",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.add_middleware(Bounds, bounds=config.bounds)
+    app.add_middleware(Door, keys=config.keys, needs_key=config.needs_key)
+    app.add_middleware(Access, measured=upstream.measured)
+    app.router.route_class = FormRoute
     install(app)
-
-    @app.get("/healthz")
-    async def healthz() -> Health:
-        """Answers when the model does."""
-        await ping()
-        return Health(model=served.name)
-
-    @app.post("/v1/embeddings", responses=RESPONSES)
-    async def embeddings(request: EmbeddingRequest) -> EmbeddingResponse:
-        """Vectors of texts and images in one space, L2-normalised: their dot product is the cosine."""
-        if request.dimensions not in (None, served.embed_dim):
-            raise InputError(f"dimensions: this model has {served.embed_dim}, other sizes are not offered")
-        inputs = checked_inputs([request.input] if isinstance(request.input, str) else request.input, config)
-        result = _readable(await encode(inputs), [f"input.{i}" for i in range(len(inputs))])
-        data = [Embedding(index=i, embedding=encoded(v, request.encoding_format)) for i, v in enumerate(result.features)]
-        usage = Usage(prompt_tokens=result.tokens, total_tokens=result.tokens)
-        return EmbeddingResponse(data=data, model=served.name, usage=usage)
-
-    @app.post("/v1/classify", responses=RESPONSES)
-    async def classify(request: ClassifyRequest) -> ClassifyResponse:
-        """Zero-shot: which of the labels an image shows."""
-        image = checked_image(request.image, "image", config)
-        templates = request.templates or [LABEL_PLACE]
-        prompts = checked_prompts(request.labels, templates, config)
-        features = _readable(await encode([image, *prompts]), ["image"]).features
-        by_label = features[1:].reshape(len(request.labels), len(templates), -1)
-        probabilities = zero_shot(features[0], by_label, served.logit_scale)
-        scores = [Score(label=label, score=float(p)) for label, p in zip(request.labels, probabilities, strict=True)]
-        return ClassifyResponse(model=served.name, scores=sorted(scores, key=lambda score: -score.score))
-
+    desk = Desk(config, upstream, Checker(config.bounds, Fetcher(config.fetching, config.bounds.max_image_bytes)))
+    there = endpoints_of(tasks)
+    attach: dict[str, Callable[[FastAPI, Desk], None]] = {
+        "embeddings": _attach_embeddings,
+        "classify": _attach_classify,
+        "match": _attach_match,
+    }
+    for name in there:
+        if name in attach:
+            attach[name](app, desk)
+    if "search" in there and searching is not None:
+        attach_search(app, desk, searching)
+    attach_status(app, desk, searching)
+    attach_page(app)
     return app
 
 
-def zero_shot(image: Float32[np.ndarray, " d"], prompts: Float32[np.ndarray, "c t d"], logit_scale: float) -> Float32[np.ndarray, " c"]:
-    """Softmax over classes of the scaled cosine with each class's mean prompt (Radford et al. 2021, section 3.1.4)."""
-    classes = prompts.mean(axis=1)
-    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
-    logits = logit_scale * (classes @ image)
+def _attach_embeddings(app: FastAPI, desk: Desk) -> None:
+    fields = {"input": FILES, "model": STRING, "encoding_format": {"enum": ["float", "base64"]}}
+
+    @app.post("/v1/embeddings", responses=RESPONSES, openapi_extra=form_too(fields))
+    async def embeddings(request: Request, response: Response, body: EmbeddingRequest) -> EmbeddingResponse:
+        """Vectors of texts and images in one space, L2-normalised: their dot product is the cosine."""
+        name, version = desk.choose(request, body.model, response)
+        if body.dimensions is not None and body.dimensions > version.facts.embed_dim:
+            raise InputError(f"dimensions: this model has {version.facts.embed_dim}, {body.dimensions:,} were asked for")
+        given = body.input if isinstance(body.input, list) else [body.input]
+        names = [f"input.{i}" for i in range(len(given))]
+        inputs = await desk.checker.inputs(given, names)
+        request.state.inputs = len(inputs)
+        result = await desk.upstream.encode(name, version, inputs, names)
+        vectors = shortened(result.features, body.dimensions)
+        data = [Embedding(index=i, embedding=encoded(v, body.encoding_format)) for i, v in enumerate(vectors)]
+        return EmbeddingResponse(data=data, model=name, usage=Usage(prompt_tokens=result.tokens, total_tokens=result.tokens))
+
+
+def _attach_classify(app: FastAPI, desk: Desk) -> None:
+    classes, config = ClassVectors(desk.upstream), desk.config
+    fields = {"image": FILE, "labels": STRINGS, "templates": STRINGS, "label_set": STRING, "model": STRING}
+
+    def wanted(body: ClassifyRequest) -> tuple[Sequence[str], Sequence[str]]:
+        """Labels and templates."""
+        if body.label_set is not None:
+            if body.labels is not None or body.templates is not None:
+                raise InputError("label_set: brings its own labels and templates; leave those out")
+            if body.label_set not in config.label_sets:
+                known = ", ".join(sorted(config.label_sets)) or "none"
+                raise InputError(f"label_set: {body.label_set[:100]!r} is not known here; known: {known}", 404)
+            return config.label_sets[body.label_set].labels, config.label_sets[body.label_set].templates
+        if not body.labels:
+            raise InputError("labels: give at least one, or a label_set")
+        templates = body.templates or [TEMPLATE_MARK]
+        desk.checker.classes(body.labels, templates)
+        return body.labels, templates
+
+    @app.post("/v1/classify", responses=RESPONSES, openapi_extra=form_too(fields))
+    async def classify(request: Request, response: Response, body: ClassifyRequest) -> ClassifyResponse:
+        """Zero-shot: which of the labels an image shows."""
+        name, version = desk.choose(request, body.model, response)
+        labels, templates = wanted(body)
+        image = await desk.checker.image(body.image, "image")
+        result = await desk.upstream.encode(name, version, [image], ["image"])
+        found = await classes.of(name, version, labels, templates)
+        probabilities = softmax(version.facts.logit_scale * (found @ result.features[0]))
+        desk.upstream.measured.top_score(name, version.reference, "classify", float(probabilities.max()))
+        best = np.argsort(-probabilities, kind="stable")[: body.top_k]
+        return ClassifyResponse(model=name, scores=[Score(label=labels[i], score=float(probabilities[i])) for i in best])
+
+
+def _attach_match(app: FastAPI, desk: Desk) -> None:
+    fields = {"images": FILES, "texts": STRINGS, "model": STRING}
+
+    @app.post("/v1/match", responses=RESPONSES, openapi_extra=form_too(fields))
+    async def match(request: Request, response: Response, body: MatchRequest) -> MatchResponse:
+        """How well each image fits each text."""
+        name, version = desk.choose(request, body.model, response)
+        images, texts = body.images, body.texts
+        given: list[Input] = [*(ImageInput(image=image) for image in images), *(TextInput(text=text) for text in texts)]
+        names = [*(f"images.{i}" for i in range(len(images))), *(f"texts.{i}" for i in range(len(texts)))]
+        inputs = await desk.checker.inputs(given, names, "images and texts")
+        request.state.inputs = len(inputs)
+        features = (await desk.upstream.encode(name, version, inputs, names)).features
+        cosines = features[: len(images)] @ features[len(images) :].T
+        desk.upstream.measured.top_score(name, version.reference, "match", float(cosines.max()))
+        facts = version.facts
+        if facts.logit_bias is None:
+            return MatchResponse(model=name, kind="cosine", scores=cosines.tolist())
+        fits = 1 / (1 + np.exp(-(facts.logit_scale * cosines + facts.logit_bias)))
+        return MatchResponse(model=name, kind="sigmoid", scores=fits.tolist())
+
+
+def softmax(logits: Float32[np.ndarray, " c"]) -> Float32[np.ndarray, " c"]:
     weights = np.exp(logits - logits.max())
     probabilities: Float32[np.ndarray, " c"] = weights / weights.sum()
     return probabilities
-
-
-def _readable(result: Encoded | Unreadable, names: Sequence[str]) -> Encoded:
-    if isinstance(result, Unreadable):
-        raise InputError(f"{names[result.position]}: {result.problem}")
-    return result
-
-
-@ray.serve.ingress()
-class Gateway:
-    """The one door: it holds no model, only a handle to the encoder."""
-
-    def __init__(self, served: Served, config: ServeConfig, encoder: DeploymentHandle) -> None:
-        self._service = create_app(served, config, encoder.encode.remote, encoder.ping.remote)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return self._service
-
-
-def build(served: Served, config: ServeConfig) -> ray.serve.Application:
-    """The application: a gateway before the copies of the model."""
-    encoder = (
-        ray.serve.deployment(Encoder)
-        .options(
-            num_replicas=config.replicas,
-            max_ongoing_requests=max(config.max_requests, config.max_batch_size),
-            ray_actor_options={"num_cpus": 0.5, "num_gpus": config.gpus_per_replica},
-        )
-        .bind(served.source, config)
-    )
-    gateway = ray.serve.deployment(Gateway).options(
-        max_ongoing_requests=config.max_requests + _REFUSED_AT_A_TIME,
-        max_queued_requests=_REFUSED_AT_A_TIME,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S),
-        ray_actor_options={"num_cpus": 0.1},
-    )
-    return gateway.bind(served, config, encoder)

@@ -1,57 +1,85 @@
-"""What keeps the endpoint up under load: requests at a time and bytes of a body are bounded before anything is parsed.
+"""What keeps the endpoint up under load: requests at a time, their time and the bytes of their bodies are bounded before anything is
+parsed.
 
-Ray Serve's own bound answers in plain text and replaces any handler the application has for it, so it is only the outer wall.
+Ray Serve's own bounds answer in plain text and replace any handler the application has for them, so they are only the outer wall.
 """
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.config import Bound
 from serve.problems import overloaded, problem
 
 
 class Bounds:
-    """ASGI middleware. Health and documentation (GET) always pass."""
+    """ASGI middleware. What is read (GET) always passes, but has its time."""
 
-    def __init__(self, app: ASGIApp, max_requests: int, max_request_bytes: int) -> None:
-        self._app, self._max_requests, self._max_request_bytes = app, max_requests, max_request_bytes
-        self._running = 0
+    def __init__(self, app: ASGIApp, bounds: Bound) -> None:
+        self._app, self._bounds = app, bounds
+        self._running = self._held_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
-        if self._running >= self._max_requests:
-            await overloaded(self._max_requests)(scope, receive, send)
-            return
-        if _content_length(scope) > self._max_request_bytes:
+        elif scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self._timed(scope, receive, send)
+        elif self._running >= self._bounds.max_requests:
+            await overloaded(f"{self._bounds.max_requests:,} requests are being answered")(scope, receive, send)
+        elif (length := _content_length(scope)) > self._bounds.max_request_bytes:
             await problem(413, self._too_large())(scope, receive, send)
-            return
-        self._running += 1
-        try:
-            await self._app(scope, self._counted(receive), send)
-        finally:
-            self._running -= 1
+        elif self._held_bytes + length > self._bounds.max_body_bytes:
+            await overloaded(f"{self._held_bytes:,} bytes of requests are held")(scope, receive, send)
+        else:
+            await self._bounded(scope, receive, send)
 
-    def _counted(self, receive: Receive) -> Receive:
-        """A body sent in chunks tells no length: it is counted while it arrives."""
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
         received = 0
 
         async def counted() -> Message:
+            """A body sent in chunks tells no length: it is counted while it arrives."""
             nonlocal received
             message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_request_bytes:
+            size = len(message.get("body", b""))
+            received += size
+            self._held_bytes += size
+            if received > self._bounds.max_request_bytes:
                 raise HTTPException(413, self._too_large())
+            if self._held_bytes > self._bounds.max_body_bytes:
+                raise HTTPException(429, f"{self._held_bytes:,} bytes of requests are held; try again shortly", {"Retry-After": "1"})
             return message
 
-        return counted
+        self._running += 1
+        try:
+            await self._timed(scope, counted, send)
+        finally:
+            self._running -= 1
+            self._held_bytes -= received
+
+    async def _timed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(self._bounds.request_timeout_s):
+                await self._app(scope, receive, noted)
+        except TimeoutError:
+            if begun:  # half an answer cannot become another
+                raise
+            detail = f"not answered within {self._bounds.request_timeout_s:g} s: send fewer inputs in one call, or try again"
+            await problem(504, detail)(scope, receive, send)
 
     def _too_large(self) -> str:
-        return f"the body is above {self._max_request_bytes:,} bytes: send fewer or smaller inputs in one call"
+        return f"the body is above {self._bounds.max_request_bytes:,} bytes: send fewer or smaller inputs in one call"
 
 
 def _content_length(scope: Scope) -> int:
     value = dict(scope["headers"]).get(b"content-length", b"0")
-    return int(value) if value.isdigit() else 0
+    return int(value) if value.isdigit() and len(value) < 20 else 0

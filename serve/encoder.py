@@ -1,104 +1,173 @@
-"""The deployment that holds the model. Inputs of many requests are joined into batches; decoding runs off the event loop.
+"""The deployment that holds the model: inputs of many requests are joined into batches.
 
-The gateway knows the types here: torch and the model's library are imported only by the copy that holds a model.
+torch and the model's library are imported only by the copy that holds a model.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray.serve
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
-from mm_core.data.image import decode_centre
-from mm_core.data.problems import SampleProblem
-from serve.config import ServeConfig
+from mm_core.errors import BundleError
+from serve.config import Compute, Precision
+from serve.encoded import Encoded
+from serve.facts import Facts
+from serve.prepare import Preparation, Prepared, Unreadable
+from serve.store import ModelStore
 
-_DECODERS = 4
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mm_core.bundle import Bundle
+
+_PARTS = 4
+"""A batch is made of so many parts at least, so that requests of many inputs fill it well."""
+_SHORTEST = 8
+"""Tokens of the shortest texts that are computed together; each bucket is twice as long as the one before."""
+_CARD = "README.md"
+
+Texts = tuple[Int32[np.ndarray, "n l"], Int32[np.ndarray, " n"]]
+"""Token ids, and how many of each text's are no padding."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The features of one request's inputs, in order, L2-normalised."""
-
-    features: Float32[np.ndarray, "n d"]
-    tokens: int
-    """That the model read: texts cut to its context, begin and end marks included."""
+def _image_count(parts: list[UInt8[np.ndarray, "n h w 3"]]) -> int:
+    return sum(len(part) for part in parts)
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """An image of the request that cannot be decoded."""
-
-    position: int
-    problem: SampleProblem
+def _text_count(parts: list[Texts]) -> int:
+    return sum(len(lengths) for _, lengths in parts)
 
 
 class Encoder:
     """One copy of the model."""
 
-    def __init__(self, model: str, config: ServeConfig) -> None:
+    def __init__(self, reference: str, compute: Compute, store: ModelStore) -> None:
+        """
+        Raises:
+            BundleError: it cannot be loaded, or is damaged.
+        """
         import torch
 
         from mm_core.bundle import load_bundle
 
-        torch.set_num_threads(config.threads_per_replica or max(1, (os.cpu_count() or 1) // config.replicas))
-        self._config = config
-        self._bundle = load_bundle(model, device="cuda" if config.gpus_per_replica else "cpu")
-        self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+        torch.set_num_threads(compute.threads_per_replica or max(1, (os.cpu_count() or 1) // compute.replicas))
+        source = store.fetch(reference)
+        bundle = load_bundle(source, device="cuda" if compute.gpus_per_replica else "cpu")
+        self._compute, self._bundle = compute, bundle
+        self._facts = facts_of(source, bundle)
+        self._trims = not bundle.towers.sees_padding
+        self._image_tower, self._text_tower = bundle.towers.image_vectors, bundle.towers.text_vectors
+        if compute.compile:
+            self._image_tower = torch.compile(self._image_tower, dynamic=True)
+            self._text_tower = torch.compile(self._text_tower, dynamic=True)
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
-        for batch in (self._image_features, self._text_features):
-            batch.set_max_batch_size(config.max_batch_size)
-            batch.set_batch_wait_timeout_s(config.batch_wait_timeout_s)
+        for batch in (self._images, self._texts):
+            batch.set_max_batch_size(compute.max_batch_size)
+            batch.set_batch_wait_timeout_s(compute.batch_wait_timeout_s)
 
-    async def ping(self) -> None:
-        """Answers when the model is loaded."""
+    async def preparation(self) -> Preparation:
+        return Preparation(self._bundle.image_size, self._bundle.tokenise)
 
-    async def encode(self, inputs: Sequence[str | bytes]) -> Encoded | Unreadable:
-        """Features of texts and of encoded images. Every image is decoded before any is computed."""
-        texts = [value for value in inputs if isinstance(value, str)]
-        try:
-            ready = await asyncio.gather(*(self._decoded(i, value) for i, value in enumerate(inputs)))
-        except _UndecodableError as error:
-            return error.unreadable
-        features = await asyncio.gather(
-            *(self._text_features(value) if isinstance(value, str) else self._image_features(value) for value in ready)
-        )
-        return Encoded(np.stack(features), await asyncio.get_running_loop().run_in_executor(self._model, self._tokens, texts))
+    async def facts(self) -> Facts:
+        return self._facts
 
-    async def _decoded(self, position: int, value: str | bytes) -> str | UInt8[np.ndarray, "h w 3"]:
-        if isinstance(value, str):
-            return value
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._decoders, self._decode, value)
-        except SampleProblem as problem:
-            raise _UndecodableError(Unreadable(position, problem)) from None
+    async def encode(self, prepared: Prepared | Unreadable) -> Encoded | Unreadable:
+        """Features of a request's inputs, in order."""
+        if isinstance(prepared, Unreadable):
+            return prepared
+        size = max(1, self._compute.max_batch_size // _PARTS)
+        images = [self._images(prepared.images[i : i + size]) for i in range(0, len(prepared.images), size)]
+        texts = [
+            self._texts((prepared.input_ids[i : i + size], prepared.lengths[i : i + size])) for i in range(0, len(prepared.lengths), size)
+        ]
+        vectors = np.concatenate(await asyncio.gather(*images, *texts))
+        ordered = np.empty_like(vectors)
+        ordered[[*prepared.image_rows, *prepared.text_rows]] = vectors
+        norms = np.linalg.norm(ordered, axis=1, keepdims=True)
+        features = ordered / np.maximum(norms, np.finfo(np.float32).tiny)
+        return Encoded(features, norms[:, 0], int(prepared.lengths.sum()))
 
-    def _decode(self, data: bytes) -> UInt8[np.ndarray, "h w 3"]:
-        return decode_centre(data, self._bundle.image_size, max_pixels=self._config.max_pixels)
+    @ray.serve.batch(batch_size_fn=_image_count)  # type: ignore[untyped-decorator]
+    async def _images(self, parts: list[UInt8[np.ndarray, "n h w 3"]]) -> list[Float32[np.ndarray, "n d"]]:
+        return await asyncio.get_running_loop().run_in_executor(self._model, self._image_vectors, parts)
 
-    def _tokens(self, texts: list[str]) -> int:
-        tokenizer, context = self._bundle.tokenizer, self._bundle.context_length
-        return sum(len(ids) for ids in tokenizer(texts, truncation=True, max_length=context)["input_ids"]) if texts else 0
+    @ray.serve.batch(batch_size_fn=_text_count)  # type: ignore[untyped-decorator]
+    async def _texts(self, parts: list[Texts]) -> list[Float32[np.ndarray, "n d"]]:
+        return await asyncio.get_running_loop().run_in_executor(self._model, self._text_vectors, parts)
 
-    @ray.serve.batch  # type: ignore[untyped-decorator]
-    async def _image_features(self, images: list[UInt8[np.ndarray, "h w 3"]]) -> list[Float32[np.ndarray, " d"]]:
-        loop = asyncio.get_running_loop()
-        return list(await loop.run_in_executor(self._model, self._bundle.image_features, np.stack(images)))
+    def _image_vectors(self, parts: list[UInt8[np.ndarray, "n h w 3"]]) -> list[Float32[np.ndarray, "n d"]]:
+        import torch
 
-    @ray.serve.batch  # type: ignore[untyped-decorator]
-    async def _text_features(self, texts: list[str]) -> list[Float32[np.ndarray, " d"]]:
-        loop = asyncio.get_running_loop()
-        return list(await loop.run_in_executor(self._model, self._bundle.text_features, texts))
+        pixels = torch.from_numpy(np.concatenate(parts)).to(self._bundle.device)
+        return _split(self._computed(self._image_tower, pixels), [len(part) for part in parts])
+
+    def _text_vectors(self, parts: list[Texts]) -> list[Float32[np.ndarray, "n d"]]:
+        """Texts of about one length together, without the padding that none of them needs."""
+        import torch
+
+        input_ids, lengths = np.concatenate([ids for ids, _ in parts]), np.concatenate([n for _, n in parts])
+        vectors = np.empty((len(lengths), self._facts.embed_dim), dtype=np.float32)
+        for length, rows in buckets(lengths, input_ids.shape[1]) if self._trims else [(input_ids.shape[1], np.arange(len(lengths)))]:
+            ids = torch.from_numpy(input_ids[rows, :length]).to(self._bundle.device).long()
+            vectors[rows] = self._computed(self._text_tower, ids)
+        return _split(vectors, [len(n) for _, n in parts])
+
+    def _computed(self, tower: object, inputs: Tensor) -> Float32[np.ndarray, "n d"]:
+        import torch
+
+        half = self._compute.precision is Precision.BF16
+        with torch.inference_mode(), torch.autocast(self._bundle.device.type, dtype=torch.bfloat16, enabled=half):
+            vectors: Float32[np.ndarray, "n d"] = tower(inputs).float().cpu().numpy()  # type: ignore[operator]
+        return vectors
 
 
-class _UndecodableError(Exception):
-    def __init__(self, unreadable: Unreadable) -> None:
-        super().__init__(str(unreadable.problem))
-        self.unreadable = unreadable
+def buckets(lengths: Int32[np.ndarray, " n"], longest: int) -> Iterator[tuple[int, Int32[np.ndarray, " m"]]]:
+    """Rows of texts by the length they are computed at: 8, 16, 32 … tokens, up to `longest`."""
+    edges, length = [], _SHORTEST
+    while length < longest:
+        edges.append(length)
+        length *= 2
+    edges.append(longest)
+    places = np.searchsorted(edges, lengths)
+    for place in np.unique(places):
+        yield edges[place], np.flatnonzero(places == place)
+
+
+def facts_of(source: str, bundle: Bundle) -> Facts:
+    """
+    Raises:
+        BundleError: which model it is cannot be known.
+    """
+    from mm_core.model_digest import model_digest
+
+    manifest, card = bundle.manifest, Path(source) / _CARD
+    try:
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{card} cannot be read: {error}") from None
+    return Facts(
+        digest=model_digest(source),
+        task=manifest.task if manifest else "contrastive",
+        embed_dim=bundle.embed_dim,
+        image_size=bundle.image_size,
+        context_length=bundle.context_length,
+        parameters=sum(parameter.numel() for parameter in bundle.model.parameters()),
+        logit_scale=bundle.logit_scale,
+        logit_bias=bundle.towers.logit_bias,
+        recipe=manifest.recipe if manifest else None,
+        data_fingerprint=manifest.data_fingerprint if manifest else None,
+        metrics=manifest.metrics if manifest else {},
+        card=text,
+    )
+
+
+def _split(vectors: Float32[np.ndarray, "n d"], sizes: list[int]) -> list[Float32[np.ndarray, "m d"]]:
+    return np.split(vectors, np.cumsum(sizes)[:-1])

@@ -10,13 +10,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
-from serve.schema import Problem
+from serve.schema import OpenAIError, Problem
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")
 RETRY_AFTER_S = 1
 MEDIA_TYPE = "application/problem+json"
 _MAX_DETAIL_CHARACTERS = 500
@@ -25,14 +25,22 @@ _MAX_SHOWN = 3
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"description": description, "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}}}
     for status, description in {
-        400: "The body is no JSON.",
+        400: "The body is no JSON, or no form.",
+        401: "No API key, or one that is not known.",
+        404: "No such model, label set or item.",
         413: "Too many inputs, or one that is too large.",
+        415: "The body is neither JSON nor a form.",
+        421: "The endpoint was called by a name that is not this machine's.",
         422: "A field is missing, unknown or wrong, or a picture cannot be read.",
         429: "Too many requests at a time; `Retry-After` says when to try again.",
-        503: "A copy of the model was lost while it answered; `Retry-After` says when to try again.",
+        503: "No copy of the model answers now; `Retry-After` says when to try again.",
+        504: "Not answered in time.",
     }.items()
 }
 """For the OpenAPI document."""
+
+LOST = (RayActorError, DeploymentUnavailableError)
+"""What a copy of a model that dies, or has gone, leaves its callers with."""
 
 
 class InputError(Exception):
@@ -43,18 +51,25 @@ class InputError(Exception):
         self.detail, self.status = detail, status
 
 
+class OverloadedError(Exception):
+    """Time mends this: 429."""
+
+
+class UnavailableError(Exception):
+    """Nobody answers now: 503."""
+
+
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """`detail` may repeat what the caller sent: it is cut, and what UTF-8 cannot say is replaced."""
     if len(detail) > _MAX_DETAIL_CHARACTERS:
         detail = f"{detail[:_MAX_DETAIL_CHARACTERS]}…"
     sayable = detail.encode("utf-8", "replace").decode("utf-8")
-    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=sayable)
+    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=sayable, error=OpenAIError(message=sayable))
     return JSONResponse(body.model_dump(), status_code=status, media_type=MEDIA_TYPE, headers=headers)
 
 
-def overloaded(max_requests: int) -> JSONResponse:
-    detail = f"{max_requests:,} requests are being answered, no more are taken now; try again shortly"
-    return problem(429, detail, {"Retry-After": str(RETRY_AFTER_S)})
+def overloaded(what: str) -> JSONResponse:
+    return problem(429, f"{what}, no more are taken now; try again shortly", {"Retry-After": str(RETRY_AFTER_S)})
 
 
 def install(app: FastAPI) -> None:
@@ -75,6 +90,15 @@ def install(app: FastAPI) -> None:
     async def http(_: Request, error: HTTPException) -> Response:
         return problem(error.status_code, str(error.detail), dict(error.headers or {}))
 
+    @app.exception_handler(OverloadedError)
+    @app.exception_handler(BackPressureError)
+    async def full(_: Request, error: Exception) -> Response:
+        return overloaded(str(error) if isinstance(error, OverloadedError) else "the model's queue is full")
+
+    @app.exception_handler(UnavailableError)
+    async def unavailable(_: Request, error: UnavailableError) -> Response:
+        return problem(503, str(error), {"Retry-After": str(RETRY_AFTER_S)})
+
     @app.exception_handler(RayActorError)
     @app.exception_handler(DeploymentUnavailableError)
     async def lost(_: Request, error: Exception) -> Response:
@@ -83,9 +107,16 @@ def install(app: FastAPI) -> None:
         return problem(503, detail, {"Retry-After": str(RETRY_AFTER_S)})
 
     @app.exception_handler(Exception)
-    async def internal(_: Request, error: Exception) -> Response:
+    async def internal(request: Request, error: Exception) -> Response:
+        if is_lost(error):
+            return await lost(request, error)
         logger.error("a request failed", exc_info=error)
         return problem(500, "the request failed inside the server; it is logged there")
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a copy of a model died or has gone, also where it was one that another copy waited for."""
+    return isinstance(error, LOST) or (isinstance(error, RayTaskError) and isinstance(error.cause, LOST))
 
 
 def _explained(errors: Sequence[Any]) -> str:

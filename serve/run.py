@@ -5,20 +5,37 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ray
 import ray.serve
-import torch
 from ray.serve.config import HTTPOptions
 
-from mm_core.bundle import load_bundle
+from mm_core.bundle import look_into
 from mm_core.errors import ServiceError
+from mm_core.search.embeddings import read_search_summary
 from serve.address import check_address
-from serve.app import Served, build
 from serve.config import ServeConfig
+from serve.fleet import APPLICATION, Searched, Wanted
+from serve.gateway import build
+from serve.store import ModelStore
 
-APPLICATION = "mm"
+_PROXY_MARGIN_S = 10
+"""That Serve's own limit on a request, which answers in plain text, lies above ours."""
+_SLOWEST_START_S = 900
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An endpoint that nothing is known to stand in the way of."""
+
+    wanted: tuple[Wanted, ...]
+    config: ServeConfig
+    store: ModelStore
+    tasks: tuple[str, ...]
+    searched: Searched | None
 
 
 @dataclass(frozen=True)
@@ -26,52 +43,106 @@ class Server:
     """A running endpoint."""
 
     url: str
-    model: str
+    models: tuple[str, ...]
 
-    def wait(self) -> None:
-        """Until Ctrl-C or SIGTERM."""
+    def wait(self, watch: Callable[[], None] = lambda: None) -> None:
+        """Until Ctrl-C or SIGTERM, looking now and then."""
         stop = threading.Event()
         previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while not stop.wait(0.5):
-                pass
+                watch()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
     def stop(self) -> None:
         """Take the endpoint down, letting running requests end; Ray stays."""
-        ray.serve.delete(APPLICATION)
+        applications = list(ray.serve.status().applications)
+        for name in [APPLICATION, *(name for name in applications if name != APPLICATION)]:  # who could bring others up first
+            ray.serve.delete(name)
         ray.serve.shutdown()
 
 
-@torch.no_grad()
-def look_at(model: str, config: ServeConfig, *, name: str | None = None) -> Served:
-    """What stands in the way of serving a bundle, found before Ray is needed. `name` is what answers call the model: by default the
-    folder's name.
+def look_at(wanted: Sequence[Wanted], config: ServeConfig, store: ModelStore) -> Plan:
+    """What stands in the way of serving these models, found before Ray is needed.
 
     Raises:
-        BundleError: the model cannot be loaded.
+        BundleError: a model is not there, or damaged.
+        DataError: the search index is not there.
         ServiceError: the address cannot be used.
     """
     check_address(config.host, config.port)
-    bundle = load_bundle(model)
-    return Served(model, name or bundle.name, bundle.embed_dim, bundle.logit_scale)
+    tasks, searched = facts_before(wanted, config, store)
+    return Plan(tuple(wanted), config, store, tasks, searched)
 
 
-def start(served: Served, config: ServeConfig) -> Server:
-    """Deploy what was looked at and wait until it answers.
+def facts_before(wanted: Sequence[Wanted], config: ServeConfig, store: ModelStore) -> tuple[tuple[str, ...], Searched | None]:
+    """The models' tasks, and the model of the search index: what the gateway's routes follow from.
 
     Raises:
-        ServiceError: this Ray serves something already; nothing was started. Or the endpoint did not come up.
+        BundleError, DataError: as `look_at`.
+    """
+    tasks = [look_into(store.fetch(store.pin(reference))) for one in wanted for reference in one.references]
+    searched = None
+    if config.search is not None:
+        summary = read_search_summary(config.search)
+        searched = Searched(summary.model, summary.model_digest)
+    return tuple(dict.fromkeys(tasks)), searched
+
+
+def application(plan: Plan) -> ray.serve.Application:
+    return build(plan.wanted, plan.config, plan.store, tasks=plan.tasks, searched=plan.searched)
+
+
+def start(plan: Plan) -> Server:
+    """Deploy what was looked at and wait until every model answers.
+
+    Raises:
+        ServiceError: this Ray serves something already; nothing was started. Or a model did not come up.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if ray.is_initialized() and ray.serve.status().proxies:
         raise ServiceError("this Ray cluster serves applications already: stop them first (serve shutdown), or use another cluster")
+    config = plan.config
+    server = Server(config.url, tuple(one.name for one in plan.wanted))
     try:
-        ray.serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=config.request_timeout_s))
-        ray.serve.run(build(served, config), name=APPLICATION, route_prefix="/")
-    except RuntimeError as error:
-        ray.serve.shutdown()
+        timeout_s = config.bounds.request_timeout_s + _PROXY_MARGIN_S
+        ray.serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=timeout_s))
+        ray.serve.run(application(plan), name=APPLICATION, route_prefix="/")
+        _await_models()
+    except (RuntimeError, ServiceError) as error:
+        server.stop()
         raise ServiceError(f"the endpoint did not come up: {error}") from None
-    return Server(config.url, served.name)
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+def states() -> dict[str, str]:
+    """Of each model in a line: who answers, and what is refused."""
+    traffic = ray.serve.get_deployment_handle("Keeper", APPLICATION).traffic.remote().result()
+    found = {}
+    for slot in traffic.slots:
+        answers = ", ".join(f"{share.version.reference} ({share.percent:g} %)" for share in slot.shares) or "nobody"
+        found[slot.name] = f"{answers} answers" + (f"; refused: {slot.refused}" if slot.refused else "")
+    return found
+
+
+def _await_models() -> None:
+    """Until every model has a version that answers.
+
+    Raises:
+        ServiceError: one has none, and why.
+    """
+    keeper = ray.serve.get_deployment_handle("Keeper", APPLICATION)
+    give_up = time.monotonic() + _SLOWEST_START_S
+    while time.monotonic() < give_up:
+        traffic = keeper.traffic.remote().result()
+        if traffic.is_ready:
+            return
+        if refused := [slot.refused for slot in traffic.slots if slot.refused and not slot.shares]:
+            raise ServiceError(refused[0])
+        time.sleep(0.1)
+    raise ServiceError(f"no answer after {_SLOWEST_START_S} s")

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mm_core.search.filters import Condition
+
 _IMAGE = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+_MODEL = "Name of a served model (`GET /v1/models`); by default the first."
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class TextInput(Strict):
+    """A text, whatever it looks like."""
+
+    text: str
+
+
+class ImageInput(Strict):
+    image: str = Field(description="A base64 data URI, or where the server fetches pictures an https URL.")
+
+
+Input = str | TextInput | ImageInput
+
+
 class EmbeddingRequest(Strict):
     """Texts, and images as base64 data URIs, in any mixture."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"input": ["a red circle", _IMAGE]}]})
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"input": ["a red circle", _IMAGE]}, {"input": [{"text": "data: the new oil"}, {"image": _IMAGE}]}]
+        },
+    )
 
-    input: str | list[str] = Field(description="A text or a data URI (`data:image/jpeg;base64,…`), or a list of them.")
-    model: str | None = Field(default=None, description="Taken and ignored: one endpoint serves one model.")
+    input: Input | list[Input] = Field(description="A text or a data URI (`data:image/jpeg;base64,…`), or a list of them.")
+    model: str | None = Field(default=None, description=_MODEL)
     encoding_format: Literal["float", "base64"] = Field(default="float", description="base64: little-endian float32.")
-    dimensions: int | None = Field(default=None, description="Must be the model's own, if given.")
+    dimensions: int | None = Field(default=None, ge=1, description="The first so many, made of length 1 again; at most the model's own.")
     user: str | None = Field(default=None, description="Taken and ignored.")
 
 
@@ -48,9 +69,14 @@ class ClassifyRequest(Strict):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"image": _IMAGE, "labels": ["red circle", "blue square"]}]})
 
-    image: str = Field(description="A base64 data URI.")
-    labels: list[str] = Field(min_length=1)
-    templates: list[str] | None = Field(default=None, description="Prompts with {c} for the label; by default the label alone.")
+    image: str = Field(description="A base64 data URI, or where the server fetches pictures an https URL.")
+    labels: list[str] | None = Field(default=None, min_length=1)
+    templates: list[str] | None = Field(
+        default=None, min_length=1, description="Prompts with {c} for the label; by default the label alone."
+    )
+    label_set: str | None = Field(default=None, description="A set that the server knows by name, in place of labels and templates.")
+    top_k: int | None = Field(default=None, ge=1, description="Only the best so many; probabilities are still those among all.")
+    model: str | None = Field(default=None, description=_MODEL)
 
 
 class Score(Strict):
@@ -60,18 +86,121 @@ class Score(Strict):
 
 class ClassifyResponse(Strict):
     model: str
-    scores: list[Score] = Field(description="Best first; they sum to 1.")
+    scores: list[Score] = Field(description="Best first; all together sum to 1.")
+
+
+class MatchRequest(Strict):
+    """How well each image fits each text."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"images": [_IMAGE], "texts": ["a red circle", "a star"]}]})
+
+    images: list[str] = Field(min_length=1, description="Base64 data URIs, or where the server fetches pictures https URLs.")
+    texts: list[str] = Field(min_length=1)
+    model: str | None = Field(default=None, description=_MODEL)
+
+
+class MatchResponse(Strict):
+    model: str
+    kind: Literal["cosine", "sigmoid"] = Field(description="sigmoid: the probability that the two belong together.")
+    scores: list[list[float]] = Field(description="A row for each image, a column for each text.")
+
+
+class SearchRequest(Strict):
+    """By words, by a picture, by both, or by an item of the index."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"text": "a red circle", "limit": 5},
+                {"image": _IMAGE, "text": "at night", "text_weight": 0.3, "filters": [{"field": "width", "op": ">=", "value": 32}]},
+                {"image": _IMAGE, "target": "texts"},
+            ]
+        },
+    )
+
+    text: str | None = None
+    image: str | None = Field(default=None, description="A base64 data URI, or where the server fetches pictures an https URL.")
+    item: int | None = Field(default=None, ge=0, description="An item of the index: what is like it.")
+    text_weight: float = Field(default=0.5, ge=0, le=1, allow_inf_nan=False, description="Of the text where a picture is given too.")
+    target: Literal["images", "texts"] = "images"
+    filters: list[Condition] = Field(default_factory=list, max_length=20, description="All must hold.")
+    limit: int = Field(default=20, ge=1)
+    offset: int = Field(default=0, ge=0)
+
+
+class Found(Strict):
+    item: int
+    uid: str
+    score: float = Field(description="The cosine with the query.")
+    caption: str | None = Field(description="The one found, or of an image its first.")
+    metadata: dict[str, Any]
+    thumbnail: str | None = Field(description="Address of the picture, small.")
+
+
+class SearchResponse(Strict):
+    model: str
+    results: list[Found] = Field(description="Best first.")
+    offset: int
+    next_offset: int | None = Field(description="Of the next page; null on the last.")
+    took_ms: float
+
+
+class VersionCard(Strict):
+    version: str
+    percent: float = Field(description="Of the requests that name the model.")
+    digest: str
+    task: str
+    dimensions: int
+    image_size: int
+    context_length: int
+    parameters: int
+    logit_scale: float
+    recipe: str | None
+    data_fingerprint: str | None
+    metrics: dict[str, float]
+    card: str = Field(description="The model card, Markdown.")
+
+
+class ModelCard(Strict):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "mm"
+    endpoints: list[str]
+    label_sets: list[str]
+    versions: list[VersionCard]
+
+
+class ModelList(Strict):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
 
 
 class Health(Strict):
     status: Literal["ok"] = "ok"
-    model: str
+
+
+class ModelState(Strict):
+    name: str
+    answers: dict[str, float] = Field(description="Versions, with their percentage of the requests.")
+    refused: str | None = Field(description="Why the version that should answer does not.")
+
+
+class Readiness(Strict):
+    status: Literal["ready", "starting", "failed"]
+    models: list[ModelState]
+
+
+class OpenAIError(BaseModel):
+    message: str
 
 
 class Problem(BaseModel):
-    """RFC 9457."""
+    """RFC 9457, with what OpenAI's clients show of an error as an extension."""
 
     type: str = "about:blank"
     title: str
     status: int
     detail: str
+    error: OpenAIError

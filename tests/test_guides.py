@@ -44,4 +44,6 @@ def test_the_program_takes_every_command(page: Path) -> None:
 
 
 def test_there_are_commands_to_look_at() -> None:
-    assert {"mm data index corpus/train --out index", "mm serve models:/clip-demo@champion --port 8000"} <= set(commands(PAGES[0]))
+    assert {"mm data index corpus/train --out index", "mm serve models:/clip-demo@champion --port 8000 --search vectors"} <= set(
+        commands(PAGES[0])
+    )

@@ -29,8 +29,13 @@ class CaptionTokenizer:
         return tokenizer
 
     def __call__(self, captions: Sequence[str]) -> Int32[np.ndarray, "b l"]:
+        return self.with_lengths(captions)[0]
+
+    def with_lengths(self, captions: Sequence[str]) -> tuple[Int32[np.ndarray, "b l"], Int32[np.ndarray, " b"]]:
+        """Token ids, and how many of each caption's are no padding. An id cannot tell: CLIP pads with the mark that ends a text."""
         encoded = self._tokenizer.encode_batch(list(captions))
-        return np.asarray([e.ids for e in encoded], dtype=np.int32).reshape(len(captions), self.context_length)
+        ids = np.asarray([e.ids for e in encoded], dtype=np.int32).reshape(len(captions), self.context_length)
+        return ids, np.asarray([sum(e.attention_mask) for e in encoded], dtype=np.int32)
 
     def with_words(self, captions: Sequence[str]) -> tuple[Int32[np.ndarray, "b l"], Int32[np.ndarray, "b l"]]:
         """Token ids, and the number of the word in its text that each token is of; -1 of marks and padding."""

@@ -131,7 +131,7 @@ class Fused(nn.Module):
         count = len(images.pixels)
         features: tuple[Tensor, Tensor] | None = None
         if contrasted:
-            features = self._image_projected(image.embedded[:count]), self._text_projected(text.embedded[:count])
+            features = unit(self._image_projected(image.embedded[:count])), unit(self._text_projected(text.embedded[:count]))
         predictions = self._fused(batch, image.hidden[-count:], text.hidden[-count:], features) if fused else {}
         tokens = (image.hidden, text.hidden) if batch.probed else ()
         if features is None:
@@ -239,18 +239,30 @@ class Fused(nn.Module):
         return seen[:, None, None] if self.model.config.text_config._attn_implementation == "sdpa" else seen.long()
 
     def _image_projected(self, embedded: Float[Tensor, "b n d"]) -> Float[Tensor, "b e"]:
-        return unit(self.model.flava.image_projection(embedded[:, 0]))
+        return self.model.flava.image_projection(embedded[:, 0])
 
     def _text_projected(self, embedded: Float[Tensor, "b l d"]) -> Float[Tensor, "b e"]:
-        return unit(self.model.flava.text_projection(embedded[:, 0]))
+        return self.model.flava.text_projection(embedded[:, 0])
 
     # What evaluation and serving ask.
 
     def image_features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
-        return self._image_projected(self._image(images).embedded)
+        return unit(self.image_vectors(images))
 
     def text_features(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
+        return unit(self.text_vectors(input_ids))
+
+    def image_vectors(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
+        """As the tower gives them: of any length."""
+        return self._image_projected(self._image(images).embedded)
+
+    def text_vectors(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
+        """As the tower gives them: of any length."""
         return self._text_projected(self._text(input_ids).embedded)
+
+    sees_padding = False
+    """What is padding is masked."""
+    logit_bias = None
 
     def fused_states(self, images: UInt8[Tensor, "b h w 3"] | None, input_ids: Int[Tensor, "b l"] | None) -> Float[Tensor, "b n d"]:
         """The fusion's tokens, its class token first, of pairs or of one modality."""

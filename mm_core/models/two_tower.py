@@ -83,11 +83,32 @@ class TwoTower(nn.Module):
         return TwoTowerOutput(views, captions, self.logit_scale, None if bias is None else bias.reshape(()))
 
     def image_features(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
-        pixels = normalise(images, self.mean, self.std)
-        return unit(self.model.get_image_features(pixel_values=pixels).pooler_output)
+        return unit(self.image_vectors(images))
 
     def text_features(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
-        return unit(self.model.get_text_features(input_ids=input_ids, attention_mask=self._mask(input_ids)).pooler_output)
+        return unit(self.text_vectors(input_ids))
+
+    def image_vectors(self, images: UInt8[Tensor, "b h w 3"]) -> Float[Tensor, "b d"]:
+        """As the tower gives them: of any length."""
+        pixels = normalise(images, self.mean, self.std)
+        vectors: Tensor = self.model.get_image_features(pixel_values=pixels).pooler_output
+        return vectors
+
+    def text_vectors(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b d"]:
+        """As the tower gives them: of any length."""
+        vectors: Tensor = self.model.get_text_features(input_ids=input_ids, attention_mask=self._mask(input_ids)).pooler_output
+        return vectors
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether a text's features change with the padding behind it, as SigLIP's do, which was trained so."""
+        return bool(self.model.config.text_config.model_type == "siglip_text_model")
+
+    @property
+    def logit_bias(self) -> float | None:
+        """Of models that were made for the sigmoid loss."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else float(bias.detach())
 
     def _mask(self, input_ids: Int[Tensor, "b l"]) -> Int[Tensor, "b l"] | Bool[Tensor, "b 1 1 l"] | None:
         """True for text, false for padding. For SDPA in the form that its kernels take: of any other transformers first asks whether

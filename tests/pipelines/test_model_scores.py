@@ -32,7 +32,7 @@ from mm_core.model_digest import model_digest
 from mm_core.models.clip import ClipConfig, build_clip
 from mm_core.models.sizes import TowerConfig
 from mm_core.models.tokenizer import special_tokens, train_bpe
-from pipelines import encode
+from pipelines import encode, encoded_table
 from pipelines.curate import filter as filtering
 from pipelines.curate import model_scores
 from pipelines.curate.filter import filter_index
@@ -83,7 +83,7 @@ def _small() -> Any:
     """Several chunks and blocks of this small index, in all tests, as actors keep what they were started with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_scores, "SMALL_CHUNK_ROWS", 100)
-        patch.setattr(model_scores, "_BLOCK_ROWS", 40)
+        patch.setattr(encoded_table, "_BLOCK_ROWS", 40)
         yield
 
 
@@ -167,8 +167,10 @@ def test_one_actor_writes_what_two_do_and_a_stop_loses_no_finished_chunk(
     stamps = {chunk: os.stat(f"{table.url}/{chunk:05d}.parquet").st_mtime_ns for chunk in held}
 
     made: list[int] = []
-    write = model_scores._blocks
-    monkeypatch.setattr(model_scores, "_blocks", lambda folds, first, last: (made.append(first // 100), write(folds, first, last))[1])
+    write = encoded_table._blocks
+    monkeypatch.setattr(
+        encoded_table, "_blocks", lambda models_of, first, last: (made.append(first // 100), write(models_of, first, last))[1]
+    )
     progress: list[int] = []
     score_by_models(embedded, "embeddings", [Fold(None, model)], name="again", actors=1, on_progress=progress.append)
     assert set(made) == {0, 1, 2, 3} - held
@@ -281,12 +283,12 @@ def test_samples_that_cannot_be_read_are_null_with_the_reason(model: str, corpus
     ]
     encoder = encode.Encoder([encode.Model.of(model, load_bundle(model))], model_scores.embeddings, cuda=False)
     table = SideTable(str(tmp_path / "values"), 60, 60)
-    model_scores._write_chunk(table, 0, *map(encoder, blocks))
+    encoded_table._write_chunk(table, 0, *map(encoder, blocks))
     found = table.read(0)
     for name in ("similarity", "similarity_lowest", "image", "text"):
         assert np.flatnonzero(found[name].is_valid()).tolist() == sorted(set(range(58)) - set(lost))
     assert Counter(found["problem"].to_pylist()) == {"changed": 41, None: 19}
-    assert model_scores.count_problems(table) == {"changed": 41}
+    assert encoded_table.count_problems(table) == {"changed": 41}
 
 
 def test_rules_read_similarities(embedded: Index) -> None:

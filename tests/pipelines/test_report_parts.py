@@ -75,11 +75,11 @@ def test_a_map_shows_what_belongs_together_together() -> None:
     assert all(len(set(groups[clusters == cluster])) == 1 for cluster in set(clusters))
     assert [clusters[place] for place in typical] == list(range(len(typical)))
     assert np.bincount(clusters).tolist() == sorted(np.bincount(clusters), reverse=True)
-    places = maps._positions(embeddings, seed=0)
+    places = maps.positions(embeddings, seed=0)
     assert places.min() == 0
     assert places.max() == 1
     near = np.linalg.norm(places[:, None] - places, axis=2) + np.eye(180) * 9
     assert (groups[near.argmin(axis=1)] == groups).mean() > 0.98
     alike = np.ones((15, 4), dtype=np.float32)
-    assert np.isfinite(maps._positions(alike, seed=0)).all()
+    assert np.isfinite(maps.positions(alike, seed=0)).all()
     assert set(maps._clusters(alike, seed=0)[0]) == {0}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -13,27 +13,49 @@ from mm_core.bundle import Bundle, load_bundle, write_bundle
 from mm_core.models.clip import ClipConfig, build_clip
 from mm_core.models.sizes import TowerConfig
 from mm_core.models.tokenizer import special_tokens, train_bpe
+from pipelines.embed import embed
+from pipelines.registry import RegistryModels, register_bundle
+from pipelines.search_index import SearchOptions, make_searchable
+from pipelines.tracking import TrackingConfig, open_client
 from serve.address import free_port
-from serve.config import ServeConfig
+from serve.cli import wanted_models
+from serve.config import Bound, Compute, LabelSet, ServeConfig
 from serve.run import Server, look_at, start
+
+
+def make_bundle(folder: Path, seed: int, *, spoil: Callable[[torch.nn.Module], None] = lambda model: None) -> Path:
+    """A tiny model with weights of its own."""
+    torch.manual_seed(seed)
+    tokenizer = train_bpe(["a red circle", "two blue squares"], vocab_size=300, context_length=16)
+    tower = TowerConfig(width=32, layers=1, heads=2)
+    config = ClipConfig(image_size=32, patch_size=16, context_length=16, vocab_size=len(tokenizer), embed_dim=16, vision=tower, text=tower)
+    model = build_clip(config, special_tokens(tokenizer))
+    spoil(model)
+    write_bundle(folder, model=model, tokenizer=tokenizer, config=config, recipe="clip-tiny", data_fingerprint="f1" * 16, metrics={})
+    return folder
 
 
 @pytest.fixture(scope="session")
 def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    tokenizer = train_bpe(["a red circle", "two blue squares"], vocab_size=300, context_length=16)
-    tower = TowerConfig(width=32, layers=1, heads=2)
-    config = ClipConfig(image_size=32, patch_size=16, context_length=16, vocab_size=len(tokenizer), embed_dim=16, vision=tower, text=tower)
-    folder = tmp_path_factory.mktemp("served") / "tiny"
-    write_bundle(
-        folder,
-        model=build_clip(config, special_tokens(tokenizer)),
-        tokenizer=tokenizer,
-        config=config,
-        recipe="clip-tiny",
-        data_fingerprint="f1" * 16,
-        metrics={},
-    )
+    return make_bundle(tmp_path_factory.mktemp("served") / "tiny", 0)
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> RegistryModels:
+    folder = tmp_path_factory.mktemp("registry")
+    return RegistryModels(TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", artifact_location=f"{folder}/artifacts").resolved())
+
+
+@pytest.fixture(scope="package")
+def searchable(
+    ray_cluster: None, bundle_folder: Path, registry: RegistryModels, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What is held out of the corpus, embedded by version 1."""
+    register_bundle(registry.tracking, name="tiny", bundle_folder=bundle_folder, alias="champion")
+    open_client(registry.tracking).set_registered_model_alias("tiny", "challenger", "1")
+    folder = tmp_path_factory.mktemp("searchable") / "vectors"
+    embed(registry.fetch("models:/tiny/1"), "models:/tiny/1", [str(corpus / "heldout")], folder, actors=1)
+    make_searchable(folder, SearchOptions())
     return folder
 
 
@@ -42,12 +64,10 @@ def bundle(bundle_folder: Path) -> Bundle:
     return load_bundle(bundle_folder)
 
 
-@pytest.fixture(scope="session")
-def serve_config() -> ServeConfig:
+@pytest.fixture(scope="package")
+def serve_config(searchable: Path) -> ServeConfig:
     """Small bounds, so that breaking them is cheap."""
-    return ServeConfig(
-        port=free_port(),
-        max_batch_size=4,
+    bounds = Bound(
         max_requests=8,
         max_inputs=12,
         max_text_characters=200,
@@ -55,11 +75,22 @@ def serve_config() -> ServeConfig:
         max_pixels=1_000_000,
         max_request_bytes=1_000_000,
     )
+    shapes = LabelSet(labels=("red circle", "blue square", "star"), templates=("a {c}", "a picture of a {c}."))
+    return ServeConfig(
+        port=free_port(),
+        compute=Compute(max_batch_size=4),
+        bounds=bounds,
+        label_sets={"shapes": shapes},
+        search=str(searchable),
+        follow_interval_s=0.5,
+    )
 
 
 @pytest.fixture(scope="package")
-def server(ray_cluster: None, bundle_folder: Path, serve_config: ServeConfig) -> Iterator[Server]:
-    running = start(look_at(str(bundle_folder), serve_config), serve_config)
+def server(serve_config: ServeConfig, registry: RegistryModels) -> Iterator[Server]:
+    """An alias that is followed, with a canary beside it, which at first is the same version."""
+    wanted = wanted_models(["tiny=models:/tiny@champion"], ["models:/tiny@challenger=30"])
+    running = start(look_at(wanted, serve_config, registry))
     yield running
     running.stop()
 

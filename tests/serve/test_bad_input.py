@@ -56,7 +56,11 @@ EMBEDDINGS: dict[str, tuple[Any, int, tuple[str, ...]]] = {
     "token ids": ({"input": [1, 2, 3]}, 422, ("input",)),
     "a number": ({"input": 3.5}, 422, ("input",)),
     "an unknown encoding": ({"input": "x", "encoding_format": "int8"}, 422, ("encoding_format", "float", "base64")),
-    "other dimensions": ({"input": "x", "dimensions": 7}, 422, ("dimensions", "16")),
+    "too many dimensions": ({"input": "x", "dimensions": 17}, 422, ("dimensions", "16")),
+    "no dimensions": ({"input": "x", "dimensions": 0}, 422, ("dimensions",)),
+    "another model": ({"input": "x", "model": "tinny"}, 404, ("tinny", "tiny")),
+    "a URL": ({"input": {"image": "https://example.org/x.png"}}, 422, ("input.0", "data URI")),
+    "an object of neither": ({"input": {"video": "x"}}, 422, ("input",)),
     "too many inputs": ({"input": ["x"] * 13}, 413, ("input", "13", "12")),
     "a long text": ({"input": "x" * 201}, 413, ("input.0", "201", "200")),
     "wrong base64": ({"input": ["x", "data:image/png;base64,%%%%"]}, 422, ("input.1", "base64")),
@@ -83,6 +87,9 @@ def test_a_jpeg_cut_in_its_header_is_refused(client: httpx.Client) -> None:
 
 
 CLASSIFY: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
+    "nothing to choose from": ({"image": uri(picture())}, 422, ("labels",)),
+    "an unknown set": ({"image": uri(picture()), "label_set": "nope"}, 404, ("nope", "shapes")),
+    "a set and labels": ({"image": uri(picture()), "label_set": "shapes", "labels": ["x"]}, 422, ("label_set",)),
     "no labels": ({"image": uri(picture()), "labels": []}, 422, ("labels",)),
     "an empty label": ({"image": uri(picture()), "labels": ["x", " "], "templates": ["a {c}"]}, 422, ("labels.1", "empty")),
     "a text for an image": ({"image": "a red circle", "labels": ["x"]}, 422, ("image",)),
@@ -98,6 +105,32 @@ CLASSIFY: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
 def test_classify_refuses(client: httpx.Client, case: str) -> None:
     body, status, words = CLASSIFY[case]
     refused(client.post("/v1/classify", json=body), status, *words)
+
+
+MATCH: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
+    "no images": ({"images": [], "texts": ["x"]}, 422, ("images",)),
+    "no texts": ({"images": [uri(picture())]}, 422, ("texts",)),
+    "a bad image": ({"images": [uri(picture()), uri(b"no")], "texts": ["x"]}, 422, ("images.1", "not_an_image")),
+    "too many": ({"images": [uri(picture())] * 6, "texts": ["x"] * 7}, 413, ("13", "12")),
+}
+
+
+@pytest.mark.parametrize("case", MATCH)
+def test_match_refuses(client: httpx.Client, case: str) -> None:
+    body, status, words = MATCH[case]
+    refused(client.post("/v1/match", json=body), status, *words)
+
+
+def test_a_body_of_another_kind_is_refused(client: httpx.Client) -> None:
+    refused(client.post("/v1/embeddings", content=b"<x/>", headers={"content-type": "text/xml"}), 415, "text/xml", "json")
+    broken = b"--x\r\nContent-Disposition: form-data\r\n"
+    refused(client.post("/v1/embeddings", content=broken, headers={"content-type": "multipart/form-data"}), 400)
+    refused(client.post("/v1/embeddings", content=broken, headers={"content-type": "multipart/form-data; boundary=x"}), 422)
+
+
+def test_a_page_of_another_name_that_leads_here_may_not_ask(client: httpx.Client) -> None:
+    refused(client.get("/v1/models", headers={"host": "evil.example"}), 421, "evil.example")
+    assert client.get("/healthz", headers={"host": "evil.example"}).status_code == 200
 
 
 RAW: dict[str, tuple[bytes, int, str]] = {
@@ -119,13 +152,13 @@ def test_a_body_that_is_no_request_is_refused(client: httpx.Client, case: str) -
 
 
 def test_a_body_above_the_bound_is_refused_by_its_length(client: httpx.Client, serve_config: ServeConfig) -> None:
-    body = b" " * (serve_config.max_request_bytes + 1)
-    refused(client.post("/v1/embeddings", content=body), 413, f"{serve_config.max_request_bytes:,}")
+    body = b" " * (serve_config.bounds.max_request_bytes + 1)
+    refused(client.post("/v1/embeddings", content=body), 413, f"{serve_config.bounds.max_request_bytes:,}")
 
 
 def test_a_body_above_the_bound_is_refused_without_a_length(client: httpx.Client, serve_config: ServeConfig) -> None:
-    chunks = (b" " * 100_000 for _ in range(serve_config.max_request_bytes // 100_000 + 1))
-    refused(client.post("/v1/embeddings", content=chunks), 413, f"{serve_config.max_request_bytes:,}")
+    chunks = (b" " * 100_000 for _ in range(serve_config.bounds.max_request_bytes // 100_000 + 1))
+    refused(client.post("/v1/embeddings", content=chunks), 413, f"{serve_config.bounds.max_request_bytes:,}")
 
 
 def test_another_path_or_method_is_a_problem_document(client: httpx.Client) -> None:
@@ -135,8 +168,8 @@ def test_another_path_or_method_is_a_problem_document(client: httpx.Client) -> N
 
 def test_above_its_bound_the_endpoint_answers_429_and_goes_on(client: httpx.Client, serve_config: ServeConfig) -> None:
     """Twelve times more callers than it takes, each asking for as much as one call may."""
-    body = {"input": [f"text {i}" for i in range(serve_config.max_inputs)]}
-    callers = 12 * serve_config.max_requests
+    body = {"input": [f"text {i}" for i in range(serve_config.bounds.max_inputs)]}
+    callers = 12 * serve_config.bounds.max_requests
     with ThreadPoolExecutor(callers) as threads:
         answers = list(threads.map(lambda _: client.post("/v1/embeddings", json=body), range(callers)))
     assert {answer.status_code for answer in answers} == {200, 429}

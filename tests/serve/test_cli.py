@@ -14,8 +14,14 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
 
+import mm
+from mm_core.errors import ConfigError
 from serve.address import free_port
+from serve.cli import wanted_models
+from serve.keys import digest, read_keys
 
 _MM = [sys.executable, "-c", "from mm import main; main()"]
 
@@ -42,6 +48,63 @@ def test_a_port_in_use_is_one_line_and_exit_code_1(bundle_folder: Path) -> None:
     assert done.stderr.startswith(f"error: port {port} of 127.0.0.1 cannot be used")
     assert len(done.stderr.strip().splitlines()) == 1
     assert not done.stdout
+
+
+def test_beyond_loopback_there_must_be_keys(bundle_folder: Path) -> None:
+    done = subprocess.run([*_MM, "serve", str(bundle_folder), "--host", "0.0.0.0"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "mm serve-key" in done.stderr
+
+
+def test_a_new_key_is_shown_once_and_its_digest_goes_to_the_file(tmp_path: Path) -> None:
+    done = subprocess.run([*_MM, "serve-key", "ada"], capture_output=True, text=True, check=True)
+    (tmp_path / "keys.txt").write_text(done.stdout)
+    key = done.stderr.split()[-1]
+    assert read_keys(tmp_path / "keys.txt") == {"ada": digest(key)}
+    assert key not in done.stdout
+
+
+def test_a_serve_yaml_describes_what_would_have_been_served(bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, key = tmp_path / "serve.yaml", "a-key-for-this-test"
+    command = [*_MM, "serve", f"small={bundle_folder}", "--host", "0.0.0.0", "--port", str(free_port()), "--set", "bounds.max_inputs=7"]
+    environment = os.environ | {"MM_API_KEYS": f"ada={key}", "MM_SET__TRACKING__URI": "http://mlflow:5000"}
+    subprocess.run([*command, "--write-config", str(path)], env=environment, check=True, capture_output=True)
+    text = path.read_text()
+    assert key not in text
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    (application,) = schema.applications
+    assert application.import_path == "mm:serving"
+    assert application.runtime_env["env_vars"] == {"MM_SET__TRACKING__URI": "http://mlflow:5000"}
+    assert schema.http_options.host == "0.0.0.0"
+    monkeypatch.setenv("MM_SET__TRACKING__URI", "sqlite:///nowhere.db")
+    built = mm.serving(application.args)
+    config = built._bound_deployment.init_args[0]
+    assert config.bounds.max_inputs == 7
+    assert config.keys == {"ada": digest(key)}
+
+
+@pytest.mark.parametrize(
+    ("models", "canaries", "words"),
+    [
+        (["a/x", "b/x"], [], "two models are called 'x'"),
+        (["models:/a@champion", "models:/b@champion"], ["models:/c@x=5"], "belongs to none"),
+        (["models:/a@champion"], ["models:/a@x"], "MODEL=PERCENT"),
+        (["models:/a@champion"], ["models:/a@x=500"], "MODEL=PERCENT"),
+    ],
+)
+def test_models_that_cannot_be_told_apart_are_refused(models: list[str], canaries: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        wanted_models(models, canaries)
+
+
+def test_models_have_the_names_that_requests_use() -> None:
+    found = wanted_models(["models:/a@champion", "runs/x/bundle", "mine=models:/b/3"], ["models:/a@challenger=5"])
+    assert [(one.name, one.reference) for one in found] == [
+        ("a@champion", "models:/a@champion"),
+        ("bundle", "runs/x/bundle"),
+        ("mine", "models:/b/3"),
+    ]
+    assert (found[0].canary, found[0].percent) == ("models:/a@challenger", 5)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A copy of the model that is lost is the server's fault, and passes: 503 with Retry-After, not 500."""
+"""A copy of the model that is lost is the server's fault, and passes: asked once more, then 503 with Retry-After, never 500."""
 
 from __future__ import annotations
 
@@ -6,36 +6,76 @@ import asyncio
 from collections.abc import Sequence
 
 import httpx
+import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from serve.app import Served, create_app
+from serve.app import create_app
 from serve.config import ServeConfig
-from serve.encoder import Encoded, Unreadable
+from serve.encoded import Encoded
+from serve.facts import Facts, Version
+from serve.inputs import Picture
+from serve.measured import Measured
+from serve.prepare import Unreadable
+from serve.traffic import Share, Slot, Traffic
+from serve.upstream import Upstream
 
+FACTS = Facts(
+    digest="d", task="contrastive", embed_dim=2, image_size=32, context_length=16, parameters=1, logit_scale=100.0, logit_bias=None
+)
+TRAFFIC = Traffic(
+    slots=(Slot(name="tiny", shares=(Share(version=Version(application="a", reference="runs/tiny", facts=FACTS), percent=100),)),)
+)
 LOST = {
     "died": ActorDiedError(),
     "unreachable": ActorUnavailableError("no answer", None),
     "not deployed": DeploymentUnavailableError("Encoder"),
+    "died before another": RayTaskError("encode", "traceback", ActorDiedError()),
 }
 
 
+def ask(failures: list[Exception]) -> httpx.Response:
+    """A request to a model that is lost so many times."""
+
+    async def answer(_: str, inputs: Sequence[str | Picture]) -> Encoded | Unreadable:
+        if failures:
+            raise failures.pop()
+        return Encoded(np.eye(1, 2, dtype=np.float32), np.ones(1, dtype=np.float32), 1)
+
+    async def request() -> httpx.Response:
+        config = ServeConfig()
+        upstream = Upstream(config.bounds.max_waiting_inputs, Measured(), answer)
+        upstream.follow(TRAFFIC)
+        app = create_app(config, ["contrastive"], upstream)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://localhost") as client:
+            return await client.post("/v1/embeddings", json={"input": "x"})
+
+    return asyncio.run(request())
+
+
 @pytest.mark.parametrize("case", LOST)
-def test_a_lost_copy_is_503(case: str) -> None:
-    async def encode(_: Sequence[str | bytes]) -> Encoded | Unreadable:
-        raise LOST[case]
+def test_a_lost_copy_is_asked_again(case: str) -> None:
+    answer = ask([LOST[case]])
+    assert answer.status_code == 200
+    assert answer.json()["data"][0]["embedding"] == [1.0, 0.0]
 
-    async def ping() -> None:
-        raise LOST[case]
 
-    async def ask() -> list[httpx.Response]:
-        app = create_app(Served("runs/tiny", "tiny", 16, 100.0), ServeConfig(), encode, ping)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-            return [await client.post("/v1/embeddings", json={"input": "x"}), await client.get("/healthz")]
+@pytest.mark.parametrize("case", LOST)
+def test_copies_lost_twice_are_503(case: str) -> None:
+    answer = ask([LOST[case], LOST[case]])
+    assert answer.status_code == 503
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert int(answer.headers["retry-after"]) >= 1
+    assert "lost" in answer.json()["detail"]
 
-    for answer in asyncio.run(ask()):
-        assert answer.status_code == 503
-        assert answer.headers["content-type"] == "application/problem+json"
-        assert int(answer.headers["retry-after"]) >= 1
-        assert "lost" in answer.json()["detail"]
+
+def test_a_mistake_of_ours_is_500_and_is_not_asked_again() -> None:
+    failures: list[Exception] = [ValueError("x"), ValueError("y")]
+    assert ask(failures).status_code == 500
+    assert len(failures) == 1
+
+
+def test_without_an_index_there_is_no_search() -> None:
+    upstream = Upstream(10, Measured(), lambda *_: asyncio.sleep(0))  # type: ignore[arg-type, return-value]
+    assert not [path for path in create_app(ServeConfig(), ["contrastive"], upstream).openapi()["paths"] if "search" in path]

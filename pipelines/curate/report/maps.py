@@ -56,7 +56,7 @@ def embedding_map(index: Index, name: str, drawn: Sequence[Drawn], seed: int) ->
         return EmbeddingMap((), np.zeros((0, 2)), np.zeros(0, dtype=np.int64), (), len(drawn))
     embeddings = np.stack([vectors[point.ordinal] for point in points])
     clusters, typical = _clusters(embeddings, seed)
-    return EmbeddingMap(points, _positions(embeddings, seed), clusters, typical, without)
+    return EmbeddingMap(points, positions(embeddings, seed), clusters, typical, without)
 
 
 def check_embeddings(index: Index, name: str) -> None:
@@ -90,7 +90,8 @@ def _vectors(index: Index, name: str, ordinals: Sequence[int]) -> dict[int, Floa
     return found
 
 
-def _positions(embeddings: Float32[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
+def positions(embeddings: Float32[np.ndarray, "n d"], seed: int) -> Float[np.ndarray, "n 2"]:
+    """On a plane, from 0 to 1; of three at least."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 

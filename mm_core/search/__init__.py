@@ -1,0 +1,1 @@
+"""Vectors of a set of samples, and finding the nearest of them."""

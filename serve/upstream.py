@@ -1,0 +1,121 @@
+"""The models as a gateway sees them: who answers, how many inputs wait, and what to do where a copy is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import ray.serve
+from ray.serve.handle import DeploymentHandle
+
+from mm_core.config import nearest
+from serve.encoded import Encoded
+from serve.facts import Version
+from serve.inputs import Picture
+from serve.measured import Measured
+from serve.prepare import Unreadable
+from serve.problems import InputError, OverloadedError, UnavailableError, is_lost
+from serve.traffic import Slot, Traffic, pick
+
+_PAUSE_S = 0.05
+"""Before a request that a lost copy took is given to another."""
+
+Ask = Callable[[str, Sequence[str | Picture]], Awaitable[Encoded | Unreadable]]
+"""Of an application: what its model makes of inputs."""
+
+
+class Upstream:
+    """All models of one gateway."""
+
+    def __init__(self, max_waiting_inputs: int, measured: Measured, ask: Ask) -> None:
+        self._max_waiting, self.measured, self._ask = max_waiting_inputs, measured, ask
+        self._waiting = 0
+        self.traffic = Traffic()
+
+    def follow(self, traffic: Traffic) -> None:
+        """From now on."""
+        self.traffic = traffic
+        self.measured.traffic(traffic)
+
+    def choose(self, name: str | None, session: str) -> tuple[str, Version]:
+        """The served model's name, and the version of it that answers.
+
+        Raises:
+            InputError: no model of this name is served.
+            UnavailableError: no version of it is up yet.
+        """
+        slot = self.traffic.slot(name)
+        if slot is None and self.traffic.slots:
+            names = [slot.name for slot in self.traffic.slots]
+            raise InputError(f"model: {str(name)[:100]!r} is not served here{nearest(str(name)[:100], names)}", 404)
+        if slot is None or not slot.shares:
+            raise UnavailableError(_why_not(slot))
+        return slot.name, pick(slot, session)
+
+    async def encode(self, model: str, version: Version, inputs: Sequence[str | Picture], names: Sequence[str]) -> Encoded:
+        """
+        Args:
+            names: of the inputs, for messages.
+
+        Raises:
+            InputError: a picture that cannot be read.
+            OverloadedError: too many inputs wait.
+        """
+        with self._counted(len(inputs)):
+            try:
+                result = await self._ask(version.application, inputs)
+            except Exception as error:
+                if not is_lost(error):
+                    raise
+                self.measured.lost(model)
+                await asyncio.sleep(_PAUSE_S)
+                result = await self._ask(version.application, inputs)
+        if isinstance(result, Unreadable):
+            raise InputError(f"{names[result.position]}: {result.problem}")
+        self.measured.encoded(model, version.reference, inputs, result)
+        return result
+
+    @contextmanager
+    def _counted(self, inputs: int) -> Iterator[None]:
+        """One request alone may have more than the bound, which is for those that come together."""
+        if self._waiting and self._waiting + inputs > self._max_waiting:
+            raise OverloadedError(f"{self._waiting:,} inputs are being computed")
+        self._waiting += inputs
+        self.measured.waiting.set(self._waiting)
+        try:
+            yield
+        finally:
+            self._waiting -= inputs
+            self.measured.waiting.set(self._waiting)
+
+
+class Handles:
+    """The way to the deployments of versions, by application."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[DeploymentHandle, DeploymentHandle]] = {}
+
+    async def ask(self, application: str, inputs: Sequence[str | Picture]) -> Encoded | Unreadable:
+        """What is prepared goes from the preparer to the encoder without coming here."""
+        preparer, encoder = self._found.get(application) or await self._look_up(application)
+        answer: Encoded | Unreadable = await encoder.encode.remote(preparer.prepare.remote(inputs))
+        return answer
+
+    async def keep(self, applications: set[str]) -> None:
+        """Know these and no others."""
+        self._found = {name: handles for name, handles in self._found.items() if name in applications}
+        for name in applications - set(self._found):
+            await self._look_up(name)
+
+    async def _look_up(self, application: str) -> tuple[DeploymentHandle, DeploymentHandle]:
+        def both() -> tuple[DeploymentHandle, DeploymentHandle]:
+            return ray.serve.get_deployment_handle("Preparer", application), ray.serve.get_deployment_handle("Encoder", application)
+
+        self._found[application] = await asyncio.get_running_loop().run_in_executor(None, both)
+        return self._found[application]
+
+
+def _why_not(slot: Slot | None) -> str:
+    reason = slot.refused if slot else None
+    return f"no version is up: {reason}" if reason else "the model is being started; try again shortly"

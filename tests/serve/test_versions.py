@@ -1,0 +1,156 @@
+"""An alias is followed under load with no failed request; a canary gets its share; what fails its checks never answers, and is named."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from mm_core.bundle import load_bundle
+from pipelines.registry import RegistryModels, register_bundle
+from pipelines.tracking import open_client
+from serve.run import Server
+from tests.serve.conftest import make_bundle
+
+TEXT = "a red circle"
+PATIENCE_S = 300
+"""A version comes up in seconds; on a machine that does much else, in minutes."""
+
+
+@pytest.fixture
+def point(registry: RegistryModels, client: httpx.Client) -> Iterator[Callable[[str, int], None]]:
+    """Point an alias at a version; at the end both point at version 1 again, which answers."""
+
+    def to(alias: str, version: int) -> None:
+        open_client(registry.tracking).set_registered_model_alias("tiny", alias, str(version))
+
+    yield to
+    to("champion", 1)
+    to("challenger", 1)
+    wait(client, lambda state: state["answers"] == {"models:/tiny/1": 100.0} and state["refused"] is None)
+
+
+def register(registry: RegistryModels, folder: Path) -> int:
+    return register_bundle(registry.tracking, name="tiny", bundle_folder=folder).version
+
+
+def wait(client: httpx.Client, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The model's state, once it is as wanted. All the while something answers."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        answer = client.get("/readyz")
+        assert answer.status_code == 200, answer.text
+        (state,) = answer.json()["models"]
+        if wanted(state):
+            return state
+        assert time.monotonic() < end, state
+        time.sleep(0.2)
+
+
+@contextmanager
+def load(server: Server, callers: int = 3) -> Iterator[list[httpx.Response]]:
+    """Callers who ask one after the other, without trying again."""
+    answers: list[httpx.Response] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as session:
+            while not stop.is_set():
+                answers.append(session.post("/v1/embeddings", json={"input": TEXT}))
+
+    threads = [threading.Thread(target=ask) for _ in range(callers)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield answers
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def vector(answer: httpx.Response) -> np.ndarray:
+    return np.array(answer.json()["data"][0]["embedding"])
+
+
+@pytest.mark.slow
+def test_a_new_version_takes_over_under_load_with_no_failed_request(
+    server: Server, client: httpx.Client, registry: RegistryModels, bundle_folder: Path, tmp_path: Path, point: Callable[[str, int], None]
+) -> None:
+    folder = make_bundle(tmp_path / "second", 1)
+    version = register(registry, folder)
+    with load(server) as answers:
+        point("champion", version)
+        point("challenger", version)
+        wait(client, lambda state: state["answers"] == {f"models:/tiny/{version}": 100.0})
+        time.sleep(1)
+    assert {answer.status_code for answer in answers} == {200}
+    vectors = {f"models:/tiny/{n}": load_bundle(f).text_features([TEXT])[0] for n, f in ((1, bundle_folder), (version, folder))}
+    for answer in answers:
+        np.testing.assert_allclose(vector(answer), vectors[answer.headers["x-mm-version"]], atol=1e-5)
+    assert answers[0].headers["x-mm-version"] == "models:/tiny/1"
+    assert answers[-1].headers["x-mm-version"] == f"models:/tiny/{version}"
+    found = client.post("/v1/search", json={"text": TEXT, "limit": 1})
+    assert found.headers["x-mm-version"] == "models:/tiny/1", "the index was made with version 1, which stays for it"
+    assert found.status_code == 200
+
+
+def not_numbers(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        model.text_projection.weight[0, 0] = float("nan")  # type: ignore[union-attr, operator, index]
+
+
+def all_alike(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        model.visual_projection.weight.zero_()  # type: ignore[union-attr, operator]
+        model.vision_model.post_layernorm.weight.zero_()  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.slow
+def test_versions_that_fail_never_answer_and_are_named(
+    server: Server, client: httpx.Client, registry: RegistryModels, tmp_path: Path, point: Callable[[str, int], None]
+) -> None:
+    damaged = register(registry, make_bundle(tmp_path / "damaged", 2))
+    stored = Path(open_client(registry.tracking).get_model_version("tiny", str(damaged)).source.removeprefix("file://"))
+    weights = next(stored.rglob("model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    cases = {
+        damaged: "SHA-256 differs",
+        register(registry, make_bundle(tmp_path / "nan", 3, spoil=not_numbers)): "no numbers",
+        register(registry, make_bundle(tmp_path / "alike", 4, spoil=all_alike)): "length 1",
+        999: "version",
+    }
+    with load(server, 1) as answers:
+        for version, reason in cases.items():
+            if version == 999:
+                open_client(registry.tracking).delete_registered_model_alias("tiny", "champion")
+            else:
+                point("champion", version)
+            state = wait(client, lambda state, reason=reason: reason in (state["refused"] or ""))  # type: ignore[misc]
+            assert state["answers"] == {"models:/tiny/1": 100.0}
+    assert {(answer.status_code, answer.headers["x-mm-version"]) for answer in answers} == {(200, "models:/tiny/1")}
+    assert 'mm_version_refused{model="tiny"} 1.0' in client.get("/metrics").text
+
+
+@pytest.mark.slow
+def test_a_canary_gets_its_share_and_keeps_its_sessions(
+    client: httpx.Client, registry: RegistryModels, tmp_path: Path, point: Callable[[str, int], None]
+) -> None:
+    version = register(registry, make_bundle(tmp_path / "canary", 5))
+    point("challenger", version)
+    wait(client, lambda state: state["answers"] == {"models:/tiny/1": 70.0, f"models:/tiny/{version}": 30.0})
+
+    def asked(session: str) -> str:
+        return client.post("/v1/embeddings", json={"input": TEXT}, headers={"x-session-id": session}).headers["x-mm-version"]
+
+    versions = [asked(f"session {i}") for i in range(120)]
+    assert 18 <= versions.count(f"models:/tiny/{version}") <= 54, "36 of 120, four standard deviations either way"
+    assert [asked(f"session {i}") for i in range(20)] == versions[:20]
