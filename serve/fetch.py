@@ -18,13 +18,21 @@ from serve.problems import InputError
 
 _PORT = 443
 _PIECE_BYTES = 64 << 10
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""RFC 6052."""
 
 
 def is_public(address: str) -> bool:
     """An address of the internet: not of this machine, a private network or a cloud's metadata, in whichever spelling."""
     ip = ipaddress.ip_address(address)
-    inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
+    inner = _inner(ip) if isinstance(ip, ipaddress.IPv6Address) else None
     return ip.is_global and not ip.is_multicast and (inner is None or inner.is_global)
+
+
+def _inner(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The address that one of IPv6 is led on to: mapped, 6to4, NAT64."""
+    translated = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None
+    return ip.ipv4_mapped or ip.sixtofour or translated
 
 
 class _PublicOnly(AbstractResolver):

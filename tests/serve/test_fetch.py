@@ -147,6 +147,7 @@ def test_urls_that_are_not_allowed(url: str, hosts: tuple[str, ...], words: str)
         "fd00::1",
         "::ffff:10.0.0.1",
         "2002:a00:1::",
+        "64:ff9b::a00:1",
     ],
 )
 def test_addresses_that_are_not_public(address: str) -> None:
@@ -156,6 +157,7 @@ def test_addresses_that_are_not_public(address: str) -> None:
 def test_addresses_that_are() -> None:
     assert is_public("93.184.216.34")
     assert is_public("2606:2800:220:1::1")
+    assert is_public("64:ff9b::5db8:d822")
 
 
 def test_urls_of_one_call_are_counted() -> None:
