@@ -16,7 +16,7 @@ from mm_core.data.reader import IndexReader
 from mm_core.errors import BundleError
 from mm_core.evaluation.probe import linear_probe
 from mm_core.evaluation.tasks import _Score, held_out, hiding, task_metrics
-from mm_core.models.clip import build_clip, clip_tiny
+from mm_core.models.clip import clip_tiny
 from mm_core.models.family import build_model
 from mm_core.models.flava import flava_tiny
 from mm_core.models.fused import Fused
@@ -41,8 +41,7 @@ def bundle_of(kind: str, folder: Path) -> Path:
     )
     config = config.model_copy(update={"fusion": TOWER, "context_length": 24} if kind == "flava" else {"context_length": 24})
     torch.manual_seed(0)
-    tokens = special_tokens(tokenizer)
-    model = build_clip(config, tokens) if kind == "clip" else build_model(config, tokens)  # type: ignore[arg-type]
+    model = build_model(config, special_tokens(tokenizer))  # type: ignore[arg-type]
     write_bundle(folder, model=model, tokenizer=tokenizer, config=config, recipe=kind, data_fingerprint="f", metrics={})
     return folder
 
@@ -73,7 +72,7 @@ def test_every_task_is_measured_the_same_each_time(index: Index, tmp_path: Path)
 
 
 def test_named_words_are_hidden_with_all_their_tokens() -> None:
-    tokenizer = caption_tokenizer(train_bpe(["a circle"] * 3, vocab_size=300, context_length=24), 24)
+    tokenizer = caption_tokenizer(train_bpe(["a circle"] * 3, vocab_size=300, context_length=40), 40)
     texts = ["A Turquoise circle, turquoise.", "a circle"]
     ids, words = tokenizer.with_words(texts)
     masked, hidden = hiding({"turquoise"}, tokenizer, 1)(ids, words, texts, np.zeros(2, dtype=np.uint64))
