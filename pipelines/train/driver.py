@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -387,7 +388,9 @@ def _initial_state(run: TrainRun, tokenizer: PreTrainedTokenizerFast | None, con
     Raises:
         ConfigError, BundleError: sizes or tokenizer that do not fit the model.
     """
-    model = build_model(run.model, None if tokenizer is None else special_tokens(tokenizer))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)  # what no source has is fresh, and the same in every start of the run
+        model = build_model(run.model, None if tokenizer is None else special_tokens(tokenizer))
     taken = _taken(run, model, tokenizer)
     if taken is None:
         return None
