@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mm_core.config import Config
 from mm_core.errors import BundleError, ConfigError
+from mm_core.model_card import DECODER, model_card
 from mm_core.models.dvae import DvaeConfig
 from mm_core.models.family import AnyModelConfig, ModelConfig
 from mm_core.models.flava import FlavaConfig
@@ -49,7 +50,7 @@ from mm_core.models.warm_start import InitMatch, WarmStart, take_over
 FORMAT = 1
 MANIFEST = "mm.json"
 _CARD = "README.md"
-_WEIGHTS, _DECODER = "model.safetensors", "decoder.safetensors"
+_WEIGHTS = "model.safetensors"
 Task = Literal["contrastive", "multitask", "codebook"]
 
 
@@ -179,13 +180,13 @@ def write_bundle(
             tokenizer.save_pretrained(temporary)
             _make_portable(temporary / "tokenizer_config.json")
         if decoder is not None:
-            save_file({name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}, temporary / _DECODER)
+            save_file({name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}, temporary / DECODER)
         if not isinstance(config, DvaeConfig):
             _write_json(temporary / "preprocessor_config.json", _preprocessor(config))
         facts: dict[str, Any] = {"task": _task(config), "recipe": recipe, "data_fingerprint": data_fingerprint, "run_id": run_id}
         facts |= {"metrics": dict(metrics), "model": config}
         weights = _digests(temporary).get(_WEIGHTS)
-        (temporary / _CARD).write_text(_card(folder.name, config, recipe, data_fingerprint, metrics, weights), encoding="utf-8")
+        (temporary / _CARD).write_text(model_card(folder.name, config, recipe, data_fingerprint, metrics, weights), encoding="utf-8")
         manifest = BundleManifest.model_validate(facts | {"files": _digests(temporary)})
         (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         os.replace(temporary, folder)
@@ -359,70 +360,6 @@ def _preprocessor(config: ModelConfig) -> dict[str, Any]:
         "image_std": list(config.image_std),
         "do_convert_rgb": True,
     }
-
-
-def _card(
-    name: str, config: AnyModelConfig, recipe: str, data_fingerprint: str, metrics: Mapping[str, float], weights_sha256: str | None
-) -> str:
-    """A model card in the hub's form. The same model gives the same card: no dates, no host names."""
-    rows = "".join(f"| {key} | {value:.4f} |\n" for key, value in sorted(metrics.items()))
-    table = f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
-    kind, what, use = _described(config)
-    return f"""---
-library_name: transformers
-pipeline_tag: {kind}
-tags: [{config.family}, mm]
----
-
-# {name}
-
-A {config.family} model trained with mm, recipe `{recipe}`: {what}.
-
-| | |
-|---|---|
-| fingerprint of the training data | `{data_fingerprint}` |
-| SHA-256 of the weights | `{weights_sha256}` |
-
-`mm.json` holds the SHA-256 of every file.
-{table}
-## Use
-
-{use}"""
-
-
-_FED = """from PIL import Image
-from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor
-
-model = AutoModel.from_pretrained(FOLDER)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-images = CLIPImageProcessor.from_pretrained(FOLDER)
-
-texts = tokenizer(["a cat", "a dog"], padding="max_length", truncation=True, return_tensors="pt")
-"""
-
-
-def _described(config: AnyModelConfig) -> tuple[str, str, str]:
-    """The hub's word for what it does, its sizes, and how it is used."""
-    if isinstance(config, DvaeConfig):
-        sizes = f"the encoder of a discrete VAE, {config.codebook.entries:,} entries, one for each 8 x 8 pixels"
-        use = "With mm: `model.codebook_source=FOLDER` of a flava recipe. With transformers: `FlavaImageCodebook.from_pretrained(FOLDER)`;"
-        return "feature-extraction", sizes, f"{use} pixels are\nmapped from [0, 1] to [0.1, 0.9]. `{_DECODER}` holds the decoder.\n"
-    sizes = f"images of {config.image_size} pixels, captions of up to {config.context_length}\ntokens, "
-    sizes += f"features of {config.embed_dim} dimensions"
-    with_mm = "With mm: `mm serve FOLDER`, `mm eval FOLDER`. With transformers, where FOLDER is this one:\n\n```python\n"
-    if isinstance(config, FlavaConfig):
-        use = """pixels = images([Image.open("cat.jpg"), Image.open("dog.jpg")], return_tensors="pt")
-output = model(input_ids=texts.input_ids, attention_mask=texts.attention_mask, pixel_values=pixels.pixel_values)
-print(output.multimodal_embeddings[:, 0].shape)  # of each pair; `FlavaForPreTraining` has the heads too
-```
-"""
-        return "feature-extraction", sizes, with_mm + _FED + use
-    mask = "attention_mask=texts.attention_mask, " if config.masks_padding else ""
-    use = f"""pixels = images(Image.open("picture.jpg"), return_tensors="pt")
-print(model(input_ids=texts.input_ids, {mask}pixel_values=pixels.pixel_values).logits_per_image.softmax(-1))
-```
-"""
-    return "zero-shot-image-classification", sizes, with_mm + _FED + use
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -227,6 +227,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A bundle's folder, models:/NAME@ALIAS, or a hub id.")],
     zeroshot: Annotated[str | None, typer.Option(help="Folder in CLIP_benchmark's layout.")] = None,
     retrieval: Annotated[list[str] | None, typer.Option(help="Shards, an index, or INDEX#LEDGER,…; again for several.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Of a flava model: an index of pairs, or INDEX#LEDGER, for each task's figures.")
+    ] = None,
     ledger: Ledgers = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the recall bars and the gallery.")] = None,
     settings: Settings = None,
@@ -236,8 +239,8 @@ def evaluate(
 
     Example: mm eval runs/NAME/bundle --zeroshot corpus/zeroshot --retrieval corpus/heldout
     """
-    if zeroshot is None and not retrieval:
-        raise ConfigError("nothing to evaluate: give --zeroshot FOLDER, --retrieval SHARDS, or both")
+    if zeroshot is None and not retrieval and tasks is None:
+        raise ConfigError("nothing to evaluate: give --zeroshot FOLDER, --retrieval SHARDS, or of a flava model --tasks INDEX")
     from pipelines.evaluate import evaluate_model
 
     console = Console(as_json)
@@ -245,6 +248,7 @@ def evaluate(
         resolve_model(model, settings),
         zeroshot=zeroshot,
         retrieval=retrieval or (),
+        tasks=tasks,
         ledgers=ledger or (),
         tracking=tracking_config(settings),
         plots=plots,

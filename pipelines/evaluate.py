@@ -27,11 +27,14 @@ from mm_core.data.ledger import Source, compile_kept
 from mm_core.data.locators import HAS_LABEL
 from mm_core.data.permutation import U64
 from mm_core.data.problems import SampleProblem
+from mm_core.data.reader import IndexReader
 from mm_core.errors import ConfigError, DataError
 from mm_core.evaluation.chance import chance
 from mm_core.evaluation.encoded import check_skipped
 from mm_core.evaluation.retrieval import retrieval_metrics
+from mm_core.evaluation.tasks import HeldOut, held_out, task_metrics
 from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_templates, zeroshot_metrics
+from mm_core.models.fused import Fused
 from mm_core.store import open_store
 from pipelines.causes import own_errors
 from pipelines.encode import Block, Model, encode, image_features, index_reader, text_features
@@ -69,6 +72,7 @@ def evaluate_model(
     *,
     zeroshot: str | None,
     retrieval: Sequence[str],
+    tasks: str | None = None,
     ledgers: Sequence[str] = (),
     tracking: TrackingConfig,
     plots: Path | None = None,
@@ -81,6 +85,7 @@ def evaluate_model(
         ConfigError: ledgers, and shards that are no index.
     """
     bundle = load_bundle(model)
+    held = None if tasks is None else _held_out(bundle, tasks)
     if zeroshot is not None:
         classes_of(zeroshot)
     if retrieval and (source := _source(retrieval, ledgers)):
@@ -101,6 +106,8 @@ def evaluate_model(
             chances = {key: value[1] for key, value in report["retrieval"].items()}
             recall_bars(found.metrics, drawn / "recall.png", chance=chances)
             retrieval_gallery(found.queries, found.results, found.correct, drawn / "retrieval.png")
+        if held is not None:
+            report["tasks"] = evaluate_tasks(bundle, held)
         if plots is not None:
             shutil.copytree(drawn, plots, dirs_exist_ok=True)
         run_id = bundle.manifest.run_id if bundle.manifest else None
@@ -111,10 +118,24 @@ def evaluate_model(
             return report
         values = {f"eval/{kind}/{key}": value for kind, metrics in report.items() for key, (value, _) in metrics.items()}
         log_metrics(tracking, run_id, values, step=last_step(tracking, run_id))
-        measured_on = {"zeroshot": zeroshot, "retrieval": " ".join([*retrieval, *(f"--ledger {name}" for name in ledgers)])}
+        measured_on = {"tasks": tasks, "zeroshot": zeroshot, "retrieval": " ".join([*retrieval, *(f"--ledger {name}" for name in ledgers)])}
         log_tags(tracking, run_id, {f"eval.{kind}.data": str(measured_on[kind]) for kind in report})
         log_artifacts(tracking, run_id, drawn, "plots")
     return report
+
+
+def _held_out(bundle: Bundle, named: str) -> HeldOut:
+    source = Source.parse(named)
+    index = Index.open(source.index)
+    check_need(index, ("image", "text"))
+    return held_out(bundle, IndexReader(index), compile_kept(index, source.ledgers).ordinals)
+
+
+def evaluate_tasks(bundle: Bundle, held: HeldOut) -> Measured:
+    """Loss and accuracy of each task on held-out pairs, in this process, each with that of the best constant answer."""
+    assert isinstance(bundle.towers, Fused), "`held_out` has looked at it"
+    found = task_metrics(bundle.towers, held, bundle.device)
+    return {f"{task}/{key}": (values[key], values[f"constant_{key}"]) for task, values in found.items() for key in ("loss", "accuracy")}
 
 
 def _show(console: Console, skipped: dict[str, int]) -> None:

@@ -15,15 +15,18 @@ from jaxtyping import Bool, Int32
 from torch import Tensor
 from torch.nn import functional
 
+from mm_core.bundle import Bundle
 from mm_core.data.decoded import decode_samples
-from mm_core.data.masking import Masking, uniform
+from mm_core.data.masking import Masking, MaskingConfig, uniform
 from mm_core.data.permutation import U64, mix
 from mm_core.data.reader import IndexReader
 from mm_core.data.text import CaptionTokenizer
 from mm_core.distributed import GlobalBatch
+from mm_core.errors import BundleError
 from mm_core.evaluation.encoded import check_skipped
 from mm_core.models.fused import Fused
 from mm_core.models.fused_batch import FusedBatch, ImageBatch, MaskedImages, MaskedTexts, PairBatch, Predictions, Task, TextBatch
+from mm_core.models.tokenizer import caption_tokenizer, mask_token, special_tokens
 
 _SAMPLES = 64
 """At a time: negatives are drawn among so many."""
@@ -72,6 +75,22 @@ class HeldOut:
     tokenizer: CaptionTokenizer
     masking: Masking
     image_size: int
+
+
+def held_out(bundle: Bundle, reader: IndexReader, ordinals: U64) -> HeldOut:
+    """Pairs as a bundle's model takes them, hidden as in the paper: blocks of 16 of 196 patches at least, in proportion.
+
+    Raises:
+        BundleError: the model has no such tasks.
+        ConfigError: its tokenizer has no mask token.
+    """
+    if not bundle.is_multimodal:
+        raise BundleError(f"{bundle.name} is two towers, which predict no words or patches: --tasks needs a flava model")
+    config, marks = bundle.model.config, special_tokens(bundle.tokenizer)
+    grid = bundle.image_size // config.image_config.patch_size
+    hidden = MaskingConfig(min_block=max(1, round(grid**2 * 16 / 196)))
+    masking = Masking(hidden, grid, mask_id=mask_token(bundle.tokenizer), pad_id=marks.pad, vocab_size=config.text_config.vocab_size)
+    return HeldOut(reader, ordinals, caption_tokenizer(bundle.tokenizer, bundle.context_length), masking, bundle.image_size)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from mm_core.models.fused_batch import FusedBatch, FusedOutput, Predictions, Tas
 from mm_core.objectives.balance import (
     BalanceConfig,
     BalanceKind,
+    Pulls,
     damping,
     gradnorm_loss,
     gradnorm_weights,
@@ -94,10 +95,12 @@ class MultitaskObjective:
     def __call__(self, output: FusedOutput, batch: FusedBatch, counts: Sequence[int]) -> LossOutput:
         shares, measures = self._shares(output, batch)
         assert shares, "the driver lets only sources pass that serve a task"
+        pulls = None
         if output.tokens:
-            measures |= self._probe(output, batch, shares)
-        terms = self._balanced(output, batch, shares, measures)
-        return LossOutput.of(terms, len(counts), measures)
+            pulls = pulls_of([*shares.values()], output.tokens, batch.whole, around=self._around)
+            measures |= pulls.measures([*shares], len(counts)) | self._damp(output, pulls, len(counts))
+        terms, weights = self._balanced(output, batch, shares, pulls)
+        return LossOutput.of(terms, len(counts), measures | {f"weight/{task}": weight / len(counts) for task, weight in weights.items()})
 
     def _shares(self, output: FusedOutput, batch: FusedBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """This rank's share of each task's loss with its set weight, and of its accuracy."""
@@ -113,38 +116,41 @@ class MultitaskObjective:
             shares[Task.CONTRASTIVE.value] = self._config.weights[Task.CONTRASTIVE] * self._contrast(output, batch)
         return shares, measures
 
-    def _probe(self, output: FusedOutput, batch: FusedBatch, shares: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Norms and cosines of the tasks' gradients; where one tower is pulled harder, its gradient is damped."""
-        self._pulls = pulls_of([*shares.values()], output.tokens, batch.whole, around=self._around)
-        measures = self._pulls.measures([*shares], len(batch.whole.counts))
-        if self._config.balance.modulation:
-            factors = damping(self._pulls.by_tower.sum(dim=0), self._config.balance.modulation)
-            for name, tokens, factor in zip(("image", "text"), output.tokens, factors.unbind(), strict=True):
-                tokens.register_hook(partial(torch.mul, factor.to(tokens.dtype)))
-                measures[f"gradient_factor/{name}"] = factor / len(batch.whole.counts)
-        return measures
+    def _damp(self, output: FusedOutput, pulls: Pulls, ranks: int) -> dict[str, Tensor]:
+        """Where one tower is pulled harder, its gradient shall be less; by how much."""
+        if not self._config.balance.modulation:
+            return {}
+        factors = damping(pulls.by_tower.sum(dim=0), self._config.balance.modulation).unbind()
+        for tokens, factor in zip(output.tokens, factors, strict=True):
+            tokens.register_hook(partial(torch.mul, factor.to(tokens.dtype)))
+        return {f"gradient_factor/{side}": factor / ranks for side, factor in zip(("image", "text"), factors, strict=True)}
 
     def _balanced(
-        self, output: FusedOutput, batch: FusedBatch, shares: dict[str, Tensor], measures: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The terms: shares with the weights that are learned, if some are. The weights join the measures."""
-        ranks = len(batch.whole.counts)
+        self, output: FusedOutput, batch: FusedBatch, shares: dict[str, Tensor], pulls: Pulls | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms, and the weights that are learned, if some are."""
+        learned = {task.value: parameter for task, parameter in output.balance.items()}
         match self._config.balance.kind:
             case BalanceKind.FIXED:
-                return shares
+                return shares, {}
             case BalanceKind.UNCERTAINTY:
-                measures |= {f"weight/{task}": torch.exp(-s.detach()) / ranks for task, s in output.balance.items()}
-                return uncertainty_terms(shares, {task.value: s for task, s in output.balance.items()}, ranks)
+                weights = {name: torch.exp(-parameter.detach()) for name, parameter in learned.items()}
+                return uncertainty_terms(shares, learned, len(batch.whole.counts)), weights
             case BalanceKind.GRADNORM:
-                if not output.tokens:  # a step of one task has nothing to balance
-                    return {name: share + 0 * output.balance[Task(name)] for name, share in shares.items()}
-                weights = gradnorm_weights([output.balance[Task(name)] for name in shares])
-                losses = sum_over_ranks(torch.stack([*shares.values()]).detach(), batch.whole, around=self._around)
-                firsts = [self._first_loss(Task(name), output, batch) for name in shares]
-                extra = gradnorm_loss(weights, self._pulls.norms, losses, firsts, self._config.balance.alpha) / ranks
-                measures |= {f"weight/{name}": weight.detach() / ranks for name, weight in zip(shares, weights.unbind(), strict=True)}
-                weighted = {name: weight.detach() * share for (name, share), weight in zip(shares.items(), weights.unbind(), strict=True)}
-                return weighted | {"gradnorm": extra}
+                if pulls is None:  # a step of one task has nothing to balance
+                    return {name: share + 0 * learned[name] for name, share in shares.items()}, {}
+                return self._by_gradnorm(output, batch, shares, learned, pulls)
+
+    def _by_gradnorm(
+        self, output: FusedOutput, batch: FusedBatch, shares: dict[str, Tensor], learned: dict[str, Tensor], pulls: Pulls
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        ranks = len(batch.whole.counts)
+        weights = gradnorm_weights([learned[name] for name in shares])
+        losses = sum_over_ranks(torch.stack([*shares.values()]).detach(), batch.whole, around=self._around)
+        firsts = [self._first_loss(Task(name), output, batch) for name in shares]
+        extra = gradnorm_loss(weights, pulls.norms, losses, firsts, self._config.balance.alpha) / ranks
+        given = dict(zip(shares, weights.detach().unbind(), strict=True))
+        return {name: given[name] * share for name, share in shares.items()} | {"gradnorm": extra}, given
 
     def _first_loss(self, task: Task, output: FusedOutput, batch: FusedBatch) -> float:
         """What guessing gives."""

@@ -201,7 +201,7 @@ def run_steps(
     """The steps [first_step, run.steps) on this rank."""
     rank, clock = dist.get_rank(), train_step.clock
     to_device, inputs_from = Transfer(train_step.device), inputs_of(run, _counts(run), dist.get_rank())
-    meter = Meter(train_step, run.global_batch_size, _flops_per_sample(run, train_step.device))
+    meter = Meter(train_step, run.global_batch_size, _flops_per_sample(run, train_step))
     clock.read()  # up to here was start-up
     metrics: dict[str, float] = {}
     result: StepResult | None = None
@@ -257,9 +257,9 @@ def run_steps(
     return Outcome(run.steps, metrics, replaced=tuple(meter.top_shards()))
 
 
-def _flops_per_sample(run: TrainRun, device: torch.device) -> float | None:
-    """Of the model's forward and backward pass, on a GPU that there is a data sheet of."""
-    if gpu_of(device) is None:
+def _flops_per_sample(run: TrainRun, train_step: TrainStep) -> float | None:
+    """Of the model's forward and backward pass, on a GPU that there is a data sheet of, where every step takes the same."""
+    if gpu_of(train_step.device) is None or train_step.model.module.trains_in_parts:
         return None
     cost = sample_cost(run.model, views=run.data.augment.views, captions=run.data.captions)
     return cost.forward_flops + cost.backward_flops

@@ -68,6 +68,11 @@ def wrapped(run: TrainRun, model: PreTrainedModel) -> Model:
         _prepare_towers(run, whole)
     else:
         _check_untouched(run)
+    if run.faults.spike is not None and whole.trains_in_parts:
+        raise ConfigError(
+            f"faults.spike compares a step's loss with those before it, and the steps of a {run.model.family} model are of several tasks:"
+            " leave it out; faults.not_finite works"
+        )
     if run.parallel.compile:
         _compile(whole)
     if run.parallel.activation_checkpointing:

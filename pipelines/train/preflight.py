@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -115,7 +116,9 @@ def named_weights(run: TrainRun, tokenizer: PreTrainedTokenizerFast | None) -> t
         if run.init is not None:
             raise ConfigError(f"--init is for models that bundles can be loaded as, and a {run.model.family} is none: leave it out")
         return None, None
-    model = build_model(run.model, special_tokens(tokenizer))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)  # what no source has is fresh, and the same in every start of the run
+        model = build_model(run.model, special_tokens(tokenizer))
     if run.init is not None:
         taken = init_from(model, run.init, tokenizer=tokenizer, match=run.init_match)
     elif isinstance(run.model, DualConfig):

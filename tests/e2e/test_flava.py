@@ -27,7 +27,7 @@ from pipelines.train.run_folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
-STEPS = 24
+STEPS = 16
 TOWER = "{width: 16, layers: 1, heads: 2}"
 
 
@@ -59,7 +59,7 @@ def codebook(sources: tuple[Source, ...], tmp_path_factory: pytest.TempPathFacto
 def flava(storage: Path, codebook: str, workers: int, *more: str) -> TrainRun:
     model = ["model.image_size=32", f"model.vision={TOWER}", f"model.text={TOWER}", f"model.fusion={TOWER}", "model.embed_dim=8"]
     settings = ["tokenizer.vocab_size=320", "data.mix.weights=[2,1,1]", "log_every_steps=1", f"model.codebook_source={codebook}"]
-    steps = [f"steps={STEPS}", "checkpoint.every_steps=6", f"resources.workers={workers}", "faults.max_failures=0"]
+    steps = [f"steps={STEPS}", "checkpoint.every_steps=4", f"resources.workers={workers}", "faults.max_failures=0"]
     return resolve(recipe("flava-tiny"), overrides=[*shared(storage), *model, *settings, *steps, *more])[0]
 
 
@@ -84,7 +84,7 @@ def undisturbed(
     sources: tuple[Source, ...], codebook: tuple[TrainRun, TrainResult], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TrainRun, TrainResult, Path]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    run = flava(folder, codebook[1].bundle, 2)
+    run = flava(folder, codebook[1].bundle, 1)
     return run, train(TrainRequest(run, sources, name="whole", audit=str(folder / "audit")), Console(json=True)), folder / "audit"
 
 
@@ -109,7 +109,7 @@ def test_each_kind_of_step_has_its_tasks(undisturbed: tuple[TrainRun, TrainResul
         there = {name.removeprefix("loss/") for name, points in found.items() if step + 1 in points and name != "loss"}
         assert there == tasks[sources.pop()], step
     counts = [sum(rows[0][0] == source for rows in batches(audit).values()) for source in range(3)]
-    assert counts == [12, 6, 6]
+    assert counts == [8, 4, 4]
 
 
 def test_killed_and_resumed_on_other_workers_it_is_as_undisturbed(
@@ -119,7 +119,7 @@ def test_killed_and_resumed_on_other_workers_it_is_as_undisturbed(
     whole, ended, audit = undisturbed
     run = flava(tmp_path, codebook[1].bundle, 2)
     folder = RunFolder.of(str(tmp_path / "runs"), "torn")
-    killer = threading.Thread(target=_kill_a_worker_after, args=(folder, 6), daemon=True)
+    killer = threading.Thread(target=_kill_a_worker_after, args=(folder, 4), daemon=True)
     killer.start()
     with pytest.raises(TrainingError):
         train(TrainRequest(run, sources, name="torn", audit=str(tmp_path / "audit")), Console(json=True))

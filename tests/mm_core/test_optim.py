@@ -3,12 +3,13 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from mm_core.models.clip import ClipConfig, build_clip
 from mm_core.models.sizes import SpecialTokens, TowerConfig
 from mm_core.models.two_tower import TwoTower
-from mm_core.optim import OptimizerConfig, build_optimizer
+from mm_core.optim import OptimizerConfig, OptimizerKind, build_optimizer, lay_out_state
 
 TOWER = TowerConfig(width=16, layers=1, heads=2)
 CONFIG = ClipConfig(image_size=16, patch_size=8, context_length=6, vocab_size=20, embed_dim=8, vision=TOWER, text=TOWER)
@@ -40,3 +41,25 @@ def test_an_infinite_bound_is_refused() -> None:
     """It could not be written to a checkpoint's JSON."""
     with pytest.raises(ValidationError, match="finite"):
         OptimizerConfig(lr=1e-3, grad_clip_norm=math.inf)
+
+
+@pytest.mark.parametrize("kind", list(OptimizerKind))
+def test_state_that_is_laid_out_at_once_changes_no_step(kind: OptimizerKind) -> None:
+    """Of a parameter that gets its first gradient later than others too."""
+    weights = []
+    for laid_out in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])
+        optimizer = build_optimizer(model, OptimizerConfig(kind=kind, lr=0.1), blocks=[model[0]])
+        if laid_out:
+            before = [p.clone() for p in model.parameters()]
+            lay_out_state(optimizer)
+            assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            assert all(optimizer.state[p] for p in model.parameters())
+        for used in (0, 0, 1, 0):
+            optimizer.zero_grad(set_to_none=True)
+            model[used](torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+        weights.append([p.detach() for p in model.parameters()])
+    for plain, made in zip(*weights, strict=True):
+        torch.testing.assert_close(made, plain, rtol=0, atol=0)

@@ -58,3 +58,9 @@ def test_a_source_teaches_something() -> None:
     assert not serves(
         run_of("flava-tiny", *(f"objective.weights.{t}=0" for t in ("mmm_image", "mmm_text", "itm", "contrastive"))), ("image", "text")
     )
+
+
+def test_a_jump_of_the_loss_is_not_looked_for_where_steps_differ() -> None:
+    with pytest.raises(ConfigError, match=r"faults\.spike .*several tasks"):
+        check_parts(run_of("flava-tiny", "faults.spike=skip"))
+    check_parts(run_of("codebook-tiny", "faults.spike=skip"))

@@ -7,6 +7,7 @@ import torch
 
 from mm_core.models.clip import clip_tiny, clip_vit_b32, clip_vit_l14
 from mm_core.models.family import build_model
+from mm_core.models.flava import flava_base
 from mm_core.models.sizes import SpecialTokens
 from mm_core.models.two_tower import TwoTower
 from mm_core.optim import OptimizerConfig, OptimizerKind, build_optimizer, kept_numbers
@@ -57,3 +58,13 @@ def test_views_and_texts_cost_their_towers_again() -> None:
     one, more = sample_cost(clip_vit_b32()), sample_cost(clip_vit_b32(), views=2, captions=3)
     vision, text = transformer_flops(50, 768, 12), transformer_flops(77, 512, 12)
     assert more.forward_flops - one.forward_flops == pytest.approx(vision + 2 * text, rel=0.02)
+
+
+def test_flavas_pairs_cost_their_encoders_and_a_codebook() -> None:
+    """Whole and masked sides through both towers, pairs and negatives through the fusion: 146 of 201 GFLOP; the rest is the heads and
+    DALL-E's encoder, 51 of them."""
+    cost = sample_cost(flava_base())
+    encoders = 2 * sum(transformer_flops(tokens, 768, layers) for tokens, layers in ((197, 12), (77, 12), (275, 6)))
+    assert encoders == pytest.approx(145.9e9, rel=1e-3)
+    assert 1.3 * encoders < cost.forward_flops < 1.4 * encoders
+    assert cost.backward_flops < 1.5 * cost.forward_flops  # the codebook has none
