@@ -47,6 +47,7 @@ def embed(
         ConfigError: `out` holds vectors of other samples or by another model.
         BundleError, DataError: a model, shards or ledger that cannot be used.
     """
+    out = out.absolute()  # workers have working folders of their own
     with ray_session():
         index = _index_of(shards, out)
         if "image" not in index.summary.need:
