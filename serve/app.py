@@ -40,7 +40,7 @@ from serve.schema import (
 )
 from serve.search import Searching, attach_search
 from serve.status import attach_status
-from serve.tasks import endpoints_of
+from serve.tasks import FUSED, endpoints_of
 from serve.upstream import Upstream
 from serve.web import attach_page
 
@@ -174,6 +174,14 @@ def _attach_match(app: FastAPI, desk: Desk) -> None:
         names = [*(f"images.{i}" for i in range(len(images))), *(f"texts.{i}" for i in range(len(texts)))]
         inputs = await desk.checker.inputs(given, names, "images and texts")
         request.state.inputs = len(inputs)
+        if version.facts.task in FUSED:
+            if (pairs := len(images) * len(texts)) > desk.config.bounds.max_inputs:
+                raise InputError(
+                    f"images and texts: {pairs:,} pairs, each of which is read by itself; at most {desk.config.bounds.max_inputs:,}", 413
+                )
+            scores = (await desk.upstream.match(name, version, inputs, names)).scores
+            desk.upstream.measured.top_score(name, version.reference, "match", float(scores.max()))
+            return MatchResponse(model=name, kind="matching", scores=scores.tolist())
         features = (await desk.upstream.encode(name, version, inputs, names)).features
         cosines = features[: len(images)] @ features[len(images) :].T
         desk.upstream.measured.top_score(name, version.reference, "match", float(cosines.max()))

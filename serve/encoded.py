@@ -18,3 +18,11 @@ class Encoded:
     """Of the vectors before that: what drifts where inputs are of another kind than the model knows."""
     tokens: int
     """That the model read: texts cut to its context, begin and end marks included."""
+
+
+@dataclass(frozen=True)
+class Matched:
+    """How well each picture of a request fits each of its texts."""
+
+    scores: Float32[np.ndarray, "n m"]
+    """The probability that the two belong together, by a model that reads both at once."""

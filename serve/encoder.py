@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from jaxtyping import Float32, Int32, UInt8
 
 from mm_core.errors import BundleError
 from serve.config import Compute, Precision
-from serve.encoded import Encoded
+from serve.encoded import Encoded, Matched
 from serve.facts import Facts
 from serve.prepare import Preparation, Prepared, Unreadable
 from serve.store import ModelStore
@@ -95,6 +96,25 @@ class Encoder:
         features = ordered / np.maximum(norms, np.finfo(np.float32).tiny)
         return Encoded(features, norms[:, 0], int(prepared.lengths.sum()))
 
+    async def match(self, prepared: Prepared | Unreadable) -> Matched | Unreadable:
+        """Every picture of a request with every text, of a model with a fusion. Not joined with other requests: pairs are many."""
+        if isinstance(prepared, Unreadable):
+            return prepared
+        return await asyncio.get_running_loop().run_in_executor(self._model, self._matched, prepared)
+
+    def _matched(self, prepared: Prepared) -> Matched:
+        import torch
+
+        from mm_core.models.fused import Fused
+
+        model, device = self._bundle.towers, self._bundle.device
+        assert isinstance(model, Fused), "the gateway knows the task"
+        length = int(prepared.lengths.max())
+        images, ids = torch.from_numpy(prepared.images).to(device), torch.from_numpy(prepared.input_ids[:, :length]).to(device).long()
+        with torch.inference_mode(), self._autocast():
+            scores = model.match_all(images, ids, at_a_time=self._compute.max_batch_size)
+        return Matched(scores.float().cpu().numpy())
+
     @ray.serve.batch(batch_size_fn=_image_count)  # type: ignore[untyped-decorator]
     async def _images(self, parts: list[UInt8[np.ndarray, "n h w 3"]]) -> list[Float32[np.ndarray, "n d"]]:
         return await asyncio.get_running_loop().run_in_executor(self._model, self._image_vectors, parts)
@@ -123,10 +143,14 @@ class Encoder:
     def _computed(self, tower: object, inputs: Tensor) -> Float32[np.ndarray, "n d"]:
         import torch
 
-        half = self._compute.precision is Precision.BF16
-        with torch.inference_mode(), torch.autocast(self._bundle.device.type, dtype=torch.bfloat16, enabled=half):
+        with torch.inference_mode(), self._autocast():
             vectors: Float32[np.ndarray, "n d"] = tower(inputs).float().cpu().numpy()  # type: ignore[operator]
         return vectors
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        import torch
+
+        return torch.autocast(self._bundle.device.type, dtype=torch.bfloat16, enabled=self._compute.precision is Precision.BF16)
 
 
 def buckets(lengths: Int32[np.ndarray, " n"], longest: int) -> Iterator[tuple[int, Int32[np.ndarray, " m"]]]:

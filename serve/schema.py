@@ -101,7 +101,9 @@ class MatchRequest(Strict):
 
 class MatchResponse(Strict):
     model: str
-    kind: Literal["cosine", "sigmoid"] = Field(description="sigmoid: the probability that the two belong together.")
+    kind: Literal["cosine", "sigmoid", "matching"] = Field(
+        description="sigmoid: the probability that the two belong together, by their vectors; matching: by a model that reads both at once."
+    )
     scores: list[list[float]] = Field(description="A row for each image, a column for each text.")
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 _SPACE = ("embeddings", "classify", "match", "search")
 ENDPOINTS: dict[str, tuple[str, ...]] = {"contrastive": _SPACE, "multitask": _SPACE}
 """By task. `search` is there where an index is served too."""
+FUSED = frozenset({"multitask"})
+"""Tasks of models that read a picture and a text at once, which is how they match them."""
 
 
 def endpoints_of(tasks: Iterable[str]) -> list[str]:

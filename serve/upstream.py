@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import ray.serve
 from ray.serve.handle import DeploymentHandle
 
 from mm_core.config import nearest
-from serve.encoded import Encoded
+from serve.encoded import Encoded, Matched
 from serve.facts import Version
 from serve.inputs import Picture
 from serve.measured import Measured
@@ -21,7 +22,9 @@ from serve.traffic import Slot, Traffic, pick
 _PAUSE_S = 0.05
 """Before a request that a lost copy took is given to another."""
 
-Ask = Callable[[str, Sequence[str | Picture]], Awaitable[Encoded | Unreadable]]
+Part = Literal["encode", "match"]
+"""What is wanted: a method of the encoder."""
+Ask = Callable[[str, Part, Sequence[str | Picture]], Awaitable[Encoded | Matched | Unreadable]]
 """Of an application: what its model makes of inputs."""
 
 
@@ -62,18 +65,35 @@ class Upstream:
             InputError: a picture that cannot be read.
             OverloadedError: too many inputs wait.
         """
+        result = await self._asked(model, version, "encode", inputs, names)
+        assert isinstance(result, Encoded)
+        self.measured.encoded(model, version.reference, inputs, result)
+        return result
+
+    async def match(self, model: str, version: Version, inputs: Sequence[str | Picture], names: Sequence[str]) -> Matched:
+        """Pictures with texts, of a model that reads both at once.
+
+        Raises:
+            InputError, OverloadedError: as `encode`.
+        """
+        result = await self._asked(model, version, "match", inputs, names)
+        assert isinstance(result, Matched)
+        return result
+
+    async def _asked(
+        self, model: str, version: Version, part: Part, inputs: Sequence[str | Picture], names: Sequence[str]
+    ) -> Encoded | Matched:
         with self._counted(len(inputs)):
             try:
-                result = await self._ask(version.application, inputs)
+                result = await self._ask(version.application, part, inputs)
             except Exception as error:
                 if not is_lost(error):
                     raise
                 self.measured.lost(model)
                 await asyncio.sleep(_PAUSE_S)
-                result = await self._ask(version.application, inputs)
+                result = await self._ask(version.application, part, inputs)
         if isinstance(result, Unreadable):
             raise InputError(f"{names[result.position]}: {result.problem}")
-        self.measured.encoded(model, version.reference, inputs, result)
         return result
 
     @contextmanager
@@ -96,10 +116,10 @@ class Handles:
     def __init__(self) -> None:
         self._found: dict[str, tuple[DeploymentHandle, DeploymentHandle]] = {}
 
-    async def ask(self, application: str, inputs: Sequence[str | Picture]) -> Encoded | Unreadable:
+    async def ask(self, application: str, part: Part, inputs: Sequence[str | Picture]) -> Encoded | Matched | Unreadable:
         """What is prepared goes from the preparer to the encoder without coming here."""
         preparer, encoder = self._found.get(application) or await self._look_up(application)
-        answer: Encoded | Unreadable = await encoder.encode.remote(preparer.prepare.remote(inputs))
+        answer: Encoded | Matched | Unreadable = await getattr(encoder, part).remote(preparer.prepare.remote(inputs))
         return answer
 
     async def keep(self, applications: set[str]) -> None:

@@ -277,7 +277,17 @@ class Fused(nn.Module):
 
     def match(self, images: UInt8[Tensor, "b h w 3"], input_ids: Int[Tensor, "b l"]) -> Float[Tensor, " b"]:
         """The probability that each pair belongs together."""
-        return self.model.itm_head(self.fused_states(images, input_ids)).float().softmax(dim=1)[:, 1]
+        return self._matched(self.fused_states(images, input_ids))
+
+    def match_all(self, images: UInt8[Tensor, "n h w 3"], input_ids: Int[Tensor, "m l"], *, at_a_time: int = 64) -> Float[Tensor, "n m"]:
+        """`match` of every image with every text. Each goes through its tower once; pairs through the fusion, so many at a time."""
+        image, text, present = self._image(images).hidden, self._text(input_ids).hidden, self._is_text(input_ids)
+        pairs = torch.cartesian_prod(torch.arange(len(image), device=image.device), torch.arange(len(text), device=text.device))
+        scores = [self._matched(self._fuse(image[i], text[t], present[t])) for i, t in (part.unbind(1) for part in pairs.split(at_a_time))]
+        return torch.cat(scores).view(len(image), len(text))
+
+    def _matched(self, states: Float[Tensor, "b n d"]) -> Float[Tensor, " b"]:
+        return self.model.itm_head(states).float().softmax(dim=1)[:, 1]
 
     @property
     def logit_scale(self) -> Float[Tensor, ""]:

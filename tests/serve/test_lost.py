@@ -19,7 +19,7 @@ from serve.inputs import Picture
 from serve.measured import Measured
 from serve.prepare import Unreadable
 from serve.traffic import Share, Slot, Traffic
-from serve.upstream import Upstream
+from serve.upstream import Part, Upstream
 
 FACTS = Facts(
     digest="d", task="contrastive", embed_dim=2, image_size=32, context_length=16, parameters=1, logit_scale=100.0, logit_bias=None
@@ -38,7 +38,7 @@ LOST = {
 def ask(failures: list[Exception]) -> httpx.Response:
     """A request to a model that is lost so many times."""
 
-    async def answer(_: str, inputs: Sequence[str | Picture]) -> Encoded | Unreadable:
+    async def answer(_: str, part: Part, inputs: Sequence[str | Picture]) -> Encoded | Unreadable:
         if failures:
             raise failures.pop()
         return Encoded(np.eye(1, 2, dtype=np.float32), np.ones(1, dtype=np.float32), 1)
