@@ -105,7 +105,7 @@ class DiscreteVae(nn.Module):
         self._size = config.image_size
 
     def forward(self, batch: DvaeBatch) -> DvaeOutput:
-        pixels = codebook_pixels(batch.images, self._size)
+        pixels = codebook_pixels(batch.images, self._size).contiguous()  # gradients as DDP lays its buckets out
         logits = self.model(pixels)
         chosen = functional.gumbel_softmax(logits.float(), tau=batch.temperature, dim=1)
         return DvaeOutput(pixels, self.decoder(chosen), logits)
