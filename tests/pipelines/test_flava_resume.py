@@ -74,6 +74,7 @@ class Runner:
         return losses
 
 
+@pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")
 def test_it_goes_on_from_any_step_bit_for_bit(alone: None, corpus: Path, tmp_path: Path) -> None:
     kinds = {"pairs": ("image", "text"), "images": ("image",), "texts": ("text",)}
     indexes = [build_index([str(corpus / "train")], str(tmp_path / name), need=need) for name, need in kinds.items()]
