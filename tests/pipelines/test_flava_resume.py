@@ -16,7 +16,7 @@ from mm_core.data.ledger import Source
 from mm_core.data.reader import PlanReader, ReadSpec
 from mm_core.models.codebook import CodebookSizes, codebook_settings
 from mm_core.models.family import build_model, resolved
-from mm_core.models.tokenizer import caption_tokenizer, mask_token, special_tokens, train_bpe
+from mm_core.models.tokenizer import caption_tokenizer, special_tokens, train_bpe
 from mm_core.training.checkpoint import checkpoint_writer, load_checkpoint, seed_step, whole_state
 from mm_core.training.clock import StepClock
 from mm_core.training.step import TrainStep
@@ -25,9 +25,9 @@ from pipelines.index import build_index
 from pipelines.recipes import recipe
 from pipelines.stream import Share, _split
 from pipelines.train.config import TrainRun
-from pipelines.train.driver import _initial_state
 from pipelines.train.loop import build_step
-from pipelines.train.parts import inputs_of, masking_of, wrapped
+from pipelines.train.parts import inputs_of, wrapped
+from pipelines.train.preflight import masking_for, named_weights
 from pipelines.train.run_data import RunData
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -54,14 +54,15 @@ class Runner:
         self._tokenizer = train_bpe(data.captions(500), vocab_size=320, context_length=32)
         model = resolved(run.model).model_copy(update={"vocab_size": len(self._tokenizer)})
         self.run = run.model_copy(update={"model": model})
-        marks = special_tokens(self._tokenizer)
-        masking = masking_of(self.run, mask_token(self._tokenizer), marks.pad)
+        masking = masking_for(self.run, self._tokenizer)
         light = caption_tokenizer(self._tokenizer, 32)
         self._spec = ReadSpec(data.sources, data.plan(self.run), 32, self.run.data.augment, light, masking=masking)
 
     def fresh(self) -> tuple[torch.nn.Module, TrainStep]:
         model = wrapped(self.run, build_model(self.run.model, special_tokens(self._tokenizer)))
-        model.model.load_state_dict(_initial_state(self.run, self._tokenizer))
+        weights, _ = named_weights(self.run, self._tokenizer)
+        assert weights is not None, "the codebook's"
+        model.model.load_state_dict(weights)
         return model, build_step(self.run, model, StepClock(CPU))
 
     def steps(self, step: TrainStep, first: int, last: int) -> list[dict[str, float]]:
