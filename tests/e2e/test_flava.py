@@ -1,4 +1,4 @@
-"""FLAVA through Ray: a codebook, a run on pairs, images and texts, a kill and a resumption on another number of workers."""
+"""FLAVA through Ray: a codebook, a run on pairs, images and texts; among the tests that kill, a resumption on another number of workers."""
 
 from __future__ import annotations
 
@@ -112,6 +112,7 @@ def test_each_kind_of_step_has_its_tasks(undisturbed: tuple[TrainRun, TrainResul
     assert counts == [8, 4, 4]
 
 
+@pytest.mark.chaos
 def test_killed_and_resumed_on_other_workers_it_is_as_undisturbed(
     undisturbed: tuple[TrainRun, TrainResult, Path], sources: tuple[Source, ...], codebook: tuple[TrainRun, TrainResult], tmp_path: Path
 ) -> None:

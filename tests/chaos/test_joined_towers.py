@@ -25,7 +25,7 @@ from pipelines.index import build_index
 from pipelines.train.audit import read_audit
 from tests.mm_core.models.hub import write_hub
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("ray_cluster")]
 STEPS, GLOBAL_BATCH = 120, 40
 SETTINGS = (
     f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}", "data.chunk=8", "data.run_length=8", "precision=fp32", "log_every_steps=5",
