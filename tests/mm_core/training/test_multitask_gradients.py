@@ -61,7 +61,7 @@ class Case(NamedTuple):
         return f"{self.step}, {self.parallelism}, {self.objective}"
 
 
-CASES = [Case(*case) for case in itertools.product(STEPS, Parallelism, OBJECTIVES) if case[0] == "pairs" or case[2] != "probed"]
+CASES = [Case(*case) for case in itertools.product(STEPS, Parallelism, OBJECTIVES) if case[0] == "pairs" or case[2] == "fixed"]
 
 
 def model_of(objective: str) -> Fused:
