@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import httpx
 import ray
 import ray.serve
 from ray.serve.config import HTTPOptions
@@ -111,6 +112,7 @@ def start(plan: Plan) -> Server:
         ray.serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=timeout_s))
         ray.serve.run(application(plan), name=APPLICATION, route_prefix="/")
         _await_models()
+        _await_gateways(config)
     except (RuntimeError, ServiceError) as error:
         server.stop()
         raise ServiceError(f"the endpoint did not come up: {error}") from None
@@ -146,3 +148,16 @@ def _await_models() -> None:
             raise ServiceError(refused[0])
         time.sleep(0.1)
     raise ServiceError(f"no answer after {_SLOWEST_START_S} s")
+
+
+def _await_gateways(config: ServeConfig) -> None:
+    """Until the gateways, which hear of it from the keeper, know too. Which of them answers is the proxy's choice, so several are asked."""
+    give_up, agreed = time.monotonic() + _SLOWEST_START_S, 0
+    while agreed < 3 * config.gateways and time.monotonic() < give_up:
+        try:
+            ready = httpx.get(f"{config.url}/readyz", timeout=10).status_code == 200
+        except httpx.HTTPError:
+            ready = False
+        agreed = agreed + 1 if ready else 0
+        if not ready:
+            time.sleep(0.1)
