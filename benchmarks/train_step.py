@@ -201,7 +201,7 @@ class Side:
     """One way to take a step, warmed up, so that it is compiled and its state allocated."""
 
     def __init__(self, name: str, setting: Setting, batch: ImageTextBatch) -> None:
-        self.device, self._seconds, self._others = setting.device, list[float](), _allocated(setting.device)
+        self.device, self.seconds, self._others = setting.device, list[float](), _allocated(setting.device)
         self.step = SIDES[name](setting, batch)
         self.steps = 1
         if self.step is not None:
@@ -210,11 +210,7 @@ class Side:
 
     def run(self) -> None:
         assert self.step is not None
-        self._seconds.append(timed(self.step, self.steps, self.device))
-
-    @property
-    def seconds(self) -> list[float]:
-        return self._seconds
+        self.seconds.append(timed(self.step, self.steps, self.device))
 
     def memory(self) -> int:
         """Bytes at most in a step, those that the other sides hold left out."""

@@ -75,6 +75,20 @@ class Settings:
         headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
         return {"base_url": self.url.rstrip("/") + "/", "headers": headers, "timeout": self.timeout_s, "follow_redirects": False}
 
+    def pause_s(self, attempt: int, answer: httpx.Response | httpx.TransportError) -> float:
+        """Before the next try, after one that was no success.
+
+        Raises:
+            RefusedError: this was the last, or would not pass.
+        """
+        if isinstance(answer, httpx.Response):
+            failed, asked_s = _refused(answer), _asked_to_wait(answer)
+        else:
+            failed, asked_s = _unreached(self.url, answer), None
+        if attempt == self.retries or failed.status not in (0, *_PASSING):
+            raise failed
+        return _wait_s(attempt, asked_s)
+
     def embed_calls(self, inputs: Sequence[str | Image], dimensions: int | None) -> list[_Call[Float32[np.ndarray, "n d"]]]:
         given = [{"text": one} if isinstance(one, str) else {"image": data_uri(one)} for one in inputs]
         more = {"model": self.model, "encoding_format": "base64", "dimensions": dimensions}
@@ -187,20 +201,17 @@ class Client:
         return self._send(_READY)
 
     def _send(self, call: _Call[T]) -> T:
-        for attempt in range(self._settings.retries + 1):
+        attempt = 0
+        while True:
+            answer: httpx.Response | httpx.TransportError
             try:
                 answer = self._http.request("GET" if call.body is None else "POST", call.path, json=_given(call.body))
             except httpx.TransportError as error:
-                failed: RefusedError = _unreached(self._settings.url, error)
-                wait_s = None
-            else:
-                if answer.is_success:
-                    return call.read(answer)
-                failed, wait_s = _refused(answer), _asked_to_wait(answer)
-            if attempt == self._settings.retries or failed.status not in (0, *_PASSING):
-                raise failed
-            time.sleep(_wait_s(attempt, wait_s))
-        raise AssertionError("the last try returned or raised")
+                answer = error
+            if isinstance(answer, httpx.Response) and answer.is_success:
+                return call.read(answer)
+            time.sleep(self._settings.pause_s(attempt, answer))
+            attempt += 1
 
 
 class AsyncClient:
@@ -283,20 +294,17 @@ class AsyncClient:
         return await self._send(_READY)
 
     async def _send(self, call: _Call[T]) -> T:
-        for attempt in range(self._settings.retries + 1):
+        attempt = 0
+        while True:
+            answer: httpx.Response | httpx.TransportError
             try:
                 answer = await self._http.request("GET" if call.body is None else "POST", call.path, json=_given(call.body))
             except httpx.TransportError as error:
-                failed: RefusedError = _unreached(self._settings.url, error)
-                wait_s = None
-            else:
-                if answer.is_success:
-                    return call.read(answer)
-                failed, wait_s = _refused(answer), _asked_to_wait(answer)
-            if attempt == self._settings.retries or failed.status not in (0, *_PASSING):
-                raise failed
-            await asyncio.sleep(_wait_s(attempt, wait_s))
-        raise AssertionError("the last try returned or raised")
+                answer = error
+            if isinstance(answer, httpx.Response) and answer.is_success:
+                return call.read(answer)
+            await asyncio.sleep(self._settings.pause_s(attempt, answer))
+            attempt += 1
 
 
 _MODELS: _Call[list[ModelCard]] = _Call("v1/models", None, lambda r: ModelList.model_validate_json(r.content).data)
