@@ -51,7 +51,8 @@ def gather_features(
 
 @torch.no_grad()
 def gather_rows(local: Shaped[Tensor, "b ..."], counts: Sequence[int], group: dist.ProcessGroup | None = None) -> Shaped[Tensor, "B ..."]:
-    """The rows of all ranks in rank order, of any type, without gradients."""
+    """The rows of all ranks in rank order, of any type, without gradients. Shares are padded to the largest, since not every backend takes
+    uneven ones."""
     if len(counts) == 1:
         return local
     padded = local.new_zeros(max(counts), *local.shape[1:])
@@ -70,20 +71,15 @@ def sum_over_ranks(values: Float[Tensor, " n"], whole: GlobalBatch, *, around: A
 
 
 class _Gather(torch.autograd.Function):
-    """Shares are padded to the largest, since not every backend takes uneven ones.
-
-    Backward: every rank has a gradient for all rows; a rank gets the sum over ranks of those for its own.
-    """
+    """Backward: every rank has a gradient for all rows; a rank gets the sum over ranks of those for its own."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, counts: list[int], group: dist.ProcessGroup | None, around: Around) -> Tensor:
         own = counts[dist.get_rank(group)]
         assert local.shape[0] == own, f"{local.shape[0]} rows here, {own} of {counts} announced"
         ctx.counts, ctx.own, ctx.group, ctx.around = counts, own, group, around
-        parts = [local.new_empty(max(counts), local.shape[1]) for _ in counts]
         with around():
-            dist.all_gather(parts, _pad(local, max(counts)), group=group)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+            return gather_rows(local, counts, group)
 
     @staticmethod
     @once_differentiable

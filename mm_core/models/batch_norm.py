@@ -5,8 +5,6 @@ torch's SyncBatchNorm computes the same, but refuses CPUs, where it would have t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,17 +25,20 @@ def synchronise_batch_norms(model: nn.Module, group: dist.ProcessGroup | None = 
         norm.forward = partial(_normalised, norm, group=group)  # type: ignore[method-assign]
 
 
-@contextmanager
-def statistics_untouched(model: nn.Module) -> Iterator[None]:
+class StatisticsUntouched:
     """Within, a forward pass leaves the running statistics as they are: it is a second one over the same samples. It works on copies, so
-    that it is the first one operation by operation, as checkpointing asks."""
-    kept = [(norm, norm._buffers) for norm in batch_norms(model)]
-    for norm, buffers in kept:
-        norm._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
-    try:
-        yield
-    finally:
-        for norm, buffers in kept:
+    that it is the first one operation by operation, as checkpointing asks. May be entered again: a graph may be gone through twice."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._norms = batch_norms(model)
+
+    def __enter__(self) -> None:
+        self._kept = [(norm, norm._buffers) for norm in self._norms]
+        for norm, buffers in self._kept:
+            norm._buffers = {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
+
+    def __exit__(self, *_: object) -> None:
+        for norm, buffers in self._kept:
             norm._buffers = buffers
 
 

@@ -4,7 +4,6 @@ that what is exported gives FLAVA its image tokens, and DALL-E's decoder, which 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -12,11 +11,11 @@ from jaxtyping import Float, Int, UInt8
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from mm_core.config import Config
 from mm_core.distributed import GlobalBatch
 from mm_core.errors import ConfigError
+from mm_core.models.blocks import checkpoint_blocks
 from mm_core.models.codebook import CODEBOOK_STRIDE, CodebookSizes, codebook_pixels, codebook_settings, from_codebook_pixels
 
 if TYPE_CHECKING:
@@ -127,8 +126,7 @@ class DiscreteVae(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep only each block's input, and compute the rest again in backward."""
-        for block in self.blocks():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        checkpoint_blocks(self.blocks())
 
 
 def _decoder(config: DvaeConfig, blocks_per_group: int) -> nn.Sequential:

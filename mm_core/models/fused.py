@@ -7,18 +7,16 @@ is not: it computes every loss from one rank's batch alone, and waits for the de
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mm_core.distributed import GlobalBatch, gather_rows
 from mm_core.losses.negatives import Negatives, draw_negatives, text_keys
+from mm_core.models.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
 from mm_core.models.codebook import CODEBOOK_STRIDE, codebook_pixels
-from mm_core.models.compiling import compile_blocks
 from mm_core.models.fused_batch import (
     FusedBatch,
     FusedOutput,
@@ -313,9 +311,7 @@ class Fused(nn.Module):
             part._attn_implementation = implementation  # for masks, which are made in another form
 
     def blocks(self) -> list[nn.Module]:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        return [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        return transformer_blocks(self.model)
 
     def compile_blocks(self) -> None:
         """Compile the transformer blocks. To be called before `checkpoint_activations`."""
@@ -323,8 +319,7 @@ class Fused(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep only each block's input, and compute the rest again in backward."""
-        for block in self.blocks():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        checkpoint_blocks(self.blocks())
 
 
 def _places(states: Float[Tensor, "b n d"], rows: Int[Tensor, " m"], length: int, *, first: int) -> Float[Tensor, "m d"]:

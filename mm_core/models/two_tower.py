@@ -6,20 +6,18 @@ with its `from_pretrained` anywhere. Where these differ, this class knows.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mm_core.errors import ConfigError
-from mm_core.models.batch_norm import batch_norms, statistics_untouched
-from mm_core.models.compiling import compile_blocks
+from mm_core.models.batch_norm import batch_norms
+from mm_core.models.blocks import checkpoint_blocks, compile_blocks, transformer_blocks
 from mm_core.models.logit_scale import scale_parameter
 from mm_core.models.patch_dropout import drop_patches
 from mm_core.models.patch_product import multiply_patches
@@ -182,20 +180,11 @@ class TwoTower(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compile the transformer blocks. To be called before `checkpoint_activations`."""
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        compile_blocks([block for block in self.blocks() if isinstance(block, GradientCheckpointingLayer)])
+        compile_blocks(transformer_blocks(self.model))
 
     def checkpoint_activations(self) -> None:
         """Keep only each block's input, and compute the rest again in backward."""
-        for block in self.blocks():
-            contexts = partial(_contexts, block)
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
-
-
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around the first and the second computation of a block."""
-    return nullcontext(), statistics_untouched(block)
+        checkpoint_blocks(self.blocks())
 
 
 def normalise(images: UInt8[Tensor, "b h w 3"], mean: Float[Tensor, " 3"], std: Float[Tensor, " 3"]) -> Float[Tensor, "b 3 h w"]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mm_core.models.compiling import as_written
+from mm_core.models.blocks import as_written
 from mm_core.models.logit_scale import clamp_logit_scale, scale_parameter
 from mm_core.objectives.output import LossOutput, Objective
 from mm_core.optim import OptimizerConfig

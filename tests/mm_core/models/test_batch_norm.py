@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mm_core.models.batch_norm import statistics_untouched, synchronise_batch_norms
+from mm_core.models.batch_norm import StatisticsUntouched, synchronise_batch_norms
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_second_pass_can_leave_the_statistics_alone() -> None:
     norm, _ = pair()
     norm(images())
     before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
-    with statistics_untouched(norm):
+    with StatisticsUntouched(norm):
         norm(images() + 1)
     torch.testing.assert_close(dict(norm.named_buffers()), before, rtol=0, atol=0)
     norm(images() + 1)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from mm_core.models.blocks import as_written, compile_blocks
 from mm_core.models.clip import ClipConfig
-from mm_core.models.compiling import as_written, compile_blocks
 from mm_core.models.family import build_model
 from mm_core.models.sizes import SpecialTokens, TowerConfig
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
