@@ -21,8 +21,10 @@ from pipelines.options import Json, Ledgers, Settings, model_store, tracking_con
 from pipelines.search_cli import attach as attach_search
 
 if TYPE_CHECKING:
+    from mm_core.data.ledger import Source
     from pipelines.tracking import TrackingConfig
     from pipelines.train.config import TrainRun
+    from pipelines.train.read_cost import Prices
 
 _CUT_SHOWN = 5
 
@@ -185,19 +187,10 @@ def train(
         raise ConfigError("nothing to train on: give --data INDEX")
     sources = tuple(Source.parse(text, ledger or ()) for text in data)
     if dry_run:
-        from pipelines.train.dry_run import describe
-        from pipelines.train.read_cost import EXPORT_ABOVE, Prices
+        from pipelines.train.read_cost import Prices
 
         console.table(("key", "value", "from"), [(k, v, origins.get(k, "default")) for k, v in _flat(run)])
-        report = describe(run, sources, prices=Prices(request_price, gb_price), samples_per_s=samples_per_s)
-        console.table(("", ""), list(report.items()))
-        if (times := report.get("read_amplification", 0)) > EXPORT_ABOVE:
-            console.note(
-                f"reads {times} times the bytes it needs: a smaller data.gap_bytes reads less in more requests; shards of the kept samples"
-                f" alone read nothing in vain: {'; '.join(f'mm data export {source} --out SHARDS' for source in sources)}, then"
-                " mm data index SHARDS --out INDEX"
-            )
-        console.result(report)
+        _dry_run(run, sources, Prices(request_price, gb_price), samples_per_s, console)
         return
     from pipelines.train.driver import TrainRequest
     from pipelines.train.driver import train as run_training
@@ -208,6 +201,21 @@ def train(
     console.say(f"follow: {describe_run(run.tracking.resolved(), result.run_id)}")
     console.say(f"next: mm eval {result.bundle} --retrieval SHARDS; mm serve {result.bundle}")
     console.result(asdict(result))
+
+
+def _dry_run(run: TrainRun, sources: Sequence[Source], prices: Prices, samples_per_s: float | None, console: Console) -> None:
+    from pipelines.train.dry_run import describe
+    from pipelines.train.read_cost import EXPORT_ABOVE
+
+    report = describe(run, sources, prices=prices, samples_per_s=samples_per_s)
+    console.table(("", ""), list(report.items()))
+    if (times := report.get("read_amplification", 0)) > EXPORT_ABOVE:
+        console.note(
+            f"reads {times} times the bytes it needs: a smaller data.gap_bytes reads less in more requests; shards of the kept samples"
+            f" alone read nothing in vain: {'; '.join(f'mm data export {source} --out SHARDS' for source in sources)}, then"
+            " mm data index SHARDS --out INDEX"
+        )
+    console.result(report)
 
 
 def worker_settings(workers: str) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from jaxtyping import Float32
+from ray.serve.handle import DeploymentHandle
 
 from mm_core.data.text import TEMPLATE_MARK
 from serve.access import Access
@@ -38,7 +39,7 @@ from serve.schema import (
     TextInput,
     Usage,
 )
-from serve.search import Searching, attach_search
+from serve.search import attach_search
 from serve.status import attach_status
 from serve.tasks import FUSED, endpoints_of
 from serve.upstream import Upstream
@@ -76,7 +77,7 @@ def create_app(
     tasks: Sequence[str],
     upstream: Upstream,
     *,
-    searching: Searching | None = None,
+    searcher: DeploymentHandle | None = None,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
     """The routes of models with these tasks."""
@@ -103,9 +104,9 @@ def create_app(
     for name in there:
         if name in attach:
             attach[name](app, desk)
-    if "search" in there and searching is not None:
-        attach_search(app, desk, searching)
-    attach_status(app, desk, searching)
+    if "search" in there and searcher is not None:
+        attach_search(app, desk, searcher)
+    attach_status(app, desk, searchable=searcher is not None)
     attach_page(app)
     return app
 

@@ -19,7 +19,6 @@ from serve.fleet import Searched, Wanted
 from serve.keeper import Keeper
 from serve.measured import Measured
 from serve.problems import RETRY_AFTER_S
-from serve.search import Searching
 from serve.searcher import Searcher
 from serve.store import ModelStore
 from serve.traffic import Traffic
@@ -38,8 +37,7 @@ class Gateway:
     def __init__(self, config: ServeConfig, tasks: Sequence[str], keeper: DeploymentHandle, searcher: DeploymentHandle | None) -> None:
         self._handles, self._keeper = Handles(), keeper
         self._upstream = Upstream(config.bounds.max_waiting_inputs, Measured(), self._handles.ask)
-        searching = Searching(searcher) if searcher is not None else None
-        self._service = create_app(config, tasks, self._upstream, searching=searching, lifespan=self._following)
+        self._service = create_app(config, tasks, self._upstream, searcher=searcher, lifespan=self._following)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return self._service

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,39 +23,14 @@ _FOREVER = "private, max-age=86400, immutable"
 _MODEL = "search"
 
 
-@dataclass(frozen=True)
-class Searching:
-    """The way to the searcher."""
-
-    handle: DeploymentHandle
-
-
-def attach_search(app: FastAPI, desk: Desk, searching: Searching) -> None:
-    handle, bounds = searching.handle, desk.config.bounds
+def attach_search(app: FastAPI, desk: Desk, searcher: DeploymentHandle) -> None:
+    bounds = desk.config.bounds
 
     def version() -> Version:
         found = desk.upstream.traffic.searched
         if found is None:
             raise UnavailableError("the model that the search index was made with is not up; /readyz says why")
         return found
-
-    async def vector_of(request: Request, body: SearchRequest, chosen: Version) -> Vector:
-        """The query: of text, picture or both their weighted mean."""
-        given = [name for name in ("text", "image", "item") if getattr(body, name) is not None]
-        if not given:
-            raise InputError("give a text, an image, both, or an item of the index")
-        if "item" in given and len(given) > 1:
-            raise InputError("item: comes alone, without text and image")
-        if body.item is not None:
-            return _answered(await handle.vector.remote(body.item), 404)
-        inputs: list[str | Picture] = []
-        if body.text is not None:
-            inputs.append(desk.checker.text(body.text, "text"))
-        if body.image is not None:
-            inputs.append(await desk.checker.image(body.image, "image"))
-        request.state.inputs = len(inputs)
-        features = (await desk.upstream.encode(_MODEL, chosen, inputs, [name for name in given if name != "item"])).features
-        return composed(features, body.text_weight)
 
     @app.post("/v1/search", responses=RESPONSES, openapi_extra=form_too({"text": STRING, "image": FILE}))
     async def search(request: Request, response: Response, body: SearchRequest) -> SearchResponse:
@@ -66,8 +40,8 @@ def attach_search(app: FastAPI, desk: Desk, searching: Searching) -> None:
             raise InputError(f"offset and limit reach {body.offset + body.limit:,} results, at most {bounds.max_results:,}")
         chosen = version()
         request.state.version = response.headers["x-mm-version"] = chosen.reference
-        query = await vector_of(request, body, chosen)
-        hits: Hits = _answered(await handle.search.remote(query, body.target, body.filters, body.offset, body.limit), 422)
+        query = await _vector_of(request, body, chosen, desk, searcher)
+        hits: Hits = _answered(await searcher.search.remote(query, body.target, body.filters, body.offset, body.limit), 422)
         if hits.rows:
             desk.upstream.measured.top_score(_MODEL, chosen.reference, "search", hits.rows[0].score)
         results = [
@@ -88,13 +62,13 @@ def attach_search(app: FastAPI, desk: Desk, searching: Searching) -> None:
     @app.get("/v1/search", responses=RESPONSES)
     async def about() -> dict[str, Any]:
         """What is searched: how much, by which model, with which recall, and the fields that filters can name."""
-        found: dict[str, Any] = await handle.about.remote()
+        found: dict[str, Any] = await searcher.about.remote()
         return found
 
     @app.get("/v1/search/map", responses=RESPONSES)
     async def embedding_map() -> dict[str, Any]:
         """Some of the pictures on a plane, near to what they are like: `x` and `y` from 0 to 1."""
-        found: dict[str, Any] = await handle.map.remote()
+        found: dict[str, Any] = await searcher.map.remote()
         return found
 
     picture: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}, "description": "A JPEG."}}
@@ -102,8 +76,27 @@ def attach_search(app: FastAPI, desk: Desk, searching: Searching) -> None:
     @app.get("/v1/search/items/{item}/thumbnail", response_class=Response, responses=RESPONSES | picture)
     async def thumbnail(item: int, side: int = Query(default=256, ge=16, le=1024, description="Of the longer side, pixels.")) -> Response:
         """A picture of the index, read from the shard it lies in."""
-        data: bytes = _answered(await handle.thumbnail.remote(item, side), 404)
+        data: bytes = _answered(await searcher.thumbnail.remote(item, side), 404)
         return Response(data, media_type="image/jpeg", headers={"Cache-Control": _FOREVER})
+
+
+async def _vector_of(request: Request, body: SearchRequest, chosen: Version, desk: Desk, searcher: DeploymentHandle) -> Vector:
+    """The query: of text, picture or both their weighted mean."""
+    given = [name for name in ("text", "image", "item") if getattr(body, name) is not None]
+    if not given:
+        raise InputError("give a text, an image, both, or an item of the index")
+    if "item" in given and len(given) > 1:
+        raise InputError("item: comes alone, without text and image")
+    if body.item is not None:
+        return _answered(await searcher.vector.remote(body.item), 404)
+    inputs: list[str | Picture] = []
+    if body.text is not None:
+        inputs.append(desk.checker.text(body.text, "text"))
+    if body.image is not None:
+        inputs.append(await desk.checker.image(body.image, "image"))
+    request.state.inputs = len(inputs)
+    features = (await desk.upstream.encode(_MODEL, chosen, inputs, [name for name in given if name != "item"])).features
+    return composed(features, body.text_weight)
 
 
 def composed(features: Vector, text_weight: float) -> Vector:

@@ -14,10 +14,9 @@ from serve.traffic import Share, Slot
 
 if TYPE_CHECKING:
     from serve.app import Desk
-    from serve.search import Searching
 
 
-def attach_status(app: FastAPI, desk: Desk, searching: Searching | None) -> None:
+def attach_status(app: FastAPI, desk: Desk, *, searchable: bool) -> None:
     @app.get("/healthz")
     async def healthz() -> Health:
         """The process that speaks HTTP is alive."""
@@ -39,7 +38,7 @@ def attach_status(app: FastAPI, desk: Desk, searching: Searching | None) -> None
     @app.get("/v1/models", responses=RESPONSES)
     async def models() -> ModelList:
         """The models there are, their versions and what they answer."""
-        return ModelList(data=[_card(slot, desk, searching) for slot in desk.upstream.traffic.slots])
+        return ModelList(data=[_card(slot, desk, searchable) for slot in desk.upstream.traffic.slots])
 
     @app.get("/v1/models/{name:path}", responses=RESPONSES)
     async def model(name: str) -> ModelCard:
@@ -47,7 +46,7 @@ def attach_status(app: FastAPI, desk: Desk, searching: Searching | None) -> None
         slot = desk.upstream.traffic.slot(name)
         if slot is None:
             raise InputError(f"model: {name[:100]!r} is not served here", 404)
-        return _card(slot, desk, searching)
+        return _card(slot, desk, searchable)
 
     @app.get(
         "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}, "description": "Prometheus' text format."}}
@@ -57,9 +56,9 @@ def attach_status(app: FastAPI, desk: Desk, searching: Searching | None) -> None
         return Response(desk.upstream.measured.page(), media_type=MEDIA_TYPE)
 
 
-def _card(slot: Slot, desk: Desk, searching: Searching | None) -> ModelCard:
+def _card(slot: Slot, desk: Desk, searchable: bool) -> ModelCard:
     found = endpoints_of(share.version.facts.task for share in slot.shares)
-    if searching is None:
+    if not searchable:
         found = [name for name in found if name != "search"]
     label_sets = sorted(desk.config.label_sets) if "classify" in found else []
     return ModelCard(id=slot.name, endpoints=found, label_sets=label_sets, versions=[_version(share) for share in slot.shares])
