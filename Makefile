@@ -26,11 +26,12 @@ demo: $(READY)  ## the main job, end to end, on this machine; DATA="path/*.tar" 
 test: $(READY)  ## the test suite
 	@$(BIN)/python -m pytest
 
-check: $(READY)  ## format, lint, types, import contracts
+check: $(READY)  ## format, lint, types, import contracts, cluster descriptions
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python -m cluster.validate
 
 format: $(READY)  ## rewrite files as `make check` wants them
 	@$(BIN)/ruff format .

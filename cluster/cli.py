@@ -1,4 +1,4 @@
-"""`mm doctor`, `mm submit`, `mm jobs`. Ray, torch and MLflow are imported inside the commands, so that `mm --help` is quick."""
+"""`mm doctor`, `mm submit`, `mm jobs`, `mm tls`. Ray, torch and MLflow are imported inside the commands, so that `mm --help` is quick."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ Address = Annotated[
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, from `mm jobs list`.")]
 
 jobs = typer.Typer(no_args_is_help=True, help="See, follow and stop what was submitted to a Ray cluster.")
+tls = typer.Typer(no_args_is_help=True, help="Certificates for TLS between the nodes of a Ray cluster.")
 
 
 def attach(app: typer.Typer) -> None:
     """Add this package's commands to the program."""
     app.command("submit")(submit)
     app.add_typer(jobs, name="jobs")
+    app.add_typer(tls, name="tls")
     app.command("doctor")(doctor)
 
 
@@ -143,3 +145,35 @@ def jobs_stop(job: JobId, address: Address = None, as_json: Json = False) -> Non
     stopped = stop(head, job)
     console.say(f"job {job} is being stopped" if stopped else f"job {job} had ended: {job_status(head, job).lower()}")
     console.result({"job_id": job, "stopped": stopped})
+
+
+@tls.command("authority")
+def tls_authority(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets ca.crt and ca.key.")]) -> None:
+    """Make the authority that signs a cluster's certificates. Once a cluster.
+
+    Example: mm tls authority ca
+    """
+    from cluster.certificates import make_authority
+
+    make_authority(folder)
+    Console().say(f"{folder} signs nodes: mm tls node --authority {folder} --out FOLDER. Whoever has its ca.key can join")
+
+
+@tls.command("node")
+def tls_node(
+    authority: Annotated[Path, typer.Option(metavar="FOLDER", help="Where ca.crt and ca.key are.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Gets tls.crt, tls.key and ca.crt.")],
+    name: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Another DNS name or address of this node; again for several.")
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, help="For how long the certificate holds.")] = 365,
+) -> None:
+    """Make this machine's certificate, and print the variables by which `ray start` and whoever joins use it.
+
+    Example: mm tls node --authority ca --out tls
+    """
+    from cluster.certificates import make_node
+
+    files = make_node(authority, out, name or (), days=days)
+    for variable, value in files.environment.items():
+        typer.echo(f"export {variable}={value}")

@@ -140,7 +140,7 @@ def _runtime_env(place: Place, variables: Mapping[str, str]) -> Iterator[dict[st
 def _stage(folder: Path) -> None:
     """Copy mm's own code: a checkout's root also holds data, runs and environments, which no cluster wants."""
     for package in _PACKAGES:
-        shutil.copytree(_source() / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        shutil.copytree(_source() / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "secrets"))
     shutil.copy2(_source() / "mm.py", folder)
 
 

@@ -76,6 +76,8 @@ class TrainRequest:
     """Several are mixed as `data.mix` says."""
     name: str | None = None
     resume: bool = False
+    or_resume: bool = False
+    """Continue the run called `name` if there is one, else start it."""
     audit: str | None = None
 
 
@@ -234,7 +236,10 @@ def _trained(run: TrainRun, folder: RunFolder, step: int, tokenizer: PreTrainedT
 
 def _claim(request: TrainRequest, run: TrainRun, data: RunData) -> tuple[RunFolder, RunRecord | None]:
     """The folder of the run, and its record where it is to be continued."""
-    if request.resume:
+    if request.or_resume and request.name is None:
+        raise ConfigError("--or-resume needs --name: by its name the next start finds the run")
+    begun = request.or_resume and RunFolder.of(run.storage, request.name or "").exists()
+    if request.resume or begun:
         if request.name is None:
             found = newest_run(run.storage, _identity(run), data.fingerprint)
             if found is None:
