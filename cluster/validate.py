@@ -59,8 +59,13 @@ def _document(document: Any) -> Iterator[str]:
             yield from _against(_compose_schema(), document, Registry())
         case {"groups": _}:
             yield from _prometheus_rules(document)
+        case {"scrape_configs": _}:
+            yield from _prometheus(document)
         case _:
-            yield "is neither a Kubernetes object (apiVersion, kind), nor a compose file (services), nor Prometheus' rules (groups)"
+            yield (
+                "is neither a Kubernetes object (apiVersion, kind), nor a compose file (services),"
+                " nor Prometheus' rules (groups) or configuration (scrape_configs)"
+            )
 
 
 def _kubernetes(version: str, kind: str, document: Mapping[str, Any]) -> Iterator[str]:
@@ -135,6 +140,17 @@ def _prometheus_rules(document: Mapping[str, Any]) -> Iterator[str]:
                     promql_parser.parse_duration(rule.get(field, "1s"))
                 except (ValueError, TypeError):
                     yield f"{name}: {field}: {rule[field]!r} is no duration such as 10m"
+
+
+def _prometheus(document: Mapping[str, Any]) -> Iterator[str]:
+    known = ("global", "rule_files", "scrape_configs", "alerting", "remote_write", "remote_read", "storage", "tracing")
+    for key in document.keys() - set(known):
+        yield f"no field {key!r}{nearest(key, known)}"
+    for job in document["scrape_configs"]:
+        if "job_name" not in job:
+            yield "a scrape_config without a job_name"
+        if not any(key.endswith("_sd_configs") or key == "static_configs" for key in job):
+            yield f"{job.get('job_name', '?')}: finds nothing: give static_configs, or one of the …_sd_configs"
 
 
 @cache
