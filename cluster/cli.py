@@ -29,15 +29,23 @@ def attach(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    address: Annotated[str | None, typer.Option(metavar="URL", help="Check the cluster of this head too.")] = None,
+    failures: Annotated[bool, typer.Option("--failures", help="Show nothing but what would not work.")] = False,
+    as_json: Json = False,
+) -> None:
     """Check this machine, and the services that are configured; exit code 1 if something would not work.
 
-    Example: mm doctor; RAY_ADDRESS=10.0.0.5:6379 mm doctor --json
+    Example: mm doctor; mm doctor --address http://10.0.0.5:8265 --json
     """
     from cluster.doctor import State, checks
 
     console = Console(as_json)
-    found = checks()
+    found = checks(address)
+    if failures:
+        found = [check for check in found if check.state is State.FAIL]
+        if not found:
+            return
     console.table(("check", "", "found", "what to do"), [(check.name, check.state, check.evidence, check.remedy) for check in found])
     counts = {state: sum(check.state is state for check in found) for state in State}
     console.say(", ".join(f"{count} {state}" for state, count in counts.items()))
@@ -55,12 +63,14 @@ def submit(
     ] = None,
     python: Annotated[str, typer.Option(metavar="PROGRAM", help="The cluster's Python, where the code is sent along.")] = "python",
     wait_s: Annotated[float, typer.Option(min=0, help="Seconds to wait for the id of the tracking run.")] = 120.0,
+    skip_checks: Annotated[bool, typer.Option("--skip-checks", help="Submit whatever the checks of the cluster say.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run an mm command on a Ray cluster; it goes on when this terminal is closed.
 
     Example: mm submit --env AWS_PROFILE -- train clip-tiny --data index
     """
+    from cluster import target
     from cluster.head import connect, is_this_machine
     from cluster.submit import Elsewhere, Here, passed_variables, wait_for_run
     from cluster.submit import submit as start
@@ -68,10 +78,16 @@ def submit(
     console = Console(as_json)
     variables = passed_variables(env or ())
     head = connect(address)
+    if not skip_checks:
+        found = target.checks(head)
+        target.refuse(found, head.address)
+        for check in found:
+            console.note(f"{check.name}: {check.evidence}" + (f"; {check.remedy}" if check.remedy else ""))
     remote = not is_this_machine(head.address) if send_code is None else send_code
     if remote:
         console.note("the code is sent along; data, storage and tracking.uri must be URLs or absolute paths that the cluster sees")
-    job_id = start(head, command, Elsewhere(python) if remote else Here(Path.cwd()), variables=variables)
+    place = Elsewhere(python, checked=not skip_checks) if remote else Here(Path.cwd())
+    job_id = start(head, command, place, variables=variables)
     there = f" --address {head.address}" if address else ""
     console.say(f"job {job_id} at {head.address}")
     console.say(f"follow: mm jobs logs -f {job_id}{there}")

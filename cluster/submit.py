@@ -58,6 +58,8 @@ class Elsewhere:
     """The job's place is a folder of the cluster that holds the code sent along. `python` is a program there."""
 
     python: str = "python"
+    checked: bool = True
+    """Whether `mm doctor` must find nothing there that fails."""
 
 
 Place = Here | Elsewhere
@@ -68,8 +70,9 @@ def entrypoint(arguments: Sequence[str], place: Place) -> str:
     match place:
         case Here(folder):
             return f"cd {shlex.quote(str(folder))} && exec {shlex.join([sys.executable, '-m', 'mm', *arguments])}"
-        case Elsewhere(python):
-            return f"exec {shlex.join([python, '-m', 'mm', *arguments])}"
+        case Elsewhere(python, checked):
+            look = f"{shlex.join([python, '-m', 'mm', 'doctor', '--failures'])} && " if checked else ""
+            return f"{look}exec {shlex.join([python, '-m', 'mm', *arguments])}"
 
 
 def passed_variables(names: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -141,7 +144,8 @@ def _stage(folder: Path) -> None:
     """Copy mm's own code: a checkout's root also holds data, runs and environments, which no cluster wants."""
     for package in _PACKAGES:
         shutil.copytree(_source() / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "secrets"))
-    shutil.copy2(_source() / "mm.py", folder)
+    for name in ("mm.py", "pyproject.toml"):
+        shutil.copy2(_source() / name, folder)
 
 
 def _source() -> Path:

@@ -33,6 +33,8 @@ class RunningHead:
     environment: dict[str, str]
     metrics: str
     """What Prometheus reads of it."""
+    logs: Path
+    """All that its processes and jobs write."""
 
 
 @pytest.fixture(scope="package")
@@ -67,7 +69,9 @@ def running_head() -> Iterator[RunningHead]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_until_up(process, address, folder / "log")
-            yield RunningHead(address, str(gcs), environment, f"http://127.0.0.1:{metrics}/metrics")
+            yield RunningHead(
+                address, str(gcs), environment, f"http://127.0.0.1:{metrics}/metrics", folder / "r" / "session_latest" / "logs"
+            )
         finally:
             _end(process)
     shutil.rmtree(folder, ignore_errors=True)

@@ -7,15 +7,18 @@ visibly what a training run does slowly.
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from cluster.head import choose_address, is_this_machine
-from cluster.submit import Elsewhere, Here, entrypoint, passed_variables
+from cluster.submit import Elsewhere, Here, _stage, entrypoint, passed_variables
 from mm_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,6 +64,33 @@ def test_a_job_runs_in_the_callers_folder_and_joins_the_cluster(running_head: Ru
     listed = mm(running_head, "jobs", "list", "--json", folder=tmp_path)
     assert result_of(listed)["jobs"][0]["job_id"] == job["job_id"]
     assert "s3cr3t" not in process.stdout + process.stderr + listed.stdout + listed.stderr
+
+
+def test_a_secret_is_in_no_process_list_and_in_no_log(running_head: RunningHead, tmp_path: Path) -> None:
+    secret = secrets.token_hex(16)
+    (tmp_path / "mm.py").write_text(
+        "import os, pathlib, time, ray\n"
+        "ray.init(address='auto')\n"
+        "found = ray.get(ray.remote(lambda: os.environ['MM_SECRET']).remote())\n"
+        "pathlib.Path('seen').write_text(found)\n"
+        "while not pathlib.Path('end').exists():\n"
+        "    time.sleep(0.1)\n"
+    )
+    submitted = mm(
+        running_head, "submit", "--json", "--wait-s", "0", "--env", "MM_SECRET", "--", "train", folder=tmp_path, MM_SECRET=secret
+    )
+    job = result_of(submitted)["job_id"]
+    until = time.monotonic() + 120
+    while not (tmp_path / "seen").exists():
+        assert time.monotonic() < until, mm(running_head, "jobs", "logs", job, folder=tmp_path).stdout
+        time.sleep(0.2)
+    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    (tmp_path / "end").touch()
+    assert (tmp_path / "seen").read_text() == secret
+    assert not [line for line in lines if secret in line]
+    shown = mm(running_head, "jobs", "logs", "-f", job, folder=tmp_path)
+    assert secret not in submitted.stdout + submitted.stderr + shown.stdout + shown.stderr
+    assert not [file for file in running_head.logs.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
 
 
 def test_code_is_sent_to_a_head_elsewhere(running_head: RunningHead, tmp_path: Path) -> None:
@@ -166,8 +196,22 @@ def test_this_machine_is_told_from_others() -> None:
     assert not is_this_machine("http://no-such-host.invalid:8265")
 
 
+def test_what_is_sent_is_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = tmp_path / "checkout"
+    for name in ("mm_core/data/tar.py", "pipelines/index.py", "serve/page/page.js", "cluster/submit.py", "mm.py", "pyproject.toml"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("code")
+    for name in (".env", "data/shard.tar", "runs/first/run.json", "cluster/compose/secrets/aws", "cluster/__pycache__/x.pyc"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("mine")
+    monkeypatch.setattr("cluster.submit._source", lambda: checkout)
+    _stage(tmp_path / "staged")
+    assert {file.read_text() for file in (tmp_path / "staged").rglob("*") if file.is_file()} == {"code"}
+
+
 def test_entrypoint_is_quoted() -> None:
-    assert entrypoint(["train", "a b"], Elsewhere()) == "exec python -m mm train 'a b'"
+    assert entrypoint(["train", "a b"], Elsewhere(checked=False)) == "exec python -m mm train 'a b'"
+    assert entrypoint(["train", "a b"], Elsewhere()) == "python -m mm doctor --failures && exec python -m mm train 'a b'"
     assert entrypoint(["x;y"], Here(Path("/a b"))) == f"cd '/a b' && exec {sys.executable} -m mm 'x;y'"
 
 
