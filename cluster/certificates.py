@@ -97,12 +97,12 @@ def make_node(authority: Path, out: Path, names: Sequence[str] = (), *, days: in
 
 
 def _own_names() -> list[str]:
-    host = socket.gethostname()
-    try:
-        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
-    except OSError:
-        addresses = set()
-    return ["localhost", host[:64], *sorted({"127.0.0.1"} | addresses)]
+    """The machine's name, and the addresses of its interfaces: Ray takes one of these for the node's."""
+    import psutil
+
+    families = (socket.AF_INET, socket.AF_INET6)
+    addresses = {each.address for found in psutil.net_if_addrs().values() for each in found if each.family in families}
+    return ["localhost", socket.gethostname()[:64], *sorted({"127.0.0.1"} | addresses)]
 
 
 def _alternative(name: str) -> x509.GeneralName:

@@ -64,6 +64,12 @@ def test_nodes_of_one_authority_trust_each_other_by_all_of_their_names(authority
     handshake(server, make_node(authority, tmp_path / "b"), name)
 
 
+def test_a_node_is_trusted_by_the_address_that_ray_takes_for_it(authority: Path, tmp_path: Path) -> None:
+    from ray.util import get_node_ip_address
+
+    handshake(make_node(authority, tmp_path / "a"), make_node(authority, tmp_path / "b"), get_node_ip_address())
+
+
 def test_a_node_under_another_name_is_refused(authority: Path, tmp_path: Path) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match=r"10\.9\.9\.9"):
         handshake(make_node(authority, tmp_path / "a"), make_node(authority, tmp_path / "b"), "10.9.9.9")
