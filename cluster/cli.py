@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -63,20 +66,26 @@ def submit(
     ] = None,
     python: Annotated[str, typer.Option(metavar="PROGRAM", help="The cluster's Python, where the code is sent along.")] = "python",
     wait_s: Annotated[float, typer.Option(min=0, help="Seconds to wait for the id of the tracking run.")] = 120.0,
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Shown by `mm jobs list`; again for several.")] = None,
+    driver_cpus: Annotated[float, typer.Option(min=0, help="CPUs that the command itself books.")] = 0,
+    driver_memory: Annotated[float, typer.Option(metavar="GB", min=0, help="Memory that it books.")] = 0,
+    image: Annotated[str | None, typer.Option(metavar="URI", help="Run in this container image (the nodes need podman).")] = None,
+    install: Annotated[bool, typer.Option("--install", help="Install mm's dependencies there first, in the versions here.")] = False,
     skip_checks: Annotated[bool, typer.Option("--skip-checks", help="Submit whatever the checks of the cluster say.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run an mm command on a Ray cluster; it goes on when this terminal is closed.
+    """Run an mm command on a Ray cluster; it goes on when this terminal is closed. The same `train` command again continues its run.
 
-    Example: mm submit --env AWS_PROFILE -- train clip-tiny --data index
+    Example: mm submit --env AWS_PROFILE -- train clip-tiny --data index --name first
     """
     from cluster import target
     from cluster.head import connect, is_this_machine
-    from cluster.submit import Elsewhere, Here, passed_variables, wait_for_run
+    from cluster.run_names import named, run_of
+    from cluster.submit import Elsewhere, Here, Request, passed_variables, read_labels, wait_for_run
     from cluster.submit import submit as start
 
     console = Console(as_json)
-    variables = passed_variables(env or ())
+    variables, labels = passed_variables(env or ()), read_labels(label or ())
     head = connect(address)
     if not skip_checks:
         found = target.checks(head)
@@ -87,11 +96,17 @@ def submit(
     if remote:
         console.note("the code is sent along; data, storage and tracking.uri must be URLs or absolute paths that the cluster sees")
     place = Elsewhere(python, checked=not skip_checks) if remote else Here(Path.cwd())
-    job_id = start(head, command, place, variables=variables)
+    arguments = named(command, datetime.now())
+    request = Request(place, variables, labels, driver_cpus, driver_memory, image, install)
+    started = start(head, arguments, request)
+    job_id, run = started.job_id, run_of(arguments)
     there = f" --address {head.address}" if address else ""
-    console.say(f"job {job_id} at {head.address}")
+    console.say(f"job {job_id} at {head.address}" + ("" if started.new else f" has run {run} since earlier; nothing was started"))
     console.say(f"follow: mm jobs logs -f {job_id}{there}")
     console.say(f"stop:   mm jobs stop {job_id}{there}")
+    if run is not None:
+        again = [*sys.argv[1 : sys.argv.index("--")], "--", *arguments] if "--" in sys.argv else ["submit", "--", *arguments]
+        console.say(f"resume: mm {shlex.join(again)}")
     job = wait_for_run(head, job_id, wait_s=wait_s)
     if job.failed:
         console.note(f"the job {job.status.lower()}; its last lines:\n{job.log_tail}")
@@ -101,7 +116,7 @@ def submit(
         console.say(f"the job has ended well and named no tracking run; its last lines:\n{job.log_tail}")
     else:
         console.say(f"the job is {job.status.lower()} and has named no tracking run in {wait_s:g} s; follow it as above")
-    console.result({"job_id": job_id, "run_id": job.run_id, "status": job.status})
+    console.result({"job_id": job_id, "run_id": job.run_id, "status": job.status, "name": run, "new": started.new})
     raise typer.Exit(1 if job.failed else 0)
 
 
@@ -113,11 +128,13 @@ def jobs_list(address: Address = None, as_json: Json = False) -> None:
     """
     from cluster.head import connect
     from cluster.jobs import list_jobs
+    from cluster.run_names import LABEL
 
     console = Console(as_json)
     found = list_jobs(connect(address))
     for job in found:  # lines, as a table would cut the ids on a narrow terminal
-        console.say(f"{job.job_id}  {job.status:<9}  {job.started or '-':<25}  {job.command}")
+        labels = "  ".join(f"{key}={value}" for key, value in job.labels.items() if key != LABEL)
+        console.say(f"{job.job_id}  {job.status:<9}  {job.started or '-':<25}  {job.command}{'  ' if labels else ''}{labels}")
     if not found:
         console.note("no jobs yet; start one with mm submit")
     console.result({"jobs": [asdict(job) for job in found]})

@@ -35,7 +35,7 @@ def python() -> Check:
 
 def packages() -> list[Check]:
     """The packages that matter most, one by one, then all others that mm needs."""
-    ranges = _ranges()
+    ranges = required()
     found = [_package(name, ranges.get(name, "")) for name in _SHOWN]
     problems = [_package(name, wanted) for name, wanted in ranges.items() if name not in _SHOWN]
     bad = [check for check in problems if check.state != "ok"]
@@ -105,7 +105,7 @@ def gpus() -> Check:
     return ok("GPUs", "none: training runs on the CPU")
 
 
-def _ranges() -> dict[str, str]:
+def required() -> dict[str, str]:
     """Package → version range that mm needs: of pyproject.toml beside the code, else of the installed mm-pretrain."""
     from packaging.requirements import Requirement
 
