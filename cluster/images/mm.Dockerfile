@@ -3,7 +3,8 @@
 #   docker build -f cluster/images/mm.Dockerfile --build-arg DEVICE=cuda -t registry.example.com/mm:0.1.0-cuda .
 ARG DEVICE=cpu
 
-FROM python:3.12-slim-bookworm AS base
+# The Python that constraints.txt was made with.
+FROM python:3.11-slim-bookworm AS base
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # KubeRay's probes call wget; Ray looks at processes with ps.
 # hadolint ignore=DL3008
@@ -15,8 +16,9 @@ WORKDIR /opt/mm
 COPY constraints.txt .
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 
+# 2.13.0+cpu, which pip prefers to 2.13.0.
 FROM base AS torch-cpu
-RUN pip install --no-cache-dir --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu torch
+RUN pip install --no-cache-dir --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch
 
 # torch brings CUDA along; the driver is the machine's. torch.compile compiles small programs in C.
 FROM base AS torch-cuda

@@ -77,8 +77,8 @@ BAD = [
     ("kubernetes/network.yaml", "metadata: {name: dns,", "metadata: [name: dns,", "is no YAML: "),
     ("compose/compose.yaml", 'ports: ["127.0.0.1:5000:5000"]', "ports: 5000", "services.mlflow.ports: 5000 is not of type 'array'"),
     ("compose/compose.yaml", "depends_on:", "depend_on:", "('depend_on' was unexpected)"),
-    ("images/mm.Dockerfile", "python:3.12-slim-bookworm", "python:latest", "DL3007"),
-    ("images/mlflow.Dockerfile", "python:3.12-slim-bookworm", "python", "line 3: DL3006"),
+    ("images/mm.Dockerfile", "python:3.11-slim-bookworm", "python:latest", "DL3007"),
+    ("images/mlflow.Dockerfile", "python:3.11-slim-bookworm", "python", "line 3: DL3006"),
     ("monitoring/alerts.yaml", "expr: ", "expr: (", "unclosed left parenthesis"),
     ("monitoring/alerts.yaml", "for: ", "for: about ", "is no duration such as 10m"),
 ]  # fmt: skip
