@@ -95,6 +95,10 @@ def submit(
     remote = not is_this_machine(head.address) if send_code is None else send_code
     if remote:
         console.note("the code is sent along; data, storage and tracking.uri must be URLs or absolute paths that the cluster sees")
+    if variables:
+        console.note(
+            f"{', '.join(variables)}: Ray keeps the values with the job, and logs them on nodes started without RAY_LOGGER_LEVEL=warning"
+        )
     place = Elsewhere(python, checked=not skip_checks) if remote else Here(Path.cwd())
     arguments = named(command, datetime.now())
     request = Request(place, variables, labels, driver_cpus, driver_memory, image, install)

@@ -53,6 +53,7 @@ def running_head() -> Iterator[RunningHead]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         **certificate.environment,
         "RAY_metrics_report_interval_ms": "200",
+        "RAY_LOGGER_LEVEL": "warning",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",

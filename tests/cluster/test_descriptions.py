@@ -229,6 +229,7 @@ def test_the_image_holds_every_package_and_leaves_the_rest_out() -> None:
     lines = (FOLDER / "images" / "mm.Dockerfile").read_text().splitlines()
     assert {f"COPY {name} {name}" for name in packages} <= set(lines)
     assert "USER 1000" in lines
+    assert {"RAY_AUTH_MODE=token", "RAY_LOGGER_LEVEL=warning"} <= {word for line in lines for word in line.split()}
     ignored = (FOLDER / "images" / "mm.Dockerfile.dockerignore").read_text().splitlines()
     assert "*" in ignored
     copied = {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]}
