@@ -69,7 +69,7 @@ def running_head() -> Iterator[RunningHead]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
-            _wait_until_up(process, address, folder / "log")
+            _wait_until_up(process, address, token.read_text(), folder / "log")
             yield RunningHead(
                 address, str(gcs), environment, f"http://127.0.0.1:{metrics}/metrics", folder / "r" / "session_latest" / "logs"
             )
@@ -89,14 +89,17 @@ def _free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _wait_until_up(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def _wait_until_up(process: subprocess.Popen[bytes], address: str, token: str, log: Path) -> None:
+    """Until the job service answers and knows its own node."""
     until = time.monotonic() + _START_S
     while time.monotonic() < until and process.poll() is None:
         try:
-            if requests.get(f"{address}/api/version", timeout=1).status_code in (200, 401):
+            answer = requests.get(f"{address}/api/v0/nodes", headers={"Authorization": f"Bearer {token}"}, timeout=5).json()
+            if any(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"]):
                 return
-        except requests.RequestException:
-            time.sleep(0.2)
+        except (requests.RequestException, ValueError, KeyError, TypeError):
+            pass
+        time.sleep(0.2)
     pytest.fail(f"the head did not come up: {log.read_text()[-2000:]}")
 
 
