@@ -7,11 +7,14 @@ import sys
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mm_core.console import Console
+
+if TYPE_CHECKING:
+    from cluster.submit import Place
 
 Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
 Address = Annotated[
@@ -69,7 +72,7 @@ def submit(
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Shown by `mm jobs list`; again for several.")] = None,
     driver_cpus: Annotated[float, typer.Option(min=0, help="CPUs that the command itself books.")] = 0,
     driver_memory: Annotated[float, typer.Option(metavar="GB", min=0, help="Memory that it books.")] = 0,
-    image: Annotated[str | None, typer.Option(metavar="URI", help="Run in this container image (the nodes need podman).")] = None,
+    image: Annotated[str | None, typer.Option(metavar="URI", help="Run in a container of this image, which has mm.")] = None,
     install: Annotated[bool, typer.Option("--install", help="Install mm's dependencies there first, in the versions here.")] = False,
     skip_checks: Annotated[bool, typer.Option("--skip-checks", help="Submit whatever the checks of the cluster say.")] = False,
     as_json: Json = False,
@@ -79,9 +82,9 @@ def submit(
     Example: mm submit --env AWS_PROFILE -- train clip-tiny --data index --name first
     """
     from cluster import target
-    from cluster.head import connect, is_this_machine
+    from cluster.head import connect
     from cluster.run_names import named, run_of
-    from cluster.submit import Elsewhere, Here, Request, passed_variables, read_labels, wait_for_run
+    from cluster.submit import Elsewhere, Request, passed_variables, read_labels, wait_for_run
     from cluster.submit import submit as start
 
     console = Console(as_json)
@@ -92,16 +95,15 @@ def submit(
         target.refuse(found, head.address)
         for check in found:
             console.note(f"{check.name}: {check.evidence}" + (f"; {check.remedy}" if check.remedy else ""))
-    remote = not is_this_machine(head.address) if send_code is None else send_code
-    if remote:
+    place = _place(head.address, send_code, python, image, checked=not skip_checks)
+    if isinstance(place, Elsewhere):
         console.note("the code is sent along; data, storage and tracking.uri must be URLs or absolute paths that the cluster sees")
     if variables:
         console.note(
             f"{', '.join(variables)}: Ray keeps the values with the job, and logs them on nodes started without RAY_LOGGER_LEVEL=warning"
         )
-    place = Elsewhere(python, checked=not skip_checks) if remote else Here(Path.cwd())
     arguments = named(command, datetime.now())
-    request = Request(place, variables, labels, driver_cpus, driver_memory, image, install)
+    request = Request(place, variables, labels, driver_cpus, driver_memory, install)
     started = start(head, arguments, request)
     job_id, run = started.job_id, run_of(arguments)
     there = f" --address {head.address}" if address else ""
@@ -122,6 +124,17 @@ def submit(
         console.say(f"the job is {job.status.lower()} and has named no tracking run in {wait_s:g} s; follow it as above")
     console.result({"job_id": job_id, "run_id": job.run_id, "status": job.status, "name": run, "new": started.new})
     raise typer.Exit(1 if job.failed else 0)
+
+
+def _place(address: str, send_code: bool | None, python: str, image: str | None, *, checked: bool) -> Place:
+    """Where the command runs, by what was asked for; without a word, here on a head of this machine, and with its code elsewhere."""
+    from cluster.head import is_this_machine
+    from cluster.submit import Elsewhere, Here, InImage
+
+    if image is not None:
+        return InImage(image, python, checked)
+    elsewhere = not is_this_machine(address) if send_code is None else send_code
+    return Elsewhere(python, checked) if elsewhere else Here(Path.cwd())
 
 
 @jobs.command("list")

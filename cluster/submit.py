@@ -67,7 +67,16 @@ class Elsewhere:
     """Whether `mm doctor` must find nothing there that fails."""
 
 
-Place = Here | Elsewhere
+@dataclass(frozen=True)
+class InImage:
+    """The job's place is a container of an image that has mm (cluster/images); nothing is sent, as Ray takes no more beside an image."""
+
+    uri: str
+    python: str = "python"
+    checked: bool = True
+
+
+Place = Here | Elsewhere | InImage
 
 
 def entrypoint(arguments: Sequence[str], place: Place) -> str:
@@ -75,7 +84,7 @@ def entrypoint(arguments: Sequence[str], place: Place) -> str:
     match place:
         case Here(folder):
             return f"cd {shlex.quote(str(folder))} && exec {shlex.join([sys.executable, '-m', 'mm', *arguments])}"
-        case Elsewhere(python, checked):
+        case Elsewhere(python, checked) | InImage(_, python, checked):
             look = f"{shlex.join([python, '-m', 'mm', 'doctor', '--failures'])} && " if checked else ""
             return f"{look}exec {shlex.join([python, '-m', 'mm', *arguments])}"
 
@@ -122,8 +131,6 @@ class Request:
     driver_cpus: float = 0
     driver_memory_gb: float = 0
     """Of the command itself; its workers book their own."""
-    image: str | None = None
-    """A container image that the job's processes run in."""
     install: bool = False
     """Install there what mm needs, in the versions that are here."""
 
@@ -199,11 +206,14 @@ def _tail(text: str, message: str | None) -> str:
 @contextmanager
 def _runtime_env(request: Request) -> Iterator[dict[str, Any]]:
     env: dict[str, Any] = {"env_vars": dict(request.variables)} if request.variables else {}
-    env |= {"image_uri": request.image} if request.image else {}
     env |= {"pip": {"packages": pinned(), "pip_check": False}} if request.install else {}
     match request.place:
         case Here():
             yield env
+        case InImage(uri) if request.install:
+            raise ConfigError(f"--image {uri} brings its packages: leave out --install, or build an image with others (cluster/images)")
+        case InImage(uri):
+            yield env | {"image_uri": uri}
         case Elsewhere():
             with TemporaryDirectory() as staged:
                 _stage(Path(staged))
