@@ -47,7 +47,7 @@ def export_bundle(folder: RunFolder, metrics: Mapping[str, float]) -> BundleMani
             metrics=metrics,
             run_id=record.tracking_run_id,
         )
-        folder.put(Path(temporary) / "bundle", name)
+        folder.put(Path(temporary) / "bundle", "bundle")
     return manifest
 
 
