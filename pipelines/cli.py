@@ -149,6 +149,10 @@ def train(
     settings: Settings = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; by default recipe and time.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run from its last checkpoint.")] = False,
+    or_resume: Annotated[
+        bool,
+        typer.Option("--or-resume", help="Continue the run called --name if there is one, else start it: for jobs that are started again."),
+    ] = False,
     audit: Annotated[str | None, typer.Option(help="Write which sample was consumed when, as Parquet, to this folder.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every sample read with its digest; the same as data.verify.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run and what its reads cost, and stop.")] = False,
@@ -195,7 +199,7 @@ def train(
     from pipelines.train.driver import TrainRequest
     from pipelines.train.driver import train as run_training
 
-    result = run_training(TrainRequest(run, sources, name=name, resume=resume, audit=audit), console)
+    result = run_training(TrainRequest(run, sources, name=name, resume=resume, or_resume=or_resume, audit=audit), console)
     rows = {key: value for key, value in asdict(result).items() if key not in ("run_id", "name")}
     console.table(("", result.name), list(rows.items()))
     console.say(f"follow: {describe_run(run.tracking.resolved(), result.run_id)}")

@@ -19,16 +19,19 @@ from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
 
 
-def claim(run: TrainRun, data: RunData, name: str | None, *, resume: bool) -> tuple[RunFolder, RunRecord | None]:
-    """The folder of the run, and its record where it is to be continued.
+def claim(run: TrainRun, data: RunData, name: str | None, *, resume: bool, or_resume: bool) -> tuple[RunFolder, RunRecord | None]:
+    """The folder of the run, and its record where it is to be continued: with `or_resume` if there is one of that name.
 
     Without a name a new run gets one of its recipe and the time, and the newest of this configuration and data is continued.
 
     Raises:
         CheckpointError: there is nothing to continue, or it is of another configuration or data.
-        ConfigError: the folder is taken.
+        ConfigError: the folder is taken, or `or_resume` without a name.
     """
-    if resume:
+    if or_resume and name is None:
+        raise ConfigError("--or-resume needs --name: by its name the next start finds the run")
+    begun = or_resume and RunFolder.of(run.storage, name or "").exists()
+    if resume or begun:
         if name is None:
             found = newest_run(run.storage, _identity(run), data.fingerprint)
             if found is None:

@@ -57,6 +57,8 @@ class TrainRequest:
     """Several are mixed as `data.mix` says."""
     name: str | None = None
     resume: bool = False
+    or_resume: bool = False
+    """Continue the run called `name` if there is one, else start it."""
     audit: str | None = None
 
 
@@ -87,7 +89,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
     check_run(run, data)
     heldout = EvaluationData.open(run, data, console)
-    folder, record = claim(run, data, request.name, resume=request.resume)
+    folder, record = claim(run, data, request.name, resume=request.resume, or_resume=request.or_resume)
     start = None
     if record is None:
         run = run.model_copy(update={"model": resolved(run.model)})

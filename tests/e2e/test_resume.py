@@ -33,7 +33,8 @@ from pipelines.recipes import recipe
 from pipelines.tracking import TrackingConfig
 from pipelines.train.audit import read_audit
 from pipelines.train.config import TrainRun
-from pipelines.train.driver import TrainRequest, TrainResult, train
+from pipelines.train.driver import TrainRequest, TrainResult, _claim, train
+from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, newest_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -276,10 +277,19 @@ def test_a_finished_run_is_not_continued(undisturbed: tuple[TrainResult, Path], 
     before = (folder / "runs" / "tiny" / "bundle" / "mm.json").stat().st_mtime_ns
     elsewhere = tiny_run(folder, 1).model_copy(update={"tracking": TrackingConfig()})  # by default a store in the working folder
     monkeypatch.chdir(folder / "runs")
-    again = train(TrainRequest(elsewhere, (Source(index=index.url),), name="tiny", resume=True), Console(json=True))
-    assert again == result
+    for asked in ({"resume": True}, {"or_resume": True}):
+        assert train(TrainRequest(elsewhere, (Source(index=index.url),), name="tiny", **asked), Console(json=True)) == result
     assert (folder / "runs" / "tiny" / "bundle" / "mm.json").stat().st_mtime_ns == before
     assert not (folder / "runs" / "mlflow.db").exists()
+
+
+def test_a_run_that_is_not_there_yet_is_started(index: Index, tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, 1)
+    sources = (Source(index=index.url),)
+    folder, record = _claim(TrainRequest(run, sources, name="new", or_resume=True), run, RunData.open(sources))
+    assert (folder.name, record) == ("new", None)
+    with pytest.raises(ConfigError, match="--or-resume needs --name"):
+        _claim(TrainRequest(run, sources, or_resume=True), run, RunData.open(sources))
 
 
 def test_a_run_that_cannot_be_read_is_passed_over(

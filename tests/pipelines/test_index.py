@@ -374,3 +374,11 @@ def test_folders_that_are_not_an_index_under_way_are_left_alone(corpus: Path, tm
     with pytest.raises(ConfigError, match="exists and holds other things"):
         build_index([str(shard.parent)], str(tmp_path / "data"))
     assert shard.exists()
+
+
+@pytest.mark.parametrize("address", ["pipe:touch {done}", "pipe://touch {done}", "| touch {done}", "$(touch {done})"])
+def test_an_address_is_never_a_command(tmp_path: Path, address: str) -> None:
+    done = tmp_path / "done"
+    with pytest.raises(DataError):
+        expand_shards([address.format(done=done)])
+    assert not done.exists()
