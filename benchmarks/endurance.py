@@ -69,7 +69,8 @@ def run(spec: ReadSpec, ranks: int, steps: int) -> tuple[str, list[float]]:
 
 def stored_bytes() -> int:
     """What lies in the object store of this node."""
-    return int(node_stats().store_stats.object_store_bytes_used)
+    node = ray.nodes()[0]
+    return int(node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats.object_store_bytes_used)
 
 
 @dataclass
