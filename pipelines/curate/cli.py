@@ -12,7 +12,7 @@ import typer
 from mm_core.console import Console
 from mm_core.errors import ConfigError
 from pipelines.curate.score_command import score
-from pipelines.options import Json, Ledgers, Settings, parse_bytes, tracking_config
+from pipelines.options import Json, Ledgers, Settings, opened_among, parse_bytes, tracking_config
 
 
 class ExportFormat(StrEnum):
@@ -35,28 +35,32 @@ def attach(data: typer.Typer) -> None:
 
 
 def filter_samples(
-    index: Annotated[str, typer.Argument(help="An index.")],
+    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
     rules: Annotated[Path, typer.Option(help="YAML file of named rules; mm data rules lists them.")],
     name: Annotated[str, typer.Option(help="Name of the ledger to write.")],
+    ledger: Ledgers = None,
     replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of a ledger of this name by other rules.")] = False,
     as_json: Json = False,
 ) -> None:
     """Lay rules over an index and write a ledger: who is kept, and else the first rule that a sample fails. No shard is copied.
+    With --ledger over what other ledgers keep.
 
     Example: mm data filter index --rules rules.yaml --name clean, then mm train clip-tiny --data index --ledger clean
     """
     from mm_core.curation.concepts import read_concepts
     from mm_core.curation.ruleset import RuleSet
-    from mm_core.data.index import Index
     from mm_core.data.ledger import Ledger
     from pipelines.curate.filter import filter_index
     from pipelines.curate.tables import show_concepts
 
-    console, rule_set, opened = Console(as_json), RuleSet.read(rules), Index.open(index)
+    console, rule_set = Console(as_json), RuleSet.read(rules)
+    opened, among = opened_among(index, ledger)
     with console.progress("filter", opened.summary.rows * (1 + rule_set.passes), unit="rows") as tracker:
-        summary = filter_index(opened, rule_set, name, replace_ledger=replace, on_progress=tracker.advance)
+        summary = filter_index(opened, rule_set, name, among=among, replace_ledger=replace, on_progress=tracker.advance)
     of = max(1, opened.summary.samples)
-    rows = [
+    rows: list[tuple[str, int, str, int | str, str]]
+    rows = [(reason, n, f"{n / of:.1%}", "", "") for reason, n in summary.dropped.items() if reason not in summary.rules]
+    rows += [
         (rule, dropped := summary.dropped.get(rule, 0), f"{dropped / of:.1%}", fails, f"{fails / of:.1%}")
         for rule, fails in summary.failed.items()
     ]
@@ -71,7 +75,7 @@ def filter_samples(
 
 
 def groups(
-    index: Annotated[str, typer.Argument(help="An index.")],
+    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
     terms: Annotated[Path, typer.Option(help="YAML file of groups and their terms.")],
     ledger: Annotated[list[str] | None, typer.Option(help="A ledger; again for more. What all of them keep is counted too.")] = None,
     max_difference: Annotated[float, typer.Option(min=0, max=1, help="Between keep rates; pairs surely above it are shown.")] = 0.05,
@@ -82,19 +86,19 @@ def groups(
     Example: mm data groups index --terms groups.yaml --ledger clean
     """
     from mm_core.curation.text_file import TextFile
-    from mm_core.data.index import Index
     from pipelines.curate.groups import report_index
     from pipelines.curate.tables import show_groups
 
-    console, opened = Console(as_json), Index.open(index)
+    console = Console(as_json)
+    opened, among = opened_among(index, ledger)
     try:
         file = TextFile.read(str(terms))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     with console.progress("groups", opened.summary.rows, unit="rows") as tracker:
-        reports = report_index(opened, file, ledger or (), max_difference=max_difference, on_progress=tracker.advance)
+        reports = report_index(opened, file, among.ledgers, max_difference=max_difference, on_progress=tracker.advance)
     for report in reports:
-        show_groups(console, report, ledger or ())
+        show_groups(console, report, among.ledgers)
     console.result({"reports": [report.model_dump(mode="json") for report in reports]})
 
 
@@ -238,7 +242,7 @@ def import_ledger(
 
 
 def dedup(
-    index: Annotated[str, typer.Argument(help="An index.")],
+    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
     name: Annotated[str, typer.Option(help="Name of the ledger to write.")],
     against: Annotated[
         list[str] | None, typer.Option(help="Another index, such as a test set: what is in it is dropped. Again for several.")
@@ -267,14 +271,14 @@ def dedup(
     console = Console(as_json)
     settings = {"distance": distance, "similarity": similarity, "embeddings": embeddings, "keep": keep, "only_against": only_against}
     config = validate(DedupConfig, settings | ({"methods": method} if method else {}))
-    opened, others = Index.open(index), [Index.open(each) for each in against or ()]
+    (opened, among), others = opened_among(index, ledger), [Index.open(each) for each in against or ()]
     with console.progress("dedup", unit="tasks") as tracker:
         summary = dedup_index(
             opened,
             name,
             config,
             against=others,
-            ledgers=ledger or (),
+            among=among,
             replace_ledger=replace,
             on_progress=lambda what: tracker.advance(1, what),
         )

@@ -16,8 +16,8 @@ import ray
 from numpy.typing import NDArray
 
 from mm_core.curation.components import NO_PAIRS, Pairs, forest, lowest_match
-from mm_core.data.scan import usable
-from pipelines.curate.batches import opened
+from mm_core.data.among import Among
+from pipelines.curate.batches import ALL, opened
 
 _HELD_PAIRS = 1 << 20
 Progress = Callable[[str], None]
@@ -32,6 +32,8 @@ class Side:
     url: str
     offset: int
     rows: int
+    among: Among = ALL
+    """Those of its samples that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Comparison:
     index: Side
     against: tuple[Side, ...] = ()
     left_out: ray.ObjectRef | None = None
-    """Numbers of samples that are not looked at, ascending."""
+    """Numbers of samples of `index` that are not looked at either, ascending."""
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -51,9 +53,8 @@ class Comparison:
         return numbers < self.index.rows
 
     def looked_at(self, side: Side, first: int, last: int) -> NDArray[np.bool_]:
-        """Which of the rows are compared, if they have what is compared: the usable ones."""
-        index = opened(side.url)
-        good = usable(index.locators["flags"][first:last], index.summary.need)
+        """Which of the rows are compared, if they have what is compared."""
+        good = side.among.rows(opened(side.url), first, last)
         if self.left_out is not None:
             numbers: NDArray[np.int64] = ray.get(self.left_out)
             low, high = np.searchsorted(numbers, [side.offset + first, side.offset + last])

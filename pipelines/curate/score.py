@@ -15,13 +15,14 @@ import pyarrow as pa
 from mm_core.curation.picture import SIDE, PictureScores, measure_picture
 from mm_core.curation.picture_hash import HASHES, THUMBNAIL, VERSION, hash_picture
 from mm_core.curation.score_rules import HASH, IMAGE
+from mm_core.data.among import Among
 from mm_core.data.index import Index
 from mm_core.data.problems import SampleProblem
 from mm_core.data.reader import IndexReader
-from mm_core.data.scan import usable
 from mm_core.data.scores import Scores, ScoresSummary
 from mm_core.data.side_table import SideTable
 from mm_core.errors import ConfigError
+from pipelines.curate.batches import ALL
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks
 
@@ -68,17 +69,17 @@ class _Chunk:
         return pa.concat_tables(self.blocks[first] for first in sorted(self.blocks))
 
 
-def score_images(index: Index, *, on_progress: Progress = lambda rows: None) -> ScoresSummary:
-    """Sharpness and information of every picture. After a stop the same call goes on.
+def score_images(index: Index, *, among: Among = ALL, on_progress: Progress = lambda rows: None) -> ScoresSummary:
+    """Sharpness and information of every picture `among` some. After a stop the same call goes on.
 
     Raises:
         ConfigError: the index need not have pictures, or there are scores of this name by other settings.
     """
     schema = pa.schema([(name, pa.float32()) for name in PictureScores._fields])
-    return _measured(index, _Measure(IMAGE, {"side": SIDE, "version": 1}, schema, measure_picture), on_progress)
+    return _measured(index, _Measure(IMAGE, {"side": SIDE, "version": 1}, schema, measure_picture), among, on_progress)
 
 
-def score_hashes(index: Index, *, on_progress: Progress = lambda rows: None) -> ScoresSummary:
+def score_hashes(index: Index, *, among: Among = ALL, on_progress: Progress = lambda rows: None) -> ScoresSummary:
     """What `mm data dedup` compares pictures by, some 310 bytes a sample. After a stop the same call goes on.
 
     Raises:
@@ -92,7 +93,7 @@ def score_hashes(index: Index, *, on_progress: Progress = lambda rows: None) -> 
             ("contrast", pa.float32()),
         ]
     )
-    return _measured(index, _Measure(HASH, {"version": VERSION}, schema, _hash), on_progress)
+    return _measured(index, _Measure(HASH, {"version": VERSION}, schema, _hash), among, on_progress)
 
 
 def _hash(data: bytes) -> tuple[Any, ...]:
@@ -100,12 +101,14 @@ def _hash(data: bytes) -> tuple[Any, ...]:
     return found.digest, found.hashes.astype("<u8").tobytes(), found.thumbnail.tobytes(), found.contrast
 
 
-def _measured(index: Index, measure: _Measure, on_progress: Progress) -> ScoresSummary:
+def _measured(index: Index, measure: _Measure, among: Among, on_progress: Progress) -> ScoresSummary:
     if "image" not in index.summary.need:
         raise ConfigError(f"the samples of {index.url} need not have images: there is nothing to measure")
     scores = Scores(index, measure.name)
     numbers = tuple(column.name for column in measure.schema if pa.types.is_floating(column.type))
-    summary = ScoresSummary(index_fingerprint=index.summary.fingerprint, kind=measure.name, settings=measure.settings, columns=numbers)
+    summary = ScoresSummary(
+        index_fingerprint=index.summary.fingerprint, kind=measure.name, settings=measure.settings, among=str(among), columns=numbers
+    )
     found = scores.begin(summary)
     if found.complete:
         return found
@@ -114,7 +117,7 @@ def _measured(index: Index, measure: _Measure, on_progress: Progress) -> ScoresS
     table = scores.values
     blocks = list(_blocks(table, on_progress))
     with ray_session():
-        for number, (values, reasons) in run_tasks(partial(_measure_block, index.url, measure), blocks):
+        for number, (values, reasons) in run_tasks(partial(_measure_block, index.url, measure, among), blocks):
             block = blocks[number]
             first, last = table.bounds(block.chunk)
             chunk = chunks.setdefault(block.chunk, _Chunk(last - first))
@@ -143,11 +146,11 @@ def _blocks(table: SideTable, on_progress: Progress) -> Iterator[_Block]:
             yield _Block(chunk, start, min(last, start + _BLOCK_ROWS))
 
 
-def _measure_block(url: str, measure: _Measure, block: _Block) -> tuple[pa.Table, Counter[str]]:
+def _measure_block(url: str, measure: _Measure, among: Among, block: _Block) -> tuple[pa.Table, Counter[str]]:
     reader = _reader(url)
     index = reader.index
     rows: list[tuple[Any, ...]] = [(None,) * len(measure.schema)] * (block.last - block.first)
-    good = block.first + np.flatnonzero(usable(index.locators["flags"][block.first : block.last], index.summary.need))
+    good = block.first + np.flatnonzero(among.rows(index, block.first, block.last))
     unreadable: Counter[str] = Counter()
     for ordinal, sample in zip(good, reader.read(good.astype(np.uint64)), strict=True):
         try:

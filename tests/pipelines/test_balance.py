@@ -15,7 +15,8 @@ from mm_core.curation.ruleset import RuleSet
 from mm_core.curation.text_file import TextFile
 from mm_core.data import side_table
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, compile_kept, split
+from mm_core.data.ledger import Ledger, compile_kept
+from mm_core.data.split import split
 from mm_core.errors import ConfigError, DataError
 from pipelines.curate import batches
 from pipelines.curate import filter as filtering

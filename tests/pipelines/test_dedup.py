@@ -17,10 +17,12 @@ import mm
 from mm_core.curation import cells
 from mm_core.curation.bands import Bands
 from mm_core.data import side_table
+from mm_core.data.among import Among
 from mm_core.data.columns import vectors_column
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, compile_kept, write_ledger
+from mm_core.data.ledger import Ledger, compile_kept
 from mm_core.data.scores import Scores, ScoresSummary
+from mm_core.data.split import write_ledger
 from mm_core.errors import ConfigError, DataError
 from pipelines.curate import equal_pairs, picture_pairs, vector_pairs
 from pipelines.curate.comparison import Comparison, PairSink, Side
@@ -121,11 +123,13 @@ def test_of_what_other_ledgers_drop_nothing_is_looked_at(index: Index) -> None:
     repeat = np.ones(index.summary.rows, dtype=np.float32)
     repeat[best] = 0
     write_ledger(index, "ruled", rule="test", repeat=repeat, reason="by a rule")
-    dedup_index(index, "among", DedupConfig(methods=(Method.PICTURE,)), ledgers=["ruled"])
+    dedup_index(index, "among", DedupConfig(methods=(Method.PICTURE,)), among=Among.of(index, ["ruled"]))
     together = set(compile_kept(index, ["ruled", "among"]).ordinals.tolist())
     assert best not in together
     assert row in together
     assert row not in set(compile_kept(index, ["ruled", "everyone"]).ordinals.tolist())
+    assert together == set(compile_kept(index, ["among"]).ordinals.tolist())
+    assert decisions(index, "among")["reason"].to_pylist()[best] == "ruled: by a rule"
     with pytest.raises(ConfigError, match="by other rules"):
         dedup_index(index, "among", DedupConfig(methods=(Method.PICTURE,)))
 
@@ -283,8 +287,8 @@ def test_hashing_goes_on_where_it_was_stopped(index: Index, tmp_path: Path, monk
 
     with pytest.raises(KeyboardInterrupt):
         score_hashes(fresh, on_progress=stop)
-    with pytest.raises(DataError, match="not there or not finished"):
-        Scores(fresh, "hash").complete()
+    with pytest.raises(DataError, match="are not finished; to go on: mm data score"):
+        Scores(fresh, "hash").complete("hash")
     stamps = {path: path.stat().st_mtime_ns for path in Path(fresh.url).glob("scores/hash/values/*.parquet")}
     assert len(stamps) == 2
     assert score_hashes(fresh).unreadable == {"undecodable": 1}

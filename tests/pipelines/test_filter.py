@@ -18,11 +18,12 @@ from mm_core.data import ledger as ledgers
 from mm_core.data import side_table
 from mm_core.data.augment import AugmentConfig
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, Source, compile_kept, split, write_ledger
+from mm_core.data.ledger import Ledger, Source, compile_kept
 from mm_core.data.plan import Plan
 from mm_core.data.reader import IndexReader, PlanReader, ReadSpec
 from mm_core.data.sample import Sample
 from mm_core.data.scores import Scores
+from mm_core.data.split import split, write_ledger
 from mm_core.errors import ConfigError, DataError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from pipelines.curate import batches
