@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr, model_validator
 
 from mm_core.config import nearest
+from mm_core.curation.captions import UNICODE
 from mm_core.curation.groups import Groups, groups_of
 from mm_core.curation.rows import Rows
 from mm_core.curation.rule import CountingRule, Judgement
@@ -32,6 +33,10 @@ class ConceptRule(CountingRule):
     modality = "text"
     columns = ("captions",)
     _counts: NDArray[np.int64] | None = PrivateAttr(default=None)
+
+    @property
+    def tables(self) -> str:
+        return UNICODE
 
     @property
     def passes(self) -> int:

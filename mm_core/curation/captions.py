@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int, UInt8, UInt32, UInt64
 from numpy.typing import NDArray
 
+UNICODE = f"Unicode {unicodedata.unidata_version}"
+"""Whose letters, white space and lower case this Python knows."""
 _ALPHANUMERIC, _SPACE, _JOINED = 1, 2, 4
 _CLASS_SHIFT, _LETTER = np.uint32(24), np.uint32((1 << 24) - 1)
 _POWER = np.uint64(0x9E3779B97F4A7C15)

@@ -47,6 +47,7 @@ class LedgerSummary(Config):
     dropped: dict[str, int] = Field(description="Usable samples that are dropped, by the first reason.")
     fingerprint: str
     rules: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Rules with their parameters, by name, in order.")
+    tables: dict[str, str] = Field(default_factory=dict, description="By rule what it looked up that other software brings, as letters.")
     failed: dict[str, int] = Field(default_factory=dict, description="By rule the samples that fail it, whatever else they fail.")
     bounds: dict[str, float] = Field(default_factory=dict, description="By rule the least value that `top` keeps.")
     scores: dict[str, str] = Field(default_factory=dict, description="Fingerprints of the scores that the rules read, by name.")

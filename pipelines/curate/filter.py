@@ -95,6 +95,7 @@ def filter_index(
         [decided[chunk] for chunk in sorted(decided)],
         rule=decided_by,
         rules={name: rule.model_dump(mode="json") for name, rule in rules.rules.items()},
+        tables={name: rule.tables for name, rule in rules.rules.items() if rule.tables},
         failed=dict(zip(rules.rules, failed.tolist(), strict=True)),
         bounds={name: rule.min for name, rule in settled.rules.items() if isinstance(rule, ScoreRule) and rule.top is not None},
         scores=scores,
