@@ -12,7 +12,8 @@ import typer
 from mm_core.console import Console
 from mm_core.errors import ConfigError
 from pipelines.curate.score_command import score
-from pipelines.options import Json, Ledgers, Settings, opened_among, parse_bytes, tracking_config
+from pipelines.curate.show_commands import peek, report
+from pipelines.options import Json, Ledgers, opened_among, parse_bytes
 
 
 class ExportFormat(StrEnum):
@@ -32,6 +33,7 @@ def attach(data: typer.Typer) -> None:
     data.command("import")(import_ledger)
     data.command("dedup")(dedup)
     data.command("report")(report)
+    data.command("peek")(peek)
 
 
 def filter_samples(
@@ -97,9 +99,9 @@ def groups(
         raise ConfigError(str(error)) from None
     with console.progress("groups", opened.summary.rows, unit="rows") as tracker:
         reports = report_index(opened, file, among.ledgers, max_difference=max_difference, on_progress=tracker.advance)
-    for report in reports:
-        show_groups(console, report, among.ledgers)
-    console.result({"reports": [report.model_dump(mode="json") for report in reports]})
+    for each in reports:
+        show_groups(console, each, among.ledgers)
+    console.result({"reports": [each.model_dump(mode="json") for each in reports]})
 
 
 def rules(
@@ -289,56 +291,3 @@ def dedup(
     )
     groups = {by: counts["groups"] for by, counts in summary.counts.items() if "groups" in counts}
     console.result({"kept": summary.kept, "dropped": summary.dropped, "groups": groups, "ledger": name, "counts": summary.counts})
-
-
-def report(
-    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
-    ledger: Ledgers = None,
-    compare: Annotated[tuple[str, str] | None, typer.Option(help="Two ledgers: what both keep, one alone, the other alone, none.")] = None,
-    embeddings: Annotated[str | None, typer.Option(help="Scores with embeddings of the pictures: adds a map of them.")] = None,
-    out: Annotated[str, typer.Option(help="The HTML file to write.")] = "report.html",
-    samples_per_gallery: Annotated[int, typer.Option(min=1, max=100, help="Pictures of each kind.")] = 12,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw of samples.")] = 0,
-    run_id: Annotated[str | None, typer.Option(help="The MLflow run to keep it with, too.")] = None,
-    settings: Settings = None,
-    as_json: Json = False,
-) -> None:
-    """Write one HTML file about an index and its ledgers: what was dropped and why, values with their thresholds, samples of each kind.
-
-    Example: mm data report index --ledger clean --out report.html
-    """
-    from contextlib import ExitStack
-    from dataclasses import asdict
-
-    from mm_core.data.index import Index
-    from mm_core.data.ledger import Source
-    from pipelines.curate.report.write import add_to_run, check_run, write_report
-
-    console, source = Console(as_json), Source.parse(index, ledger or ())
-    opened = Index.open(source.index)
-    if run_id is not None:
-        check_run(tracking_config(settings), run_id)
-    with ExitStack() as counting:
-        tracker = counting.enter_context(console.progress("report", 2 * opened.summary.rows, "rows"))
-
-        def step(text: str) -> None:
-            counting.close()
-            console.note(text)
-
-        found = write_report(
-            opened,
-            source.ledgers,
-            out,
-            compare=compare,
-            embeddings=embeddings,
-            gallery=samples_per_gallery,
-            seed=seed,
-            on_progress=tracker.advance,
-            on_step=step,
-        )
-    if found.unreadable:
-        console.table(("samples drawn that cannot be shown", ""), list(found.unreadable.items()))
-    if run_id is not None:
-        add_to_run(tracking_config(settings), run_id, found)
-    console.say(f"{out} ({found.bytes / 1e6:.1f} MB, {found.pictures} pictures) is one file: open it in a browser, or pass it on")
-    console.result(asdict(found))
