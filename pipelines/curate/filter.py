@@ -116,7 +116,7 @@ def _score_fingerprints(index: Index, rules: RuleSet) -> dict[str, str]:
             if column not in summary.columns:
                 raise ConfigError(
                     f"rule {name!r}: the scores {scores!r} of {index.url}, of {summary.kind}, have no column of numbers {column!r}"
-                    f"{nearest(column, summary.columns)}; one is made by: mm data score {index.url} {made_by('NAME', column)}"
+                    f"; one is made by: mm data score {index.url} {made_by('NAME', column)}{nearest(column, summary.columns)}"
                 )
             found[scores] = summary.fingerprint
     return found

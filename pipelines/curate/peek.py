@@ -96,7 +96,7 @@ def _check_reason(index: Index, among: Among, reason: str) -> None:
     whole = [f"{name}: {each}" for name, reasons in known.items() for each in reasons]
     alone = [each for reasons in known.values() for each in reasons]
     if reason not in whole + alone:
-        raise ConfigError(f"no sample is dropped for {reason!r}{nearest(reason, alone)}; reasons are {', '.join(whole) or '(none)'}")
+        raise ConfigError(f"no sample is dropped for {reason!r}; reasons are {', '.join(whole) or '(none)'}{nearest(reason, alone)}")
 
 
 def _peeked(index: Index, shown: Shown, repeat: float, reason: str | None) -> Peeked:

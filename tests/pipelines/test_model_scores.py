@@ -327,11 +327,11 @@ def test_rules_read_similarities(embedded: Index) -> None:
         ({"rule": "score", "scores": "clip", "column": "similarity_lowest"}, r"mm data score \S+ similarity --model MODEL --name clip$"),
         ({"rule": "score", "scores": "head", "column": "score_1"}, r"mm data score \S+ head --weights FILE --sha256 DIGEST$"),
         ({"rule": "score", "scores": "nsfw"}, r"head --weights FILE --sha256 DIGEST --name nsfw$"),
-        ({"rule": "score", "scores": "embeddings", "column": "similarty"}, "no column of numbers 'similarty'; did you mean 'similarity'"),
+        ({"rule": "score", "scores": "embeddings", "column": "similarty"}, "no column of numbers 'similarty'.*; did you mean 'similarity'"),
         ({"rule": "score", "scores": "embeddings", "column": "image"}, "no column of numbers 'image'"),
         (
             {"rule": "score", "scores": "embeddings", "column": "score"},
-            r"made by: mm data score \S+ head --weights FILE --sha256 DIGEST --name NAME$",
+            r"made by: mm data score \S+ head --weights FILE --sha256 DIGEST --name NAME; known",
         ),
     ],
 )
