@@ -72,7 +72,7 @@ def embed(
             return found
         write_embeddings_summary(out, summary)
         table = values_of(out, summary)
-        fill(index, table, [model], partial(_models_of, kept.ordinals), vectors, actors=actors, on_progress=on_progress)
+        fill(index, table, [model], partial(_models_of, kept.ordinals), [vectors], actors=actors, on_progress=on_progress)
         counts: Counter[str] = Counter()
         for _, one in run_tasks(partial(_counted, table), range(len(table))):
             counts.update(one)

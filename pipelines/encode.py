@@ -63,9 +63,10 @@ Measure = Callable[[Bundle, NDArray[np.uint8], list[list[str]]], Mapping[str, ND
 
 
 def encode(
-    index: Index, blocks: Sequence[Block], models: Sequence[Model], measure: Measure, *, actors: int | None = None
+    index: Index, blocks: Sequence[Block], models: Sequence[Model], measures: Sequence[Measure], *, actors: int | None = None
 ) -> ray.data.Dataset:
-    """`ordinal, captions, label, reason` of every row and what `measure` gives, null where there is a reason, or the row was left out.
+    """`ordinal, captions, label, reason` of every row and what its model's of `measures` gives, null where there is a reason, or the row
+    was left out.
 
     Raises:
         ConfigError: models that take images of different sizes.
@@ -89,7 +90,7 @@ def encode(
         warnings.simplefilter("ignore", RayDeprecationWarning)
         return decoded.map_batches(
             Encoder,
-            fn_constructor_kwargs={"models": list(models), "measure": measure, "cuda": gpus > 0},
+            fn_constructor_kwargs={"models": list(models), "measures": list(measures), "cuda": gpus > 0},
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
@@ -114,8 +115,8 @@ def check_sizes(models: Sequence[Model]) -> int:
 class Encoder:
     """An actor that holds the models."""
 
-    def __init__(self, models: Sequence[Model], measure: Measure, cuda: bool) -> None:
-        self._models, self._measure, self._device = models, measure, "cuda" if cuda else "cpu"
+    def __init__(self, models: Sequence[Model], measures: Sequence[Measure], cuda: bool) -> None:
+        self._models, self._measures, self._device = models, measures, "cuda" if cuda else "cpu"
         self._size = models[0].image_size
 
     @cached_property
@@ -129,7 +130,7 @@ class Encoder:
     @cached_property
     def _columns(self) -> Mapping[str, NDArray[Any]]:
         """Of one row that is thrown away: their names and types, also for blocks with nothing to encode."""
-        return self._measure(self._bundles[0], np.zeros((1, self._size, self._size, 3), dtype=np.uint8), [["a"]])
+        return self._measures[0](self._bundles[0], np.zeros((1, self._size, self._size, 3), dtype=np.uint8), [["a"]])
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """
@@ -145,10 +146,10 @@ class Encoder:
             )
             assert images is not None
             captions = rows["captions"].filter(pa.array(decoded)).to_pylist()
-            for number, bundle in enumerate(self._bundles):
+            for number, (bundle, measure) in enumerate(zip(self._bundles, self._measures, strict=True)):
                 mine = np.flatnonzero(models[decoded] == number)
                 if len(mine):
-                    measured = self._measure(bundle, images if len(mine) == len(images) else images[mine], [captions[i] for i in mine])
+                    measured = measure(bundle, images if len(mine) == len(images) else images[mine], [captions[i] for i in mine])
                     for name, values in measured.items():
                         columns[name][np.flatnonzero(decoded)[mine]] = values
         rows = rows.drop_columns(["image", "model"])

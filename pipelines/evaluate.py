@@ -234,7 +234,7 @@ def encode_images(
     blocks = [kept[i : i + _ROWS_PER_BLOCK] for i in range(0, len(kept), _ROWS_PER_BLOCK)]
     seen = Model.of(model, load_bundle(model, verify=False))
     encoded = encode(
-        index, [Block(np.asarray(block), np.zeros(len(block), dtype=np.int8)) for block in blocks], [seen], _of_images, actors=actors
+        index, [Block(np.asarray(block), np.zeros(len(block), dtype=np.int8)) for block in blocks], [seen], [_of_images], actors=actors
     )
     tables = []
     with own_errors():
