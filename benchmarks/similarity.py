@@ -25,6 +25,7 @@ from mm_core.data.sample import Sample
 from pipelines import encoded_table
 from pipelines.curate.folds import Fold, Folds
 from pipelines.curate.model_scores import Fit, references_of, score_by_models
+from pipelines.encode import Batch
 from pipelines.index import build_index
 from pipelines.session import ray_session
 
@@ -39,7 +40,7 @@ def plain(index: Index, model: str, samples: int) -> float:
         found = reader.read(np.arange(at, min(samples, at + rows), dtype=np.uint64))
         good = [sample for sample in found if isinstance(sample, Sample)]
         images = np.stack([decode_centre(sample.image or b"", bundle.image_size) for sample in good])
-        measure(bundle, images, [sample.captions for sample in good])
+        measure(bundle, Batch(np.arange(len(good), dtype=np.uint64), images, [sample.captions for sample in good]))
     return samples / (time.perf_counter() - started)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
+from jaxtyping import UInt8
 from numpy.typing import NDArray
 from ray.util.annotations import RayDeprecationWarning
 
@@ -58,8 +59,16 @@ class Block(NamedTuple):
     """The number of each row's model, or LEFT_OUT."""
 
 
-Measure = Callable[[Bundle, NDArray[np.uint8], list[list[str]]], Mapping[str, NDArray[Any]]]
-"""Of a model, decoded images [n, h, w, 3] and their captions: columns of n numbers, n vectors or n byte strings, by name."""
+class Batch(NamedTuple):
+    """n samples that one model encodes."""
+
+    ordinals: U64
+    images: UInt8[np.ndarray, "n h w 3"]
+    captions: list[list[str]]
+
+
+Measure = Callable[[Bundle, Batch], Mapping[str, NDArray[Any]]]
+"""Of a model and a batch: columns of n numbers, n vectors or n byte strings, by name."""
 
 
 def encode(
@@ -130,7 +139,8 @@ class Encoder:
     @cached_property
     def _columns(self) -> Mapping[str, NDArray[Any]]:
         """Of one row that is thrown away: their names and types, also for blocks with nothing to encode."""
-        return self._measures[0](self._bundles[0], np.zeros((1, self._size, self._size, 3), dtype=np.uint8), [["a"]])
+        blank = np.zeros((1, self._size, self._size, 3), dtype=np.uint8)
+        return self._measures[0](self._bundles[0], Batch(np.zeros(1, dtype=np.uint64), blank, [["a"]]))
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """
@@ -146,11 +156,13 @@ class Encoder:
             )
             assert images is not None
             captions = rows["captions"].filter(pa.array(decoded)).to_pylist()
+            ordinals = rows["ordinal"].to_numpy()[decoded]
             for number, (bundle, measure) in enumerate(zip(self._bundles, self._measures, strict=True)):
                 mine = np.flatnonzero(models[decoded] == number)
                 if len(mine):
-                    measured = measure(bundle, images if len(mine) == len(images) else images[mine], [captions[i] for i in mine])
-                    for name, values in measured.items():
+                    some = images if len(mine) == len(images) else images[mine]
+                    batch = Batch(ordinals[mine], some, [captions[i] for i in mine])
+                    for name, values in measure(bundle, batch).items():
                         columns[name][np.flatnonzero(decoded)[mine]] = values
         rows = rows.drop_columns(["image", "model"])
         for name, values in columns.items():

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int, UInt64
 from scipy.special import logsumexp
-
-_SAME = 0.9999
-"""Cosine of a picture, or a caption, with itself: it is no other one."""
 
 
 class Similarities(NamedTuple):
@@ -30,50 +27,55 @@ class Similarities(NamedTuple):
 
 @dataclass(frozen=True)
 class References:
-    """Features of some samples, a caption of each; L2-normalised."""
+    """Samples beside which others are seen: features of their pictures, and of a caption of each; L2-normalised."""
 
+    ordinals: UInt64[np.ndarray, " r"]
     images: Float32[np.ndarray, "r d"]
     texts: Float32[np.ndarray, "r d"]
 
+    def beside(self, ordinals: UInt64[np.ndarray, " n"], scale: float) -> Beside:
+        """For some samples, by a model of this logit scale."""
+        return Beside(self, ordinals[:, None] != self.ordinals, scale)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """References of each of n samples: all but the sample itself."""
+
+    references: References
+    others: Bool[np.ndarray, "n r"]
+    scale: float
+
     def relative(
-        self,
-        images: Float[np.ndarray, "n d"],
-        texts: Float[np.ndarray, "captions d"],
-        owners: Int[np.ndarray, " captions"],
-        scale: float,
+        self, images: Float[np.ndarray, "n d"], texts: Float[np.ndarray, "captions d"], owners: Int[np.ndarray, " captions"]
     ) -> Float[np.ndarray, " captions"]:
-        """Cosines of pictures and captions less what they are with the references, a soft maximum at the model's own scale: the negative
-        contrastive loss of a pair, in units of the cosine (negCLIPLoss, Wang et al. 2024, arXiv 2405.19547)."""
-        others = _soft_maximum(images @ self.texts.T, images @ self.images.T, scale)[owners]
-        others += _soft_maximum(texts @ self.images.T, texts @ self.texts.T, scale)
-        return np.einsum("cd,cd->c", images[owners], texts) - others / 2
+        """Cosines of pictures and captions less a soft maximum, at the model's own scale, of what they are with the references: a pair's
+        negative contrastive loss, in units of the cosine (negCLIPLoss, Wang et al. 2024, arXiv 2405.19547)."""
+        of_images = self._soft_maximum(images @ self.references.texts.T, self.others)
+        of_texts = self._soft_maximum(texts @ self.references.images.T, self.others[owners])
+        return np.einsum("cd,cd->c", images[owners], texts) - (of_images[owners] + of_texts) / 2
 
-
-def _soft_maximum(cosines: Float[np.ndarray, "n r"], itself: Float[np.ndarray, "n r"], scale: float) -> Float[np.ndarray, " n"]:
-    """Over references that are not the row itself, whose cosines with it on its own side are `itself`."""
-    others = itself < _SAME
-    counts = np.maximum(1, others.sum(axis=1))
-    return (logsumexp(np.where(others, scale * cosines, -np.inf), axis=1) - np.log(counts)) / scale
+    def _soft_maximum(self, cosines: Float[np.ndarray, "m r"], others: Bool[np.ndarray, "m r"]) -> Float[np.ndarray, " m"]:
+        """Of a row without others -1, the least a cosine can be."""
+        there = others.any(axis=1)
+        found = np.full(len(cosines), -1.0)
+        weighed = np.where(others[there], self.scale * cosines[there], -np.inf)
+        found[there] = (logsumexp(weighed, axis=1) - np.log(others[there].sum(axis=1))) / self.scale
+        return found
 
 
 def similarities(
-    images: Float[np.ndarray, "n d"],
-    texts: Float[np.ndarray, "captions d"],
-    owners: Int[np.ndarray, " captions"],
-    references: References,
-    scale: float,
+    images: Float[np.ndarray, "n d"], texts: Float[np.ndarray, "captions d"], owners: Int[np.ndarray, " captions"], beside: Beside
 ) -> Similarities:
     """Cosines of pictures and their captions.
 
     Args:
         images, texts: L2-normalised.
         owners: the picture of each caption, ascending; each picture has one caption at least.
-        scale: the model's logit scale.
     """
     cosines = np.einsum("cd,cd->c", images[owners], texts)
-    relative = references.relative(images, texts, owners, scale)
     first = np.searchsorted(owners, np.arange(len(images)))
-    means = _means(np.stack([cosines, relative], axis=1), owners, first)
+    means = _means(np.stack([cosines, beside.relative(images, texts, owners)], axis=1), owners, first)
     return Similarities(means[:, 0], np.minimum.reduceat(cosines, first), means[:, 1])
 
 

@@ -25,7 +25,7 @@ from mm_core.errors import ConfigError, DataError
 from pipelines.causes import own_errors
 from pipelines.curate.batches import ALL
 from pipelines.curate.folds import Fold, Folds
-from pipelines.encode import Model, image_features, index_reader, text_features
+from pipelines.encode import Batch, Model, image_features, index_reader, text_features
 from pipelines.encoded_table import count_problems, fill
 from pipelines.session import ray_session
 
@@ -85,13 +85,13 @@ class Fit:
     references: References
     with_vectors: bool
 
-    def __call__(self, bundle: Bundle, images: NDArray[np.uint8], captions: list[list[str]]) -> dict[str, NDArray[Any]]:
-        image = image_features(bundle, images)
-        texts = text_features(bundle, [text for each in captions for text in each])
-        owners = np.repeat(np.arange(len(captions)), [len(each) for each in captions])
-        found = similarities(image, texts, owners, self.references, bundle.logit_scale)._asdict()
+    def __call__(self, bundle: Bundle, batch: Batch) -> dict[str, NDArray[Any]]:
+        image = image_features(bundle, batch.images)
+        texts = text_features(bundle, [text for each in batch.captions for text in each])
+        owners = np.repeat(np.arange(len(image)), [len(each) for each in batch.captions])
+        found = similarities(image, texts, owners, self.references.beside(batch.ordinals, bundle.logit_scale))._asdict()
         if self.with_vectors:
-            found |= {"image": image.astype("<f2"), "text": mean_texts(texts, owners, len(images)).astype("<f2")}
+            found |= {"image": image.astype("<f2"), "text": mean_texts(texts, owners, len(image)).astype("<f2")}
         return found
 
 
@@ -115,4 +115,4 @@ def references_of(url: str, model: Model, ordinals: U64, cuda: bool) -> Referenc
         raise DataError(f"not one of {len(ordinals):,} samples that were drawn from {url} can be read: {Counter(found.reasons)}")
     bundle = load_bundle(model.source, device="cuda" if cuda else "cpu")
     captions = [captions[0] for captions, good in zip(found.captions, found.good, strict=True) if good]
-    return References(image_features(bundle, found.images), text_features(bundle, captions))
+    return References(ordinals[found.good], image_features(bundle, found.images), text_features(bundle, captions))

@@ -17,8 +17,9 @@ def test_every_sample_is_its_own_pictures_and_captions(counts: list[int], seed: 
     rng = np.random.default_rng(seed)
     images, texts = units(rng, len(counts), 6), units(rng, sum(counts), 6)
     owners = np.repeat(np.arange(len(counts)), counts)
-    references = References(units(rng, 9, 6), units(rng, 9, 6))
-    found, means = similarities(images, texts, owners, references, 5.0), mean_texts(texts, owners, len(counts))
+    references = References(np.arange(100, 109, dtype=np.uint64), units(rng, 9, 6), units(rng, 9, 6))
+    beside = references.beside(np.arange(len(counts), dtype=np.uint64), 5.0)
+    found, means = similarities(images, texts, owners, beside), mean_texts(texts, owners, len(counts))
     for i, image in enumerate(images):
         own = texts[owners == i]
         np.testing.assert_allclose(found.similarity[i], (own @ image).mean(), atol=1e-6)
@@ -33,9 +34,12 @@ def test_every_sample_is_its_own_pictures_and_captions(counts: list[int], seed: 
 
 def test_a_sample_among_the_references_is_none_of_the_others_it_is_compared_with() -> None:
     rng = np.random.default_rng(0)
-    images, texts, owners = units(rng, 8, 6), units(rng, 8, 6), np.arange(8)
-    with_itself = similarities(images, texts, owners, References(images, texts), 5.0).similarity_relative
+    images, texts, ordinals = units(rng, 8, 6), units(rng, 8, 6), np.arange(8, dtype=np.uint64)
+    with_itself = similarities(images, texts, np.arange(8), References(ordinals, images, texts).beside(ordinals, 5.0))
     for i in range(8):
-        rest = np.arange(8) != i
-        alone = similarities(images[i : i + 1], texts[i : i + 1], np.zeros(1, int), References(images[rest], texts[rest]), 5.0)
-        np.testing.assert_allclose(with_itself[i], alone.similarity_relative[0], atol=1e-5)
+        rest = ordinals != i
+        beside = References(ordinals[rest], images[rest], texts[rest]).beside(ordinals[i : i + 1], 5.0)
+        alone = similarities(images[i : i + 1], texts[i : i + 1], np.zeros(1, int), beside)
+        np.testing.assert_allclose(with_itself.similarity_relative[i], alone.similarity_relative[0], atol=1e-5)
+    one = References(ordinals[:1], images[:1], texts[:1]).beside(ordinals[:1], 5.0)
+    assert np.isfinite(similarities(images[:1], texts[:1], np.zeros(1, int), one).similarity_relative).all()
