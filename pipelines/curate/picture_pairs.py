@@ -78,7 +78,7 @@ def picture_pairs(comparison: Comparison, distance: int, *, on_progress: Progres
     samples = sum(side.rows for side in comparison.sides)
     bands = Bands.fitted(distance, HASHES * samples)
     each = [slab for side in comparison.sides for slab in slabs(side, Scores(opened(side.url), HASH).values, _SLAB_ROWS)]
-    ranges = min(_MOST_RANGES, -(-samples // _RANGE_SAMPLES))
+    ranges = max(1, min(_MOST_RANGES, -(-samples // _RANGE_SAMPLES)))
     job = _Job(comparison, each, bands, bands.parts(HASHES * samples, of=_PART_HASHES), ranges, _CROWD)
     sink, counts = PairSink(comparison), Counter(cut=0, uncompared=0)
     with own_errors():
