@@ -17,15 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from mm_core.bundle import load_bundle
-from mm_core.data.among import Among
 from mm_core.data.image import decode_centre
 from mm_core.data.index import Index
 from mm_core.data.reader import IndexReader
 from mm_core.data.sample import Sample
 from pipelines import encoded_table
-from pipelines.curate.folds import Fold, Folds
-from pipelines.curate.model_scores import Fit, references_of, score_by_models
-from pipelines.encode import Batch
+from pipelines.curate.folds import Fold
+from pipelines.curate.model_scores import embeddings, score_by_models
 from pipelines.index import build_index
 from pipelines.session import ray_session
 
@@ -33,14 +31,12 @@ from pipelines.session import ray_session
 def plain(index: Index, model: str, samples: int) -> float:
     """Samples/s of one process, one thread for decoding and as many for the towers as torch takes."""
     bundle, reader, rows = load_bundle(model), IndexReader(index), encoded_table._BLOCK_ROWS
-    folds = Folds.open(index, [Fold(None, model)], Among())
-    measure = Fit(references_of(index.url, folds.models[0], folds.references[0], cuda=False), with_vectors=True)
     started = time.perf_counter()
     for at in range(0, samples, rows):
         found = reader.read(np.arange(at, min(samples, at + rows), dtype=np.uint64))
         good = [sample for sample in found if isinstance(sample, Sample)]
         images = np.stack([decode_centre(sample.image or b"", bundle.image_size) for sample in good])
-        measure(bundle, Batch(np.arange(len(good), dtype=np.uint64), images, [sample.captions for sample in good]))
+        embeddings(bundle, images, [sample.captions for sample in good])
     return samples / (time.perf_counter() - started)
 
 

@@ -17,7 +17,7 @@ from mm_core.data.ledger import compile_kept
 from mm_core.data.side_table import SideTable
 from mm_core.errors import ConfigError, DataError
 from mm_core.search.embeddings import EmbeddingsSummary, read_embeddings_summary, values_of, write_embeddings_summary
-from pipelines.encode import LEFT_OUT, Batch, Model, image_features, text_features
+from pipelines.encode import LEFT_OUT, Model, image_features, text_features
 from pipelines.encoded_table import PROBLEM, Progress, fill
 from pipelines.index import build_index
 from pipelines.session import ray_session
@@ -72,7 +72,7 @@ def embed(
             return found
         write_embeddings_summary(out, summary)
         table = values_of(out, summary)
-        fill(index, table, [model], partial(_models_of, kept.ordinals), [vectors], actors=actors, on_progress=on_progress)
+        fill(index, table, [model], partial(_models_of, kept.ordinals), vectors, actors=actors, on_progress=on_progress)
         counts: Counter[str] = Counter()
         for _, one in run_tasks(partial(_counted, table), range(len(table))):
             counts.update(one)
@@ -84,15 +84,15 @@ def embed(
     return done
 
 
-def vectors(bundle: Bundle, batch: Batch) -> dict[str, NDArray[Any]]:
+def vectors(bundle: Bundle, images: NDArray[np.uint8], captions: list[list[str]]) -> dict[str, NDArray[Any]]:
     """Measure: each image's features, and of its captions' theirs one after the other, as bytes."""
-    counts = [len(each) for each in batch.captions]
-    texts = [text for each in batch.captions for text in each]
+    counts = [len(each) for each in captions]
+    texts = [text for each in captions for text in each]
     features = text_features(bundle, texts) if texts else np.zeros((0, bundle.embed_dim), dtype=np.float32)
     of_each = np.split(features.astype("<f2"), np.cumsum(counts)[:-1])
-    joined = np.empty(len(counts), dtype=object)
+    joined = np.empty(len(captions), dtype=object)
     joined[:] = [part.tobytes() for part in of_each]
-    return {"image": image_features(bundle, batch.images).astype("<f2"), "texts": joined}
+    return {"image": image_features(bundle, images).astype("<f2"), "texts": joined}
 
 
 _SAMPLES = "_samples"

@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
-from jaxtyping import UInt8
 from numpy.typing import NDArray
 from ray.util.annotations import RayDeprecationWarning
 
@@ -59,23 +58,14 @@ class Block(NamedTuple):
     """The number of each row's model, or LEFT_OUT."""
 
 
-class Batch(NamedTuple):
-    """n samples that one model encodes."""
-
-    ordinals: U64
-    images: UInt8[np.ndarray, "n h w 3"]
-    captions: list[list[str]]
-
-
-Measure = Callable[[Bundle, Batch], Mapping[str, NDArray[Any]]]
-"""Of a model and a batch: columns of n numbers, n vectors or n byte strings, by name."""
+Measure = Callable[[Bundle, NDArray[np.uint8], list[list[str]]], Mapping[str, NDArray[Any]]]
+"""Of a model, decoded images [n, h, w, 3] and their captions: columns of n numbers, n vectors or n byte strings, by name."""
 
 
 def encode(
-    index: Index, blocks: Sequence[Block], models: Sequence[Model], measures: Sequence[Measure], *, actors: int | None = None
+    index: Index, blocks: Sequence[Block], models: Sequence[Model], measure: Measure, *, actors: int | None = None
 ) -> ray.data.Dataset:
-    """`ordinal, captions, label, reason` of every row and what its model's of `measures` gives, null where there is a reason, or the row
-    was left out.
+    """`ordinal, captions, label, reason` of every row and what `measure` gives, null where there is a reason, or the row was left out.
 
     Raises:
         ConfigError: models that take images of different sizes.
@@ -99,7 +89,7 @@ def encode(
         warnings.simplefilter("ignore", RayDeprecationWarning)
         return decoded.map_batches(
             Encoder,
-            fn_constructor_kwargs={"models": list(models), "measures": list(measures), "cuda": gpus > 0},
+            fn_constructor_kwargs={"models": list(models), "measure": measure, "cuda": gpus > 0},
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
@@ -124,8 +114,8 @@ def check_sizes(models: Sequence[Model]) -> int:
 class Encoder:
     """An actor that holds the models."""
 
-    def __init__(self, models: Sequence[Model], measures: Sequence[Measure], cuda: bool) -> None:
-        self._models, self._measures, self._device = models, measures, "cuda" if cuda else "cpu"
+    def __init__(self, models: Sequence[Model], measure: Measure, cuda: bool) -> None:
+        self._models, self._measure, self._device = models, measure, "cuda" if cuda else "cpu"
         self._size = models[0].image_size
 
     @cached_property
@@ -139,8 +129,7 @@ class Encoder:
     @cached_property
     def _columns(self) -> Mapping[str, NDArray[Any]]:
         """Of one row that is thrown away: their names and types, also for blocks with nothing to encode."""
-        blank = np.zeros((1, self._size, self._size, 3), dtype=np.uint8)
-        return self._measures[0](self._bundles[0], Batch(np.zeros(1, dtype=np.uint64), blank, [["a"]]))
+        return self._measure(self._bundles[0], np.zeros((1, self._size, self._size, 3), dtype=np.uint8), [["a"]])
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """
@@ -156,13 +145,11 @@ class Encoder:
             )
             assert images is not None
             captions = rows["captions"].filter(pa.array(decoded)).to_pylist()
-            ordinals = rows["ordinal"].to_numpy()[decoded]
-            for number, (bundle, measure) in enumerate(zip(self._bundles, self._measures, strict=True)):
+            for number, bundle in enumerate(self._bundles):
                 mine = np.flatnonzero(models[decoded] == number)
                 if len(mine):
-                    some = images if len(mine) == len(images) else images[mine]
-                    batch = Batch(ordinals[mine], some, [captions[i] for i in mine])
-                    for name, values in measure(bundle, batch).items():
+                    measured = self._measure(bundle, images if len(mine) == len(images) else images[mine], [captions[i] for i in mine])
+                    for name, values in measured.items():
                         columns[name][np.flatnonzero(decoded)[mine]] = values
         rows = rows.drop_columns(["image", "model"])
         for name, values in columns.items():

@@ -41,7 +41,7 @@ def fill(
     table: SideTable,
     models: Sequence[Model],
     models_of: ModelsOf,
-    measures: Sequence[Measure],
+    measure: Measure,
     *,
     actors: int | None = None,
     on_progress: Progress = lambda rows: None,
@@ -55,7 +55,7 @@ def fill(
         chunks = missing[start : start + _JOB_CHUNKS]
         blocks = [block for chunk in chunks for block in _blocks(models_of, *table.bounds(chunk))]
         with own_errors():
-            bundles = encode(index, blocks, models, measures, actors=actors).iter_internal_ref_bundles()
+            bundles = encode(index, blocks, models, measure, actors=actors).iter_internal_ref_bundles()
             try:
                 _write(table, chunks, bundles, on_progress)
             finally:

@@ -37,7 +37,7 @@ from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_
 from mm_core.models.fused import Fused
 from mm_core.store import open_store
 from pipelines.causes import own_errors
-from pipelines.encode import Batch, Block, Model, encode, image_features, index_reader, text_features
+from pipelines.encode import Block, Model, encode, image_features, index_reader, text_features
 from pipelines.index import build_index
 from pipelines.plots import recall_bars, retrieval_gallery
 from pipelines.session import ray_session
@@ -234,7 +234,7 @@ def encode_images(
     blocks = [kept[i : i + _ROWS_PER_BLOCK] for i in range(0, len(kept), _ROWS_PER_BLOCK)]
     seen = Model.of(model, load_bundle(model, verify=False))
     encoded = encode(
-        index, [Block(np.asarray(block), np.zeros(len(block), dtype=np.int8)) for block in blocks], [seen], [_of_images], actors=actors
+        index, [Block(np.asarray(block), np.zeros(len(block), dtype=np.int8)) for block in blocks], [seen], _of_images, actors=actors
     )
     tables = []
     with own_errors():
@@ -244,9 +244,9 @@ def encode_images(
     return _features(pa.concat_tables(tables), index)
 
 
-def _of_images(bundle: Bundle, batch: Batch) -> dict[str, NDArray[np.float32]]:
+def _of_images(bundle: Bundle, images: NDArray[np.uint8], captions: list[list[str]]) -> dict[str, NDArray[np.float32]]:
     """Measure: the images alone."""
-    return {"features": image_features(bundle, batch.images)}
+    return {"features": image_features(bundle, images)}
 
 
 def _features(rows: pa.Table, index: Index) -> Features:

@@ -118,14 +118,11 @@ class Similarity(ScoreRule):
     rule: Literal["similarity"] = "similarity"
     modality = "text"
     scores: str = Field(default=SIMILARITY, description="The name that the scores were given.")
-    of: Literal["mean", "lowest", "relative"] = Field(
-        default="mean",
-        description="Of a sample's captions the mean, or the one that fits worst; or the mean, less how well others fit.",
-    )
+    of: Literal["mean", "lowest"] = Field(default="mean", description="Of a sample's captions the mean, or the one that fits worst.")
 
     @property
     def reads(self) -> ScoreColumn:
-        return ScoreColumn(self.scores, "similarity" if self.of == "mean" else f"similarity_{self.of}")
+        return ScoreColumn(self.scores, "similarity" if self.of == "mean" else "similarity_lowest")
 
 
 class Score(ScoreRule):

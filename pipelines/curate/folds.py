@@ -26,7 +26,6 @@ from pipelines.encode import LEFT_OUT, Model, check_sizes
 _TOGETHER = 2
 """Ledgers that a run is thought to have read together."""
 _SLICE = 1 << 20
-_REFERENCES = 1024
 
 
 @dataclass(frozen=True)
@@ -92,13 +91,6 @@ class Folds:
         if not self.kept:
             return {"model": self.models[0].digest}
         return {"folds": sorted([kept.fingerprint, model.digest] for kept, model in zip(self.kept, self.models, strict=True))}
-
-    @property
-    def references(self) -> list[U64]:
-        """By model, ordinals of samples beside which it sees what it scores: spread evenly over these."""
-        chosen = [kept.ordinals for kept in self.kept or (compile_kept(self.index, self.among.ledgers),)]
-        places = [np.unique(np.linspace(0, len(each) - 1, _REFERENCES).astype(np.int64)) for each in chosen]
-        return [np.asarray(each[some]) if len(each) else each for each, some in zip(chosen, places, strict=True)]
 
     def models_of(self, first: int, last: int) -> NDArray[np.int8]:
         """The number of the model of rows `first` up to `last`, LEFT_OUT where a row has none."""

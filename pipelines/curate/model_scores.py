@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
-import torch
 from numpy.typing import NDArray
 
-from mm_core.bundle import Bundle, load_bundle
+from mm_core.bundle import Bundle
 from mm_core.curation.score_rules import EMBEDDINGS
-from mm_core.curation.similarity import References, Similarities, mean_texts, similarities
+from mm_core.curation.similarity import Similarities, mean_texts, similarities
 from mm_core.data.among import Among
-from mm_core.data.decoded import decode_samples
 from mm_core.data.index import Index
-from mm_core.data.permutation import U64
 from mm_core.data.scores import Scores, ScoresSummary
 from mm_core.data.side_table import SMALL_CHUNK_ROWS
-from mm_core.errors import ConfigError, DataError
-from pipelines.causes import own_errors
+from mm_core.errors import ConfigError
 from pipelines.curate.batches import ALL
 from pipelines.curate.folds import Fold, Folds
-from pipelines.encode import Batch, Model, image_features, index_reader, text_features
+from pipelines.encode import image_features, text_features
 from pipelines.encoded_table import count_problems, fill
 from pipelines.session import ray_session
 
@@ -61,7 +54,7 @@ def score_by_models(
     summary = ScoresSummary(
         index_fingerprint=index.summary.fingerprint,
         kind=what,
-        settings=opened.settings | {"version": 2},
+        settings=opened.settings | {"version": 1},
         among=str(among),
         columns=Similarities._fields,
         vectors=dict.fromkeys(("image", "text"), opened.models[0].embed_dim) if what == EMBEDDINGS else {},
@@ -71,48 +64,29 @@ def score_by_models(
     found = scores.begin(summary)
     if not found.complete:
         with ray_session():
-            measures = [Fit(references, with_vectors=what == EMBEDDINGS) for references in _references(opened)]
-            fill(index, scores.values, opened.models, opened.models_of, measures, actors=actors, on_progress=on_progress)
+            measure = embeddings if what == EMBEDDINGS else similarity
+            fill(index, scores.values, opened.models, opened.models_of, measure, actors=actors, on_progress=on_progress)
             found = found.model_copy(update={"unreadable": count_problems(scores.values), "complete": True})
         scores.save(found)
     return found
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Measure: how well each image and its captions fit; with vectors also each image's features, and the mean of its captions'."""
-
-    references: References
-    with_vectors: bool
-
-    def __call__(self, bundle: Bundle, batch: Batch) -> dict[str, NDArray[Any]]:
-        image = image_features(bundle, batch.images)
-        texts = text_features(bundle, [text for each in batch.captions for text in each])
-        owners = np.repeat(np.arange(len(image)), [len(each) for each in batch.captions])
-        found = similarities(image, texts, owners, self.references.beside(batch.ordinals, bundle.logit_scale))._asdict()
-        if self.with_vectors:
-            found |= {"image": image.astype("<f2"), "text": mean_texts(texts, owners, len(image)).astype("<f2")}
-        return found
+def similarity(bundle: Bundle, images: NDArray[np.uint8], captions: list[list[str]]) -> dict[str, NDArray[np.float32]]:
+    """Measure: how well each image and its captions fit."""
+    return _measured(bundle, images, captions)[0]._asdict()
 
 
-def _references(folds: Folds) -> list[References]:
-    """By model, each made by a task of its own."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    task = ray.remote(num_gpus=1 if gpus else 0)(references_of)
-    asked = zip(folds.models, folds.references, strict=True)
-    with own_errors():
-        return list(ray.get([task.remote(folds.index.url, model, ordinals, gpus > 0) for model, ordinals in asked]))
+def embeddings(bundle: Bundle, images: NDArray[np.uint8], captions: list[list[str]]) -> dict[str, NDArray[Any]]:
+    """Measure: how well they fit; each image's features, and the mean of its captions'."""
+    found, image, texts, owners = _measured(bundle, images, captions)
+    text = mean_texts(texts, owners, len(images))
+    return found._asdict() | {"image": image.astype("<f2"), "text": text.astype("<f2")}
 
 
-def references_of(url: str, model: Model, ordinals: U64, cuda: bool) -> References:
-    """
-    Raises:
-        DataError: not one of the samples can be read.
-    """
-    torch.set_num_threads(1)  # features do not depend on how many there are
-    found = decode_samples(index_reader(url), ordinals, model.image_size)
-    if not len(found.images):
-        raise DataError(f"not one of {len(ordinals):,} samples that were drawn from {url} can be read: {Counter(found.reasons)}")
-    bundle = load_bundle(model.source, device="cuda" if cuda else "cpu")
-    captions = [captions[0] for captions, good in zip(found.captions, found.good, strict=True) if good]
-    return References(ordinals[found.good], image_features(bundle, found.images), text_features(bundle, captions))
+def _measured(
+    bundle: Bundle, images: NDArray[np.uint8], captions: list[list[str]]
+) -> tuple[Similarities, NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+    image = image_features(bundle, images)
+    texts = text_features(bundle, [text for each in captions for text in each])
+    owners = np.repeat(np.arange(len(captions)), [len(each) for each in captions])
+    return similarities(image, texts, owners), image, texts, owners

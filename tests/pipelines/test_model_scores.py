@@ -98,21 +98,14 @@ def embedded(index: Index, model: str) -> Index:
 def expected(index: Index, source: str) -> dict[str, np.ndarray]:
     """By the bundle itself, a sample at a time."""
     bundle = load_bundle(source)
-    rows: dict[str, list[Any]] = {"similarity": [], "similarity_lowest": [], "similarity_relative": [], "image": [], "text": []}
-    samples = [sample for sample in IndexReader(index).read(np.arange(ROWS, dtype=np.uint64)) if isinstance(sample, Sample)]
-    images = np.concatenate([bundle.image_features(decode_centre(sample.image or b"", bundle.image_size)[None]) for sample in samples])
-    firsts = bundle.text_features([sample.captions[0] for sample in samples])
-
-    def soft_maximum(cosines: np.ndarray) -> float:
-        return float(np.log(np.exp(bundle.logit_scale * cosines).mean()) / bundle.logit_scale)
-
-    for place, (image, sample) in enumerate(zip(images, samples, strict=True)):
-        texts, others = bundle.text_features(sample.captions), np.arange(ROWS) != place
-        beside = [text @ image - (soft_maximum(firsts[others] @ image) + soft_maximum(images[others] @ text)) / 2 for text in texts]
+    rows: dict[str, list[Any]] = {"similarity": [], "similarity_lowest": [], "image": [], "text": []}
+    for sample in IndexReader(index).read(np.arange(ROWS, dtype=np.uint64)):
+        assert isinstance(sample, Sample)
+        image = bundle.image_features(decode_centre(sample.image or b"", bundle.image_size)[None])[0]
+        texts = bundle.text_features(sample.captions)
         mean = texts.mean(axis=0)
         rows["similarity"].append((texts @ image).mean())
         rows["similarity_lowest"].append((texts @ image).min())
-        rows["similarity_relative"].append(np.mean(beside))
         rows["image"].append(image)
         rows["text"].append(mean / np.linalg.norm(mean))
     return {name: np.array(values) for name, values in rows.items()}
@@ -141,13 +134,13 @@ def files_of(index: Index, name: str) -> dict[str, bytes]:
 
 def test_values_are_the_bundles_own(embedded: Index, model: str) -> None:
     found, wanted = table_of(embedded, "embeddings"), expected(embedded, model)
-    for name in ("similarity", "similarity_lowest", "similarity_relative"):
+    for name in ("similarity", "similarity_lowest"):
         np.testing.assert_allclose(found[name].to_numpy(), wanted[name], atol=1e-5)
     for name in ("image", "text"):
         assert found[name].type == pa.binary(32)
         np.testing.assert_allclose(vectors_of(found[name], np.float16).astype(np.float32), wanted[name], atol=1e-3)
     summary = Scores(embedded, "embeddings").complete("")
-    assert (summary.columns, summary.vectors) == (("similarity", "similarity_lowest", "similarity_relative"), {"image": 16, "text": 16})
+    assert (summary.columns, summary.vectors) == (("similarity", "similarity_lowest"), {"image": 16, "text": 16})
     assert set(files_of(embedded, "embeddings")) == {f"0000{i}.parquet" for i in range(4)}
     assert found["problem"].null_count == ROWS
 
@@ -218,11 +211,7 @@ def test_folds_are_scored_by_their_own_models_and_the_rest_by_none(index: Index,
     divide(index)
     folds = [f"--fold=a={model}", f"--fold=part={other_model}"]
     said = run("score", index.url, "similarity", *folds, "--name", "crossed")
-    assert (said["name"], said["columns"], said["unreadable"]) == (
-        "crossed",
-        ["similarity", "similarity_lowest", "similarity_relative"],
-        {},
-    )
+    assert (said["name"], said["columns"], said["unreadable"]) == ("crossed", ["similarity", "similarity_lowest"], {})
     assert said["fingerprint"] == Scores(index, "crossed").complete("").fingerprint
     found = table_of(index, "crossed")
     for ledger, source in (("a", model), ("part", other_model)):
@@ -296,9 +285,7 @@ def test_samples_that_cannot_be_read_are_null_with_the_reason(model: str, corpus
         encode._decode_block(pa.table({"ordinals": [np.arange(first, last)], "models": [models]}), index.url, 32)
         for first, last, models in ((0, 40, np.zeros(40, np.int8)), (40, 60, np.repeat(np.array([0, encode.LEFT_OUT], np.int8), (18, 2))))
     ]
-    loaded = encode.Model.of(model, load_bundle(model))
-    references = model_scores.references_of(index.url, loaded, np.arange(41, 50, dtype=np.uint64), cuda=False)
-    encoder = encode.Encoder([loaded], [model_scores.Fit(references, with_vectors=True)], cuda=False)
+    encoder = encode.Encoder([encode.Model.of(model, load_bundle(model))], model_scores.embeddings, cuda=False)
     table = SideTable(str(tmp_path / "values"), 60, 60)
     encoded_table._write_chunk(table, 0, *map(encoder, blocks))
     found = table.read(0)
@@ -313,7 +300,6 @@ def test_rules_read_similarities(embedded: Index) -> None:
         "fits": {"rule": "similarity", "scores": "embeddings", "top": 0.5},
         "worst": {"rule": "similarity", "scores": "embeddings", "of": "lowest", "min": -0.1},
         "any": {"rule": "score", "scores": "embeddings", "column": "similarity", "max": 0.5},
-        "beside": {"rule": "similarity", "scores": "embeddings", "of": "relative"},
     }
     summary = filter_index(embedded, RuleSet.parse(rules, where="test"), "fits")
     values = table_of(embedded, "embeddings")
@@ -324,7 +310,6 @@ def test_rules_read_similarities(embedded: Index) -> None:
     assert compile_kept(embedded, ["fits"]).ordinals.tolist() == np.flatnonzero(kept).tolist()
     decided = pa.concat_tables(Ledger(embedded, "fits").decisions.tables())
     np.testing.assert_array_equal(decided["value.worst"].to_numpy(), lowest)
-    np.testing.assert_array_equal(decided["value.beside"].to_numpy(), values["similarity_relative"].to_numpy())
 
 
 @pytest.mark.parametrize(
