@@ -84,7 +84,12 @@ def _measured(index: Index, measure: _Measure, among: Among, on_progress: Progre
     scores = Scores(index, measure.name)
     numbers = tuple(column.name for column in measure.schema if pa.types.is_floating(column.type))
     summary = ScoresSummary(
-        index_fingerprint=index.summary.fingerprint, kind=measure.name, settings=measure.settings, among=str(among), columns=numbers
+        index_fingerprint=index.summary.fingerprint,
+        kind=measure.name,
+        settings=measure.settings,
+        among=str(among),
+        columns=numbers,
+        chunk_rows=max(_LEAST_ROWS, min(_MOST_ROWS, 1 << (index.summary.rows // _CHUNKS).bit_length())),
     )
     found = scores.begin(summary)
     if found.complete:

@@ -65,14 +65,16 @@ def test_a_filter_counts_and_judges_what_ledgers_keep_and_the_rest_keep_their_fi
     with pytest.raises(ConfigError, match="'a' cannot be written while it is read"):
         run("filter", f"{index.url}#a", "--rules", str(rules), "--name", "a", "--replace")
 
-    run("split", f"{index.url}#sharp", "--heldout", "0.5", "--names", "one,two")
+    run("split", f"{index.url}#sharp", "--heldout", "0.5", "--seed", "7", "--names", "one,two")
     assert kept(index, "one") | kept(index, "two") == kept(index, "sharp")
     assert not kept(index, "one") & kept(index, "two")
     assert Ledger(index, "one").summary().mask == ("email",), "what is masked stays masked"
     assert {"sharp: a: held_out", "sharp: sharp", "held_out", None} <= set(reasons(index, "one"))
     with pytest.raises(ConfigError, match=r"has a ledger 'one' by other rules.*--replace"):
-        run("split", index.url, "--heldout", "0.5", "--names", "one,two")
-    assert sum(run("split", index.url, "--heldout", "0.5", "--names", "one,two", "--replace").values()) == index.summary.samples
+        run("split", index.url, "--heldout", "0.5", "--seed", "7", "--names", "one,two")
+    assert (
+        sum(run("split", index.url, "--heldout", "0.5", "--seed", "7", "--names", "one,two", "--replace").values()) == index.summary.samples
+    )
 
 
 def test_groups_take_ledgers_behind_the_index(index: Index, tmp_path: Path) -> None:

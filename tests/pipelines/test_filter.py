@@ -16,6 +16,7 @@ from mm_core.curation.picture import measure_picture
 from mm_core.curation.ruleset import RuleSet
 from mm_core.data import ledger as ledgers
 from mm_core.data import side_table
+from mm_core.data.among import Among
 from mm_core.data.augment import AugmentConfig
 from mm_core.data.index import Index
 from mm_core.data.ledger import Ledger, Source, compile_kept
@@ -82,7 +83,7 @@ def test_decisions_do_not_depend_on_how_the_rows_are_divided(index: Index, monke
     before = pa.concat_tables(Ledger(index, "whole").decisions.tables())
     monkeypatch.setattr(side_table, "CHUNK_ROWS", 100)
     monkeypatch.setattr(batches, "BATCH_ROWS", 7)
-    job = filtering._Job(index.url, "parts", rule_set())
+    job = filtering._Job(index.url, "parts", rule_set(), Among())
     parts = [filtering._decide(job, chunk) for chunk in (3, 1, 0, 2)]
     after = pa.concat_tables(Ledger(index, "parts").decisions.tables())
     assert after.combine_chunks().cast(before.schema).equals(before.combine_chunks())

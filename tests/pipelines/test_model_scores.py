@@ -359,5 +359,5 @@ def test_the_table_of_another_chunk_size_is_read_by_rows(embedded: Index, monkey
     whole = filter_index(embedded, rules, "whole")
     monkeypatch.setattr(side_table, "CHUNK_ROWS", 70)
     bounded = RuleSet.parse({"r": {"rule": "similarity", "scores": "embeddings", "min": whole.bounds["r"]}}, where="test")
-    job = filtering._Job(embedded.url, "parts", bounded)
+    job = filtering._Job(embedded.url, "parts", bounded, Among())
     assert sum(filtering._decide(job, chunk).decided.kept for chunk in range(5)) == whole.kept == round(0.3 * ROWS)
