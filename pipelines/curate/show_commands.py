@@ -89,7 +89,7 @@ def peek(
         (one.shown.place, one.picture, one.bytes, one.decided or "kept", "\n".join(one.shown.captions) or one.shown.problem or "")
         for one in found
     ]
-    console.table(("sample", "picture", "bytes", "decided", "captions"), rows)
+    console.table(("sample", "picture", "bytes", "decided", "captions"), rows, lines=True)
     result: dict[str, Any] = {"samples": [one.facts() for one in found]}
     if out is not None:
         title = f"Dropped for {reason}" if reason else "Kept"

@@ -30,8 +30,8 @@ def render_samples(
 ) -> str:
     """A page of a few samples, each with what was decided about it."""
     section = {"id": "samples", "title": title, "template": "samples.html", "samples": samples}
-    lead = f"Samples as {listed(ledgers)} {'leaves' if len(ledgers) == 1 else 'leave'} them." if ledgers else "Samples of the index."
-    facts = {"title": index.url.rpartition("/")[2], "lead": lead, "sections": [section], "tiles": []}
+    lead = f"By {'the ledger' if len(ledgers) == 1 else 'the ledgers'} {listed(ledgers)}." if ledgers else "Before any ledger chooses."
+    facts = {"title": f"Some samples of {index.url.rpartition('/')[2]}", "lead": lead, "sections": [section], "tiles": []}
     return _rendered(facts | _origin(index, mask, seed, "peek"))
 
 
