@@ -11,7 +11,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from mm_core.data.ledger import split
+from mm_core.data.split import split
 from pipelines.index import build_index
 
 GUIDE = Path(__file__).parents[2] / "docs" / "data.md"
