@@ -17,7 +17,7 @@ import typer
 from mm_core.console import Console
 from mm_core.errors import ConfigError
 from pipelines.curate.cli import attach as attach_curation
-from pipelines.options import Json, Ledgers, Settings, model_store, tracking_config
+from pipelines.options import Json, Ledgers, Settings, model_store, opened_among, tracking_config
 from pipelines.search_cli import attach as attach_search
 
 if TYPE_CHECKING:
@@ -113,25 +113,27 @@ def index(
 
 @data.command("split")
 def split(
-    index: Annotated[str, typer.Argument(help="An index.")],
+    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
     heldout: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share that is held out.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     names: Annotated[str, typer.Option(help="Of the two ledgers; the second has what is held out.")] = "train,heldout",
+    ledger: Ledgers = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Put them in the place of ledgers of these names by other rules.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Divide an index into two ledgers, by default `train` and `heldout`.
+    """Divide an index, or what ledgers keep of it, into two ledgers, by default `train` and `heldout`.
 
     Example: mm data split index --heldout 0.1, then mm train clip-tiny --data index --ledger train;
     two folds: mm data split index --heldout 0.5 --names a,b
     """
-    from mm_core.data.index import Index
-    from mm_core.data.ledger import split as divide
+    from mm_core.data.split import split as divide
 
     console = Console(as_json)
     one, comma, other = names.partition(",")
     if not comma:
         raise ConfigError(f"--names {names!r} are not two names, for example --names a,b")
-    ours, theirs = divide(Index.open(index), heldout=heldout, seed=seed, names=(one, other))
+    opened, among = opened_among(index, ledger)
+    ours, theirs = divide(opened, heldout=heldout, seed=seed, names=(one, other), among=among, replace_ledgers=replace)
     console.say(f"ledger {one} keeps {ours.kept:,} samples, ledger {other} {theirs.kept:,}")
     console.result({one: ours.kept, other: theirs.kept})
 

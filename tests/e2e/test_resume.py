@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import duckdb
 import psutil
 import pyarrow as pa
 import pytest
@@ -190,6 +191,14 @@ def test_killed_interrupted_and_resumed_is_as_undisturbed(
     resumed_is_as_undisturbed(interrupted, undisturbed, index, tmp_path, 1, *heldout, name=None)
     there, here = (evaluated(folder)[STEPS] for folder in (undisturbed[1], tmp_path))
     assert here == pytest.approx(there, abs=0.05)
+
+
+def test_the_guides_query_shows_that_nothing_came_twice(killed: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    query = next(line for line in guide.splitlines() if "audit/*.parquet" in line).replace("audit/", f"{killed}/audit/")
+    assert duckdb.sql(query).fetchall() == []
+    every_attempt = query.replace("QUALIFY attempt = max(attempt) OVER (PARTITION BY step)", "")
+    assert duckdb.sql(every_attempt).fetchall(), "the restart replayed no step"
 
 
 def evaluated(folder: Path) -> dict[int, dict[str, float]]:

@@ -18,11 +18,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from mm_core.data.index import Index
-from mm_core.data.ledger import compile_kept, split
+from mm_core.data.ledger import compile_kept
 from mm_core.data.problems import SampleProblem
 from mm_core.data.reader import IndexReader
 from mm_core.data.sample import Sample
 from mm_core.data.scan import SAMPLE_SCHEMA, scan_shard
+from mm_core.data.split import split
 from mm_core.data.synth.corpus import SynthConfig, write_corpus
 from mm_core.errors import ConfigError, DataError
 from pipelines.index import build_index

@@ -20,8 +20,9 @@ import mm
 from mm_core.curation.ruleset import RuleSet
 from mm_core.data import side_table
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, compile_kept, split
+from mm_core.data.ledger import Ledger, compile_kept
 from mm_core.data.scores import Scores, ScoresSummary
+from mm_core.data.split import split
 from mm_core.errors import ConfigError, DataError, ServiceError
 from pipelines.curate.dedup import DedupConfig, Method, dedup_index
 from pipelines.curate.filter import filter_index
