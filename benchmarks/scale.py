@@ -50,9 +50,7 @@ DECODED = Measured(
 )
 INDEX_SAMPLE = Measured("50", 1e-6, "s", "of a core for each sample indexed", "index costs 50 µs of a core for each sample")
 INDEX_HASH = Measured("1.7", 1e9, "bytes/s", "of a core for the digest of its bytes", "SHA-256 of its bytes at 1.7 GB/s")
-INDEX_FILES = Measured(
-    "0.39", 0.01 * 50.5e6 / 1600, "bytes", "a sample in an index and two ledgers; of 1,600 photos, 50.5 MB", "| all files | 0.39 % |"
-)
+INDEX_FILES = Measured("230", 1, "bytes", "a sample in an index, with its captions; at most", "An index has 180 to 230 bytes a sample")
 PLAN_FILES = Measured(
     "26", 1, "bytes", "a sample in what is read while training, 0.3 kept; 26 GB for 10⁹", "does not grow | | as above | 26 GB |"
 )
@@ -139,7 +137,7 @@ def data_rows() -> Iterator[tuple[str, str, str]]:
     samples, bytes_ = SAMPLES.value, SAMPLES.value * SAMPLE_BYTES.value
     index_s = samples * (INDEX_SAMPLE.value + SAMPLE_BYTES.value / INDEX_HASH.value)
     yield "shards", f"{samples / SHARD_SAMPLES.value:,.0f}, {size(bytes_)}", f"{size(SHARD_SAMPLES.value * SAMPLE_BYTES.value)} each"
-    yield "index and two ledgers", size(samples * INDEX_FILES.value), f"{INDEX_FILES.value:.0f} B a sample, in the store"
+    yield "index", size(samples * INDEX_FILES.value), f"{INDEX_FILES.value:.0f} B a sample, in the store"
     yield (
         "of it read while training",
         size(samples * PLAN_FILES.value),
