@@ -55,12 +55,13 @@ class Encoder:
         Raises:
             BundleError: it cannot be loaded, or is damaged.
         """
+        source = store.fetch(reference)  # before the imports, which take seconds: what is damaged is told at once
+
         import torch
 
         from mm_core.bundle import load_bundle
 
         torch.set_num_threads(compute.threads_per_replica or max(1, (os.cpu_count() or 1) // compute.replicas))
-        source = store.fetch(reference)
         bundle = load_bundle(source, device="cuda" if compute.gpus_per_replica else "cpu")
         self._compute, self._bundle = compute, bundle
         self._facts = facts_of(source, bundle)

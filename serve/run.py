@@ -18,9 +18,9 @@ from mm_core.bundle import look_into
 from mm_core.errors import ServiceError
 from mm_core.search.embeddings import read_search_summary
 from serve.address import check_address
+from serve.application import build
 from serve.config import ServeConfig
 from serve.fleet import APPLICATION, Searched, Wanted
-from serve.gateway import build
 from serve.store import ModelStore
 
 _PROXY_MARGIN_S = 10
