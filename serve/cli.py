@@ -62,7 +62,8 @@ def attach(app: typer.Typer, store: Callable[[], ModelStore], session: Callable[
         """
         from serve.address import check_address
 
-        check_address(host, port)
+        if write_config is None:
+            check_address(host, port)
         compute = {"replicas": replicas, "gpus_per_replica": gpus, "precision": precision, "compile": compile_model}
         found = {
             "host": host,
@@ -78,14 +79,14 @@ def attach(app: typer.Typer, store: Callable[[], ModelStore], session: Callable[
             raise ConfigError(
                 f"{host} is reachable from elsewhere and there are no API keys: give --keys FILE; `mm serve-key NAME` draws one"
             )
-        from serve.run import look_at, start
+        from serve.run import look_at, plan_of, start
 
         console = Console()
-        plan = look_at(wanted, config, store())
         if write_config is not None:
-            write_config.write_text(serve_yaml(plan, _environment()), encoding="utf-8")
+            write_config.write_text(serve_yaml(plan_of(wanted, config, store()), _environment()), encoding="utf-8")
             console.say(f"{write_config} is for `serve deploy {write_config}` and for a RayService")
             return
+        plan = look_at(wanted, config, store())
         with session():
             server = start(plan)
             _introduce(console, server.url, server.models, config)
@@ -152,12 +153,10 @@ def from_yaml(args: Mapping[str, Any], store: ModelStore) -> ray.serve.Applicati
     """The application that `serve_yaml` described, on the cluster it is to run on."""
     from serve.config import ServeConfig
     from serve.fleet import Wanted
-    from serve.run import Plan, application, facts_before
+    from serve.run import application, plan_of
 
-    config = validate(ServeConfig, args["config"])
-    wanted = tuple(Wanted(**one) for one in args["models"])
-    tasks, searched = facts_before(wanted, config, store)
-    return application(Plan(wanted, config, store, tasks, searched))
+    wanted = [Wanted(**one) for one in args["models"]]
+    return application(plan_of(wanted, validate(ServeConfig, args["config"]), store))
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from serve.app import create_app
 from serve.config import ServeConfig
 from serve.measured import Measured
-from serve.traffic import Traffic
+from serve.traffic import NOBODY, Traffic
 from serve.upstream import Handles, Upstream
 
 logger = logging.getLogger("ray.serve")
@@ -45,8 +45,8 @@ class Gateway:
         """Obey the keeper; while it is gone, go on as it said last."""
         while True:
             try:
-                traffic: Traffic = await self._keeper.traffic.remote()
-                if traffic != self._upstream.traffic:
+                traffic: Traffic = await self._keeper.traffic.remote(self._upstream.traffic)
+                if traffic not in (NOBODY, self._upstream.traffic):
                     versions = [share.version for slot in traffic.slots for share in slot.shares]
                     versions += [traffic.searched] if traffic.searched else []
                     await self._handles.keep({version.application for version in versions})

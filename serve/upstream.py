@@ -17,7 +17,7 @@ from serve.inputs import Picture
 from serve.measured import Measured
 from serve.prepare import Unreadable
 from serve.problems import InputError, OverloadedError, UnavailableError, is_lost
-from serve.traffic import Slot, Traffic, pick
+from serve.traffic import NOBODY, Slot, Traffic, pick
 
 _PAUSE_S = 0.05
 """Before a request that a lost copy took is given to another."""
@@ -34,7 +34,7 @@ class Upstream:
     def __init__(self, max_waiting_inputs: int, measured: Measured, ask: Ask) -> None:
         self._max_waiting, self.measured, self._ask = max_waiting_inputs, measured, ask
         self._waiting = 0
-        self.traffic = Traffic()
+        self.traffic = NOBODY
 
     def follow(self, traffic: Traffic) -> None:
         """From now on."""

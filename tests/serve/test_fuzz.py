@@ -40,9 +40,9 @@ def replicas() -> dict[int, int]:
     """Memory of each process of the endpoint and of the version that answers, by its id."""
     applications = tuple(f"ray::ServeReplica:{name}:" for name in ("mm", application_of("models:/tiny/1")))
     found = {}
-    for process in psutil.process_iter(["cmdline", "memory_info"]):
-        if " ".join(process.info["cmdline"] or ()).startswith(applications):
-            found[process.pid] = process.info["memory_info"].rss
+    for process in psutil.Process().children(recursive=True):
+        if " ".join(process.cmdline()).startswith(applications):
+            found[process.pid] = process.memory_info().rss
     assert len(found) >= 5, "gateway, keeper, searcher, preparer, encoder"
     return found
 
