@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     registry = RegistryModels(tracking)
     open_client(tracking).set_registered_model_alias(_MODEL, "champion", "1")
     compute = Compute(replicas=options.replicas, precision=Precision(options.precision), compile=options.compile)
-    config, _ = resolve(ServeConfig(port=free_port(), compute=compute, follow_interval_s=1), environment={}, overrides=options.set)
+    config, _ = resolve(ServeConfig(port=free_port(), compute=compute), environment={}, overrides=options.set)
     server = start(look_at(wanted_models([f"{_MODEL}=models:/{_MODEL}@champion"], ()), config, registry))
     bench = Bench(server.url, load_bundle(folder / "bundle-0"), registry, folder, config, options.seconds)
     try:

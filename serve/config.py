@@ -31,6 +31,11 @@ class Compute(Config):
     replicas: int = Field(default=1, ge=1, description="Copies of the model.")
     gpus_per_replica: float = Field(default=0, ge=0)
     threads_per_replica: int = Field(default=0, ge=0, description="Torch threads of a copy; 0 shares the machine's cores out.")
+    streams: int = Field(
+        default=0,
+        ge=0,
+        description="Batches that a copy computes at a time, each by a share of its threads; 0: on a GPU one, else up to four.",
+    )
     precision: Precision = Precision.FP32
     compile: bool = Field(default=False, description="torch.compile: slower to come up, faster after; needs a C++ compiler on a CPU.")
     max_batch_size: int = Field(default=32, ge=1, description="Inputs that the model takes at once.")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,9 @@ _PARTS = 4
 _SHORTEST = 8
 """Tokens of the shortest texts that are computed together; each bucket is twice as long as the one before."""
 _CARD = "README.md"
+_STREAMS = 4
+"""On a processor threads that each compute a batch of their own wait for nobody, where those that share one wait for the slowest at every
+layer: as soon as the machine does something else beside, that is most of the time."""
 
 Texts = tuple[Int32[np.ndarray, "n l"], Int32[np.ndarray, " n"]]
 """Token ids, and how many of each text's are no padding."""
@@ -61,7 +65,9 @@ class Encoder:
 
         from mm_core.bundle import load_bundle
 
-        torch.set_num_threads(compute.threads_per_replica or max(1, (os.cpu_count() or 1) // compute.replicas))
+        threads = compute.threads_per_replica or max(1, (os.cpu_count() or 1) // compute.replicas)
+        streams = compute.streams or (1 if compute.gpus_per_replica else min(threads, _STREAMS))
+        torch.set_num_threads(max(1, threads // streams))
         bundle = load_bundle(source, device="cuda" if compute.gpus_per_replica else "cpu")
         self._compute, self._bundle = compute, bundle
         self._facts = facts_of(source, bundle)
@@ -70,10 +76,15 @@ class Encoder:
         if compute.compile:
             self._image_tower = torch.compile(self._image_tower, dynamic=True)
             self._text_tower = torch.compile(self._text_tower, dynamic=True)
-        self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
-        for batch in (self._images, self._texts):
-            batch.set_max_batch_size(compute.max_batch_size)
-            batch.set_batch_wait_timeout_s(compute.batch_wait_timeout_s)
+        self._model = ThreadPoolExecutor(streams, thread_name_prefix="model")
+        batched = partial(
+            ray.serve.batch,
+            max_batch_size=compute.max_batch_size,
+            batch_wait_timeout_s=compute.batch_wait_timeout_s,
+            max_concurrent_batches=streams,
+        )
+        self._images = batched(self._image_batch, batch_size_fn=_image_count)
+        self._texts = batched(self._text_batch, batch_size_fn=_text_count)
 
     async def preparation(self) -> Preparation:
         return Preparation(self._bundle.image_size, self._bundle.tokenise)
@@ -81,8 +92,11 @@ class Encoder:
     async def facts(self) -> Facts:
         return self._facts
 
-    async def encode(self, prepared: Prepared | Unreadable) -> Encoded | Unreadable:
-        """Features of a request's inputs, in order."""
+    async def encode(self, requests: list[Prepared | Unreadable]) -> list[Encoded | Unreadable]:
+        """Of each request, features of its inputs, in order."""
+        return await asyncio.gather(*map(self._encoded, requests))
+
+    async def _encoded(self, prepared: Prepared | Unreadable) -> Encoded | Unreadable:
         if isinstance(prepared, Unreadable):
             return prepared
         size = max(1, self._compute.max_batch_size // _PARTS)
@@ -97,13 +111,15 @@ class Encoder:
         features = ordered / np.maximum(norms, np.finfo(np.float32).tiny)
         return Encoded(features, norms[:, 0], int(prepared.lengths.sum()))
 
-    async def match(self, prepared: Prepared | Unreadable) -> Matched | Unreadable:
-        """Every picture of a request with every text, of a model with a fusion. Not joined with other requests: pairs are many."""
+    async def match(self, requests: list[Prepared | Unreadable]) -> list[Matched | Unreadable]:
+        """Of each request, every picture with every text, of a model with a fusion. Not computed together: pairs are many."""
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(self._model, self._matched, prepared) for prepared in requests))
+
+    def _matched(self, prepared: Prepared | Unreadable) -> Matched | Unreadable:
         if isinstance(prepared, Unreadable):
             return prepared
-        return await asyncio.get_running_loop().run_in_executor(self._model, self._matched, prepared)
 
-    def _matched(self, prepared: Prepared) -> Matched:
         import torch
 
         from mm_core.models.fused import Fused
@@ -116,12 +132,10 @@ class Encoder:
             scores = model.match_all(images, ids, at_a_time=self._compute.max_batch_size)
         return Matched(scores.float().cpu().numpy())
 
-    @ray.serve.batch(batch_size_fn=_image_count)  # type: ignore[untyped-decorator]
-    async def _images(self, parts: list[UInt8[np.ndarray, "n h w 3"]]) -> list[Float32[np.ndarray, "n d"]]:
+    async def _image_batch(self, parts: list[UInt8[np.ndarray, "n h w 3"]]) -> list[Float32[np.ndarray, "n d"]]:
         return await asyncio.get_running_loop().run_in_executor(self._model, self._image_vectors, parts)
 
-    @ray.serve.batch(batch_size_fn=_text_count)  # type: ignore[untyped-decorator]
-    async def _texts(self, parts: list[Texts]) -> list[Float32[np.ndarray, "n d"]]:
+    async def _text_batch(self, parts: list[Texts]) -> list[Float32[np.ndarray, "n d"]]:
         return await asyncio.get_running_loop().run_in_executor(self._model, self._text_vectors, parts)
 
     def _image_vectors(self, parts: list[UInt8[np.ndarray, "n h w 3"]]) -> list[Float32[np.ndarray, "n d"]]:

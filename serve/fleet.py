@@ -197,7 +197,7 @@ def build_version(pinned: str, config: ServeConfig, store: ModelStore) -> ray.se
         autoscaling_config={
             "min_replicas": 1,
             "max_replicas": compute.max_preparers,
-            "target_ongoing_requests": 4,
+            "target_ongoing_requests": 1,
             "upscale_delay_s": 2,
             "downscale_delay_s": 60,
         },

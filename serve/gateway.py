@@ -26,7 +26,7 @@ class Gateway:
     """One process."""
 
     def __init__(self, config: ServeConfig, tasks: Sequence[str], keeper: DeploymentHandle, searcher: DeploymentHandle | None) -> None:
-        self._handles, self._keeper = Handles(), keeper
+        self._handles, self._keeper = Handles(config), keeper
         self._upstream = Upstream(config.bounds.max_waiting_inputs, Measured(), self._handles.ask)
         self._service = create_app(config, tasks, self._upstream, searcher=searcher, lifespan=self._following)
 
