@@ -60,6 +60,7 @@ function route() {
 
 // ---- Pictures: chosen, dropped or pasted
 
+/** Dropped anywhere in the view: beside the field the browser would leave the page for the picture. */
 function pictureInput(name, changed) {
   const drop = $(`${name}-drop`), file = $(`${name}-file`), shown = $(`${name}-picture`);
   const take = (chosen) => {
@@ -75,13 +76,13 @@ function pictureInput(name, changed) {
     reader.readAsDataURL(chosen);
   };
   file.addEventListener("change", () => take(file.files[0]));
-  for (const kind of ["dragover", "dragleave", "drop"]) {
-    drop.addEventListener(kind, (event) => {
-      event.preventDefault();
-      drop.classList.toggle("over", kind === "dragover");
-      if (kind === "drop") take(event.dataTransfer.files[0]);
-    });
-  }
+  const here = (event) => !$(`view-${name}`).hidden && event.dataTransfer.types.includes("Files");
+  document.addEventListener("dragover", (event) => { if (here(event)) { event.preventDefault(); drop.classList.add("over"); } });
+  document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) drop.classList.remove("over"); });
+  document.addEventListener("drop", (event) => {
+    drop.classList.remove("over");
+    if (here(event)) { event.preventDefault(); take(event.dataTransfer.files[0]); }
+  });
   document.addEventListener("paste", (event) => {
     if (!$(`view-${name}`).hidden && event.clipboardData.files.length) take(event.clipboardData.files[0]);
   });
