@@ -18,11 +18,15 @@ from mm_core.data.image import decode_centre
 from serve.schema import Embedding, EmbeddingRequest, EmbeddingResponse, Usage
 
 
+class Request(EmbeddingRequest):
+    modality: str
+
+
 def create_app(folder: str) -> FastAPI:
     app, bundle, computing = FastAPI(), load_bundle(folder), Lock()
 
     @app.post("/v1/embeddings")
-    def embeddings(body: EmbeddingRequest) -> EmbeddingResponse:
+    def embeddings(body: Request) -> EmbeddingResponse:
         """All texts or all pictures."""
         inputs = [str(one) for one in (body.input if isinstance(body.input, list) else [body.input])]
         if inputs[0].startswith("data:"):

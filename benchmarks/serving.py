@@ -82,7 +82,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of mm serve")
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--other", metavar="URL", help="measure this running server instead, e.g. Infinity's, http://127.0.0.1:7997")
     options = parser.parse_args()
+    if options.other:
+        print(json.dumps({"part": "other"} | beside(options.other, options.seconds)))
+        return
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["MM_CACHE"] = f"{temporary}/cache"
         with ray_session():
@@ -129,10 +133,10 @@ def text(seed: int) -> str:
     return " ".join(draw.permutation(_WORDS)[: draw.integers(4, 14)])
 
 
-def bodies(kind: str, inputs: int, count: int = 16) -> list[bytes]:
+def bodies(kind: str, inputs: int, count: int = 16, **more: Any) -> list[bytes]:
     of: dict[str, Callable[[int], str]] = {"text": text, "image": lambda seed: data_uri(photo(seed))}
     made_ = [[of[kind](n * inputs + i) for i in range(inputs)] for n in range(count)]
-    return [json.dumps({"input": one, "encoding_format": "base64"}).encode() for one in made_]
+    return [json.dumps({"input": one, "encoding_format": "base64"} | more).encode() for one in made_]
 
 
 def direct(bundle: Bundle, kind: str, seconds: float) -> tuple[float, int]:
@@ -176,14 +180,19 @@ def throughput(bench: Bench) -> dict[str, Any]:
 
 def plain(bench: Bench) -> dict[str, Any]:
     """The same callers, of a server without batching."""
-    found: dict[str, Any] = {}
     with plain_server(bench.folder / "bundle-0") as url:
-        for kind, inputs in itertools.product(("image", "text"), _CALLERS):
-            some, name = bodies(kind, inputs), f"{kind}_{inputs}"
-            full = closed(url, some, inputs, callers=_CALLERS[inputs], seconds=bench.seconds)
-            half = paced(url, some, inputs, per_s=full.rate / inputs / 2, seconds=bench.seconds)
-            found |= {f"{name}_{what}": value for what, value in figures(full).items()}
-            found |= {f"{name}_half_p50_ms": half.answered(50), f"{name}_half_p99_ms": half.answered(99)}
+        return beside(url, bench.seconds)
+
+
+def beside(url: str, seconds: float) -> dict[str, Any]:
+    """What another server with OpenAI's interface, and Infinity's field for pictures, makes of the same callers."""
+    found: dict[str, Any] = {}
+    for kind, (inputs, callers) in itertools.product(("image", "text"), _CALLERS.items()):
+        some, name = bodies(kind, inputs, modality=kind), f"{kind}_{inputs}"
+        full = closed(url, some, inputs, callers=callers, seconds=seconds)
+        half = paced(url, some, inputs, per_s=full.rate / inputs / 2, seconds=seconds)
+        found |= {f"{name}_{what}": value for what, value in figures(full).items()}
+        found |= {f"{name}_half_p50_ms": half.answered(50), f"{name}_half_p99_ms": half.answered(99)}
     return found
 
 
