@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 _PARTS = 4
 """A batch is made of so many parts at least, so that requests of many inputs fill it well."""
-_SHORTEST = 8
-"""Tokens of the shortest texts that are computed together; each bucket is twice as long as the one before."""
+_BUCKET = 8
+"""Tokens. Texts whose lengths round up to the same number of them are computed together; on a GPU, where another call costs more than
+tokens do, each bucket is twice as long as the one before."""
 _CARD = "README.md"
 _STREAMS = 4
 """On a processor threads that each compute a batch of their own wait for nobody, where those that share one wait for the slowest at every
@@ -77,9 +78,10 @@ class Encoder:
             self._image_tower = torch.compile(self._image_tower, dynamic=True)
             self._text_tower = torch.compile(self._text_tower, dynamic=True)
         self._model = ThreadPoolExecutor(streams, thread_name_prefix="model")
+        self._batch_size = max(1, compute.max_batch_size // streams)
         batched = partial(
             ray.serve.batch,
-            max_batch_size=compute.max_batch_size,
+            max_batch_size=self._batch_size,
             batch_wait_timeout_s=compute.batch_wait_timeout_s,
             max_concurrent_batches=streams,
         )
@@ -99,7 +101,7 @@ class Encoder:
     async def _encoded(self, prepared: Prepared | Unreadable) -> Encoded | Unreadable:
         if isinstance(prepared, Unreadable):
             return prepared
-        size = max(1, self._compute.max_batch_size // _PARTS)
+        size = max(1, self._batch_size // _PARTS)
         images = [self._images(prepared.images[i : i + size]) for i in range(0, len(prepared.images), size)]
         texts = [
             self._texts((prepared.input_ids[i : i + size], prepared.lengths[i : i + size])) for i in range(0, len(prepared.lengths), size)
@@ -129,7 +131,7 @@ class Encoder:
         length = int(prepared.lengths.max())
         images, ids = torch.from_numpy(prepared.images).to(device), torch.from_numpy(prepared.input_ids[:, :length]).to(device).long()
         with torch.inference_mode(), self._autocast():
-            scores = model.match_all(images, ids, at_a_time=self._compute.max_batch_size)
+            scores = model.match_all(images, ids, at_a_time=self._batch_size)
         return Matched(scores.float().cpu().numpy())
 
     async def _image_batch(self, parts: list[UInt8[np.ndarray, "n h w 3"]]) -> list[Float32[np.ndarray, "n d"]]:
@@ -150,7 +152,8 @@ class Encoder:
 
         input_ids, lengths = np.concatenate([ids for ids, _ in parts]), np.concatenate([n for _, n in parts])
         vectors = np.empty((len(lengths), self._facts.embed_dim), dtype=np.float32)
-        for length, rows in buckets(lengths, input_ids.shape[1]) if self._trims else [(input_ids.shape[1], np.arange(len(lengths)))]:
+        longest, on_gpu = input_ids.shape[1], self._bundle.device.type != "cpu"
+        for length, rows in buckets(lengths, longest, doubling=on_gpu) if self._trims else [(longest, np.arange(len(lengths)))]:
             ids = torch.from_numpy(input_ids[rows, :length]).to(self._bundle.device).long()
             vectors[rows] = self._computed(self._text_tower, ids)
         return _split(vectors, [len(n) for _, n in parts])
@@ -168,13 +171,10 @@ class Encoder:
         return torch.autocast(self._bundle.device.type, dtype=torch.bfloat16, enabled=self._compute.precision is Precision.BF16)
 
 
-def buckets(lengths: Int32[np.ndarray, " n"], longest: int) -> Iterator[tuple[int, Int32[np.ndarray, " m"]]]:
-    """Rows of texts by the length they are computed at: 8, 16, 32 … tokens, up to `longest`."""
-    edges, length = [], _SHORTEST
-    while length < longest:
-        edges.append(length)
-        length *= 2
-    edges.append(longest)
+def buckets(lengths: Int32[np.ndarray, " n"], longest: int, *, doubling: bool) -> Iterator[tuple[int, Int32[np.ndarray, " m"]]]:
+    """Rows of texts by the length they are computed at: 8, 16, 24 … tokens, or 8, 16, 32 …, up to `longest`."""
+    edges = [_BUCKET << i for i in range(longest.bit_length())] if doubling else list(range(_BUCKET, longest, _BUCKET))
+    edges = [*(edge for edge in edges if edge < longest), longest]
     places = np.searchsorted(edges, lengths)
     for place in np.unique(places):
         yield edges[place], np.flatnonzero(places == place)
