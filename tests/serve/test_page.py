@@ -93,6 +93,7 @@ def test_words_find_pictures_and_pictures_find_pictures(page: Page) -> None:
 def test_a_dropped_picture_is_searched_with_words_and_a_filter(page: Page) -> None:
     page.goto("/#search")
     make = "bytes => { const all = new DataTransfer(); all.items.add(new File([Uint8Array.from(bytes)], 'a.jpg')); return all }"
+    expect(page.locator("#view-search")).to_be_visible()
     page.dispatch_event("#h-search", "drop", {"dataTransfer": page.evaluate_handle(make, list(picture(1)))})
     expect(page.locator("#search-picture")).to_be_visible()
     expect(page.locator("#weight")).to_be_visible()
@@ -157,9 +158,11 @@ def test_the_map_is_walked_with_keys_and_mouse(page: Page) -> None:
         page.keyboard.press(key)
         moved = moved or page.locator("#map-picture").get_attribute("src") != first
     assert moved
-    page.keyboard.press("+")
+    page.get_by_role("button", name="Zoom in").click()
     until(page, "document.querySelector('#map-picture').naturalWidth > 0")
     shot(page, "map-wide")
+    canvas.focus()
+    page.keyboard.press("+")
     page.keyboard.press("Enter")
     expect(page.locator("#gallery .score").first).to_have_text("1.000")
 
