@@ -27,6 +27,7 @@ from serve.store import ModelStore
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
     from mm_core.bundle import Bundle
 
@@ -73,6 +74,8 @@ class Encoder:
         self._compute, self._bundle = compute, bundle
         self._facts = facts_of(source, bundle)
         self._trims = not bundle.towers.sees_padding
+        if compute.precision is Precision.BF16:
+            cast_products(bundle.model)
         self._image_tower, self._text_tower = bundle.towers.image_vectors, bundle.towers.text_vectors
         if compute.compile:
             self._image_tower = torch.compile(self._image_tower, dynamic=True)
@@ -169,6 +172,15 @@ class Encoder:
         import torch
 
         return torch.autocast(self._bundle.device.type, dtype=torch.bfloat16, enabled=self._compute.precision is Precision.BF16)
+
+
+def cast_products(model: Module) -> None:
+    """Make the weights of matrix products bfloat16 once: autocast, which then finds nothing to do, would at every call."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            module.to(torch.bfloat16)
 
 
 def buckets(lengths: Int32[np.ndarray, " n"], longest: int, *, doubling: bool) -> Iterator[tuple[int, Int32[np.ndarray, " m"]]]:
