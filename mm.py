@@ -39,11 +39,11 @@ app = typer.Typer(
     help="Multimodal pretraining on Ray: shards in; a trained, tracked, registered and served model out.",
 )
 _INTERRUPTED = 130
-_CLIENTS = ("AsyncClient", "Client")
+_CLIENTS = ("AsyncClient", "Client", "RefusedError")
 
 
 def __getattr__(name: str) -> Any:
-    """`mm.Client` and `mm.AsyncClient`, imported when somebody asks: commands need neither."""
+    """`mm.Client`, `mm.AsyncClient` and `mm.RefusedError`, imported when somebody asks: commands need none of them."""
     if name in _CLIENTS:
         import serve.client
 

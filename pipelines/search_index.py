@@ -74,8 +74,8 @@ def make_searchable(
     """
     embedded = read_embeddings_summary(folder)
     if embedded is None or not embedded.complete:
-        what = "are not finished" if embedded else "are none"
-        raise DataError(f"vectors in {folder} {what}: run mm embed MODEL SHARDS --out {folder}" + (" again" if embedded else ""))
+        what = f"the vectors in {folder} are not finished" if embedded else f"there are no vectors in {folder}"
+        raise DataError(f"{what}: run mm embed MODEL SHARDS --out {folder}" + (" again" if embedded else ""))
     on_rows(embedded.rows)
     work = folder / f".search-{os.getpid()}"
     shutil.rmtree(work, ignore_errors=True)

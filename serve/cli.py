@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mm_core.address import absolute
 from mm_core.config import resolve, validate
 from mm_core.console import Console
 from mm_core.errors import ConfigError
@@ -62,7 +63,8 @@ def attach(app: typer.Typer, store: Callable[[], ModelStore], session: Callable[
         """
         from serve.address import check_address
 
-        check_address(host, port)
+        if write_config is None:
+            check_address(host, port)
         compute = {"replicas": replicas, "gpus_per_replica": gpus, "precision": precision, "compile": compile_model}
         found = {
             "host": host,
@@ -78,14 +80,14 @@ def attach(app: typer.Typer, store: Callable[[], ModelStore], session: Callable[
             raise ConfigError(
                 f"{host} is reachable from elsewhere and there are no API keys: give --keys FILE; `mm serve-key NAME` draws one"
             )
-        from serve.run import look_at, start
+        from serve.run import look_at, plan_of, start
 
         console = Console()
-        plan = look_at(wanted, config, store())
         if write_config is not None:
-            write_config.write_text(serve_yaml(plan, _environment()), encoding="utf-8")
+            _write(write_config, serve_yaml(plan_of(wanted, config, store()), _environment()))
             console.say(f"{write_config} is for `serve deploy {write_config}` and for a RayService")
             return
+        plan = look_at(wanted, config, store())
         with session():
             server = start(plan)
             _introduce(console, server.url, server.models, config)
@@ -152,19 +154,18 @@ def from_yaml(args: Mapping[str, Any], store: ModelStore) -> ray.serve.Applicati
     """The application that `serve_yaml` described, on the cluster it is to run on."""
     from serve.config import ServeConfig
     from serve.fleet import Wanted
-    from serve.run import Plan, application, facts_before
+    from serve.run import application, plan_of
 
-    config = validate(ServeConfig, args["config"])
-    wanted = tuple(Wanted(**one) for one in args["models"])
-    tasks, searched = facts_before(wanted, config, store)
-    return application(Plan(wanted, config, store, tasks, searched))
+    wanted = [Wanted(**one) for one in args["models"]]
+    return application(plan_of(wanted, validate(ServeConfig, args["config"]), store))
 
 
 def _named(text: str) -> tuple[str, str]:
+    """Name and reference; of a folder one that means the same wherever it is read."""
     name, equals, reference = text.partition("=")
-    if equals and "/" not in name and ":" not in name:
-        return name, reference
-    return (text.removeprefix(_MODELS) if text.startswith(_MODELS) else Path(text.rstrip("/")).name), text
+    if not equals or "/" in name or ":" in name:
+        name, reference = (text.removeprefix(_MODELS) if text.startswith(_MODELS) else Path(text.rstrip("/")).name), text
+    return name, absolute(reference) if Path(reference).is_dir() else reference
 
 
 def _owner(reference: str, names: Sequence[str]) -> str:
@@ -199,6 +200,13 @@ def _label_set(text: str) -> tuple[str, LabelSet]:
     if not labels:
         raise ConfigError(f"--label-set {name}: {path} is empty; it holds a label on each line")
     return name, LabelSet(labels=labels)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--write-config: cannot write {path}: {error.strerror}") from None
 
 
 def _config(found: Mapping[str, Any], settings: Sequence[str]) -> ServeConfig:

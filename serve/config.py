@@ -31,9 +31,14 @@ class Compute(Config):
     replicas: int = Field(default=1, ge=1, description="Copies of the model.")
     gpus_per_replica: float = Field(default=0, ge=0)
     threads_per_replica: int = Field(default=0, ge=0, description="Torch threads of a copy; 0 shares the machine's cores out.")
+    streams: int = Field(
+        default=0,
+        ge=0,
+        description="Batches that a copy computes at a time, each by a share of its threads; 0: on a GPU one, else up to four.",
+    )
     precision: Precision = Precision.FP32
     compile: bool = Field(default=False, description="torch.compile: slower to come up, faster after; needs a C++ compiler on a CPU.")
-    max_batch_size: int = Field(default=32, ge=1, description="Inputs that the model takes at once.")
+    max_batch_size: int = Field(default=32, ge=1, description="Inputs that a copy computes at once, in all its streams.")
     batch_wait_timeout_s: float = Field(default=0.005, ge=0, description="How long a batch waits to be filled.")
     max_preparers: int = Field(default=4, ge=1, description="Processes that decode and tokenise; as many as are needed, at least one.")
 

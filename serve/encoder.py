@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +32,13 @@ if TYPE_CHECKING:
 
 _PARTS = 4
 """A batch is made of so many parts at least, so that requests of many inputs fill it well."""
-_SHORTEST = 8
-"""Tokens of the shortest texts that are computed together; each bucket is twice as long as the one before."""
+_BUCKET = 8
+"""Tokens. Texts whose lengths round up to the same number of them are computed together; on a GPU, where another call costs more than
+tokens do, each bucket is twice as long as the one before."""
 _CARD = "README.md"
+_STREAMS = 4
+"""On a processor threads that each compute a batch of their own wait for nobody, where those that share one wait for the slowest at every
+layer: as soon as the machine does something else beside, that is most of the time."""
 
 Texts = tuple[Int32[np.ndarray, "n l"], Int32[np.ndarray, " n"]]
 """Token ids, and how many of each text's are no padding."""
@@ -55,12 +60,15 @@ class Encoder:
         Raises:
             BundleError: it cannot be loaded, or is damaged.
         """
+        source = store.fetch(reference)  # before the imports, which take seconds: what is damaged is told at once
+
         import torch
 
         from mm_core.bundle import load_bundle
 
-        torch.set_num_threads(compute.threads_per_replica or max(1, (os.cpu_count() or 1) // compute.replicas))
-        source = store.fetch(reference)
+        threads = compute.threads_per_replica or max(1, (os.cpu_count() or 1) // compute.replicas)
+        streams = compute.streams or (1 if compute.gpus_per_replica else min(threads, _STREAMS))
+        torch.set_num_threads(max(1, threads // streams))
         bundle = load_bundle(source, device="cuda" if compute.gpus_per_replica else "cpu")
         self._compute, self._bundle = compute, bundle
         self._facts = facts_of(source, bundle)
@@ -69,10 +77,16 @@ class Encoder:
         if compute.compile:
             self._image_tower = torch.compile(self._image_tower, dynamic=True)
             self._text_tower = torch.compile(self._text_tower, dynamic=True)
-        self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
-        for batch in (self._images, self._texts):
-            batch.set_max_batch_size(compute.max_batch_size)
-            batch.set_batch_wait_timeout_s(compute.batch_wait_timeout_s)
+        self._model = ThreadPoolExecutor(streams, thread_name_prefix="model")
+        self._batch_size = max(1, compute.max_batch_size // streams)
+        batched = partial(
+            ray.serve.batch,
+            max_batch_size=self._batch_size,
+            batch_wait_timeout_s=compute.batch_wait_timeout_s,
+            max_concurrent_batches=streams,
+        )
+        self._images = batched(self._image_batch, batch_size_fn=_image_count)
+        self._texts = batched(self._text_batch, batch_size_fn=_text_count)
 
     async def preparation(self) -> Preparation:
         return Preparation(self._bundle.image_size, self._bundle.tokenise)
@@ -80,11 +94,14 @@ class Encoder:
     async def facts(self) -> Facts:
         return self._facts
 
-    async def encode(self, prepared: Prepared | Unreadable) -> Encoded | Unreadable:
-        """Features of a request's inputs, in order."""
+    async def encode(self, requests: list[Prepared | Unreadable]) -> list[Encoded | Unreadable]:
+        """Of each request, features of its inputs, in order."""
+        return await asyncio.gather(*map(self._encoded, requests))
+
+    async def _encoded(self, prepared: Prepared | Unreadable) -> Encoded | Unreadable:
         if isinstance(prepared, Unreadable):
             return prepared
-        size = max(1, self._compute.max_batch_size // _PARTS)
+        size = max(1, self._batch_size // _PARTS)
         images = [self._images(prepared.images[i : i + size]) for i in range(0, len(prepared.images), size)]
         texts = [
             self._texts((prepared.input_ids[i : i + size], prepared.lengths[i : i + size])) for i in range(0, len(prepared.lengths), size)
@@ -96,13 +113,15 @@ class Encoder:
         features = ordered / np.maximum(norms, np.finfo(np.float32).tiny)
         return Encoded(features, norms[:, 0], int(prepared.lengths.sum()))
 
-    async def match(self, prepared: Prepared | Unreadable) -> Matched | Unreadable:
-        """Every picture of a request with every text, of a model with a fusion. Not joined with other requests: pairs are many."""
+    async def match(self, requests: list[Prepared | Unreadable]) -> list[Matched | Unreadable]:
+        """Of each request, every picture with every text, of a model with a fusion. Not computed together: pairs are many."""
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(self._model, self._matched, prepared) for prepared in requests))
+
+    def _matched(self, prepared: Prepared | Unreadable) -> Matched | Unreadable:
         if isinstance(prepared, Unreadable):
             return prepared
-        return await asyncio.get_running_loop().run_in_executor(self._model, self._matched, prepared)
 
-    def _matched(self, prepared: Prepared) -> Matched:
         import torch
 
         from mm_core.models.fused import Fused
@@ -112,15 +131,13 @@ class Encoder:
         length = int(prepared.lengths.max())
         images, ids = torch.from_numpy(prepared.images).to(device), torch.from_numpy(prepared.input_ids[:, :length]).to(device).long()
         with torch.inference_mode(), self._autocast():
-            scores = model.match_all(images, ids, at_a_time=self._compute.max_batch_size)
+            scores = model.match_all(images, ids, at_a_time=self._batch_size)
         return Matched(scores.float().cpu().numpy())
 
-    @ray.serve.batch(batch_size_fn=_image_count)  # type: ignore[untyped-decorator]
-    async def _images(self, parts: list[UInt8[np.ndarray, "n h w 3"]]) -> list[Float32[np.ndarray, "n d"]]:
+    async def _image_batch(self, parts: list[UInt8[np.ndarray, "n h w 3"]]) -> list[Float32[np.ndarray, "n d"]]:
         return await asyncio.get_running_loop().run_in_executor(self._model, self._image_vectors, parts)
 
-    @ray.serve.batch(batch_size_fn=_text_count)  # type: ignore[untyped-decorator]
-    async def _texts(self, parts: list[Texts]) -> list[Float32[np.ndarray, "n d"]]:
+    async def _text_batch(self, parts: list[Texts]) -> list[Float32[np.ndarray, "n d"]]:
         return await asyncio.get_running_loop().run_in_executor(self._model, self._text_vectors, parts)
 
     def _image_vectors(self, parts: list[UInt8[np.ndarray, "n h w 3"]]) -> list[Float32[np.ndarray, "n d"]]:
@@ -135,7 +152,8 @@ class Encoder:
 
         input_ids, lengths = np.concatenate([ids for ids, _ in parts]), np.concatenate([n for _, n in parts])
         vectors = np.empty((len(lengths), self._facts.embed_dim), dtype=np.float32)
-        for length, rows in buckets(lengths, input_ids.shape[1]) if self._trims else [(input_ids.shape[1], np.arange(len(lengths)))]:
+        longest, on_gpu = input_ids.shape[1], self._bundle.device.type != "cpu"
+        for length, rows in buckets(lengths, longest, doubling=on_gpu) if self._trims else [(longest, np.arange(len(lengths)))]:
             ids = torch.from_numpy(input_ids[rows, :length]).to(self._bundle.device).long()
             vectors[rows] = self._computed(self._text_tower, ids)
         return _split(vectors, [len(n) for _, n in parts])
@@ -153,13 +171,10 @@ class Encoder:
         return torch.autocast(self._bundle.device.type, dtype=torch.bfloat16, enabled=self._compute.precision is Precision.BF16)
 
 
-def buckets(lengths: Int32[np.ndarray, " n"], longest: int) -> Iterator[tuple[int, Int32[np.ndarray, " m"]]]:
-    """Rows of texts by the length they are computed at: 8, 16, 32 … tokens, up to `longest`."""
-    edges, length = [], _SHORTEST
-    while length < longest:
-        edges.append(length)
-        length *= 2
-    edges.append(longest)
+def buckets(lengths: Int32[np.ndarray, " n"], longest: int, *, doubling: bool) -> Iterator[tuple[int, Int32[np.ndarray, " m"]]]:
+    """Rows of texts by the length they are computed at: 8, 16, 24 … tokens, or 8, 16, 32 …, up to `longest`."""
+    edges = [_BUCKET << i for i in range(longest.bit_length())] if doubling else list(range(_BUCKET, longest, _BUCKET))
+    edges = [*(edge for edge in edges if edge < longest), longest]
     places = np.searchsorted(edges, lengths)
     for place in np.unique(places):
         yield edges[place], np.flatnonzero(places == place)

@@ -81,6 +81,15 @@ class Fleet:
     _leaving: dict[str, float] = field(default_factory=dict)
     """When applications that get no more requests are taken down."""
 
+    def resume(self, traffic: Traffic) -> None:
+        """Go on from what answers, as a keeper that was lost left it."""
+        for wanted, slot in ((one, traffic.slot(one.name)) for one in self.wanted):
+            for reference, share in zip(wanted.references, slot.shares if slot else (), strict=False):
+                self._up[share.version.reference], self._pinned[reference] = share.version, share.version.reference
+        if self.searched is not None and traffic.searched is not None:
+            self._up[traffic.searched.reference] = traffic.searched
+        self.traffic = traffic
+
     def step(self) -> None:
         """Look every reference up; bring up what is new, retire what nobody asks."""
         self.traffic = Traffic(slots=tuple(self._slot(wanted) for wanted in self.wanted), searched=self._searching())
@@ -134,14 +143,18 @@ class Fleet:
         """Take down what gets no requests, once those that it had are over: no request lives longer than its bound."""
         answering = {share.version.application for slot in self.traffic.slots for share in slot.shares}
         answering |= {self.traffic.searched.application} if self.traffic.searched else set()
-        for pinned, version in list(self._up.items()):
-            if version.application in answering:
-                self._leaving.pop(version.application, None)
-                continue
-            leaves = self._leaving.setdefault(version.application, self.clock() + self.config.bounds.request_timeout_s + 2)
+        for application in versions_there() - answering:
+            leaves = self._leaving.setdefault(application, self.clock() + self.config.bounds.request_timeout_s + 2)
             if self.clock() >= leaves:
-                del self._up[pinned], self._leaving[version.application]
-                ray.serve.delete(version.application)
+                ray.serve.delete(application)
+                del self._leaving[application]
+                self._up = {pinned: version for pinned, version in self._up.items() if version.application != application}
+        self._leaving = {application: leaves for application, leaves in self._leaving.items() if application not in answering}
+
+
+def versions_there() -> set[str]:
+    """Applications of versions, by whomever they were brought up."""
+    return {name for name in ray.serve.status().applications if name.startswith(f"{APPLICATION}-")}
 
 
 def bring_up(pinned: str, config: ServeConfig, store: ModelStore) -> Version:
@@ -184,7 +197,7 @@ def build_version(pinned: str, config: ServeConfig, store: ModelStore) -> ray.se
         autoscaling_config={
             "min_replicas": 1,
             "max_replicas": compute.max_preparers,
-            "target_ongoing_requests": 4,
+            "target_ongoing_requests": 1,
             "upscale_delay_s": 2,
             "downscale_delay_s": 60,
         },

@@ -59,8 +59,11 @@ class Preparer:
         self._preparation: Preparation = await encoder.preparation.remote()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="prepare")
 
-    async def prepare(self, inputs: Sequence[str | Picture]) -> Prepared | Unreadable:
-        """Texts cut or padded to the model's context, pictures at its size."""
+    async def prepare(self, requests: Sequence[Sequence[str | Picture]]) -> list[Prepared | Unreadable]:
+        """Of each request, texts cut or padded to the model's context, pictures at its size."""
+        return await asyncio.gather(*map(self._prepared, requests))
+
+    async def _prepared(self, inputs: Sequence[str | Picture]) -> Prepared | Unreadable:
         loop = asyncio.get_running_loop()
         text_rows = [i for i, value in enumerate(inputs) if isinstance(value, str)]
         image_rows = [i for i, value in enumerate(inputs) if not isinstance(value, str)]
@@ -83,7 +86,8 @@ class Preparer:
             BundleError: the model's answer is none.
         """
         facts: Facts = await self._encoder.facts.remote()
-        judge(await self._encoder.encode.remote(await self.prepare(canned_inputs())), facts)
+        (answer,) = await self._encoder.encode.remote(await self.prepare([canned_inputs()]))
+        judge(answer, facts)
         return facts
 
     def _decoded(self, picture: Picture) -> UInt8[np.ndarray, "size size 3"] | str:

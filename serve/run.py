@@ -18,9 +18,9 @@ from mm_core.bundle import look_into
 from mm_core.errors import ServiceError
 from mm_core.search.embeddings import read_search_summary
 from serve.address import check_address
+from serve.application import build
 from serve.config import ServeConfig
 from serve.fleet import APPLICATION, Searched, Wanted
-from serve.gateway import build
 from serve.store import ModelStore
 
 _PROXY_MARGIN_S = 10
@@ -66,30 +66,29 @@ class Server:
 
 
 def look_at(wanted: Sequence[Wanted], config: ServeConfig, store: ModelStore) -> Plan:
-    """What stands in the way of serving these models, found before Ray is needed.
+    """What stands in the way of serving these models here, found before Ray is needed.
+
+    Raises:
+        ServiceError: the address cannot be used.
+        BundleError, DataError: as `plan_of`.
+    """
+    check_address(config.host, config.port)
+    return plan_of(wanted, config, store)
+
+
+def plan_of(wanted: Sequence[Wanted], config: ServeConfig, store: ModelStore) -> Plan:
+    """To serve these models, here or elsewhere: the gateway's routes follow from the models' tasks and the search index.
 
     Raises:
         BundleError: a model is not there, or damaged.
         DataError: the search index is not there.
-        ServiceError: the address cannot be used.
-    """
-    check_address(config.host, config.port)
-    tasks, searched = facts_before(wanted, config, store)
-    return Plan(tuple(wanted), config, store, tasks, searched)
-
-
-def facts_before(wanted: Sequence[Wanted], config: ServeConfig, store: ModelStore) -> tuple[tuple[str, ...], Searched | None]:
-    """The models' tasks, and the model of the search index: what the gateway's routes follow from.
-
-    Raises:
-        BundleError, DataError: as `look_at`.
     """
     tasks = [look_into(store.fetch(store.pin(reference))) for one in wanted for reference in one.references]
     searched = None
     if config.search is not None:
         summary = read_search_summary(config.search)
         searched = Searched(summary.model, summary.model_digest)
-    return tuple(dict.fromkeys(tasks)), searched
+    return Plan(tuple(wanted), config, store, tuple(dict.fromkeys(tasks)), searched)
 
 
 def application(plan: Plan) -> ray.serve.Application:

@@ -11,10 +11,10 @@ from ray.serve.handle import DeploymentHandle
 
 from serve.facts import Version
 from serve.form import FILE, STRING, form_too
+from serve.hits import Hits, Refused, Vector
 from serve.inputs import Picture
 from serve.problems import RESPONSES, InputError, UnavailableError
 from serve.schema import Found, SearchRequest, SearchResponse
-from serve.searcher import Hits, Refused, Vector
 
 if TYPE_CHECKING:
     from serve.app import Desk

@@ -8,12 +8,10 @@ import io
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32
 from PIL import Image
 
 from mm_core.data.image import decode_whole
@@ -22,28 +20,11 @@ from mm_core.data.problems import SampleProblem
 from mm_core.data.reader import IndexReader
 from mm_core.errors import ConfigError
 from mm_core.search.filters import Condition
-from mm_core.search.index import Hit, SearchIndex
+from mm_core.search.index import SearchIndex
+from serve.hits import Hits, Refused, Vector
 
 _THREADS = 4
 _KEPT_PICTURES = 512
-
-Vector = Float32[np.ndarray, " d"]
-
-
-@dataclass(frozen=True)
-class Hits:
-    """One page."""
-
-    rows: list[Hit]
-    more: bool
-    """Whether there is another page."""
-
-
-@dataclass(frozen=True)
-class Refused:
-    """What was asked for is not there, or makes no sense."""
-
-    reason: str
 
 
 class Searcher:

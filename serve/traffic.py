@@ -42,6 +42,10 @@ class Traffic(Config):
         return exact or next((slot for slot in self.slots if _base(slot.name) == name), None)
 
 
+NOBODY = Traffic()
+"""As long as nothing is known."""
+
+
 def pick(slot: Slot, session: str) -> Version:
     """The version for a session: always the same one while the shares stay, since vectors of two versions cannot be compared."""
     draw = int.from_bytes(hashlib.blake2b(session.encode(), digest_size=8).digest(), "big") / 2**64 * 100

@@ -5,25 +5,31 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import ray.serve
 from ray.serve.handle import DeploymentHandle
 
 from mm_core.config import nearest
+from serve.config import ServeConfig
 from serve.encoded import Encoded, Matched
 from serve.facts import Version
 from serve.inputs import Picture
+from serve.joined import Joined
 from serve.measured import Measured
 from serve.prepare import Unreadable
 from serve.problems import InputError, OverloadedError, UnavailableError, is_lost
-from serve.traffic import Slot, Traffic, pick
+from serve.traffic import NOBODY, Slot, Traffic, pick
 
 _PAUSE_S = 0.05
 """Before a request that a lost copy took is given to another."""
 
+_GROUPS = 2
+"""Of joined requests under way for each copy of a model, one computed while one is prepared; and as many more."""
+
 Part = Literal["encode", "match"]
 """What is wanted: a method of the encoder."""
+PARTS: tuple[Part, ...] = get_args(Part)
 Ask = Callable[[str, Part, Sequence[str | Picture]], Awaitable[Encoded | Matched | Unreadable]]
 """Of an application: what its model makes of inputs."""
 
@@ -34,7 +40,7 @@ class Upstream:
     def __init__(self, max_waiting_inputs: int, measured: Measured, ask: Ask) -> None:
         self._max_waiting, self.measured, self._ask = max_waiting_inputs, measured, ask
         self._waiting = 0
-        self.traffic = Traffic()
+        self.traffic = NOBODY
 
     def follow(self, traffic: Traffic) -> None:
         """From now on."""
@@ -110,29 +116,44 @@ class Upstream:
             self.measured.waiting.set(self._waiting)
 
 
+_Way = dict[Part, Joined[Encoded | Matched | Unreadable]]
+"""To one version."""
+
+
 class Handles:
     """The way to the deployments of versions, by application."""
 
-    def __init__(self) -> None:
-        self._found: dict[str, tuple[DeploymentHandle, DeploymentHandle]] = {}
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._found: dict[str, _Way] = {}
 
     async def ask(self, application: str, part: Part, inputs: Sequence[str | Picture]) -> Encoded | Matched | Unreadable:
-        """What is prepared goes from the preparer to the encoder without coming here."""
-        preparer, encoder = self._found.get(application) or await self._look_up(application)
-        answer: Encoded | Matched | Unreadable = await getattr(encoder, part).remote(preparer.prepare.remote(inputs))
-        return answer
+        way = self._found.get(application) or await self._look_up(application)
+        return await way[part].ask(inputs)
 
     async def keep(self, applications: set[str]) -> None:
         """Know these and no others."""
-        self._found = {name: handles for name, handles in self._found.items() if name in applications}
+        self._found = {name: way for name, way in self._found.items() if name in applications}
         for name in applications - set(self._found):
             await self._look_up(name)
 
-    async def _look_up(self, application: str) -> tuple[DeploymentHandle, DeploymentHandle]:
+    async def _look_up(self, application: str) -> _Way:
         def both() -> tuple[DeploymentHandle, DeploymentHandle]:
             return ray.serve.get_deployment_handle("Preparer", application), ray.serve.get_deployment_handle("Encoder", application)
 
-        self._found[application] = await asyncio.get_running_loop().run_in_executor(None, both)
+        preparer, encoder = await asyncio.get_running_loop().run_in_executor(None, both)
+        compute, timeout_s = self._config.compute, self._config.bounds.request_timeout_s
+
+        def joined(part: Part) -> Joined[Encoded | Matched | Unreadable]:
+            """What is prepared goes from the preparer to the encoder without coming here."""
+
+            async def send(requests: list[Sequence[str | Picture]]) -> list[Encoded | Matched | Unreadable]:
+                answers: list[Encoded | Matched | Unreadable] = await getattr(encoder, part).remote(preparer.prepare.remote(requests))
+                return answers
+
+            return Joined(send, compute.max_batch_size, _GROUPS * compute.replicas + _GROUPS, timeout_s)
+
+        self._found[application] = {part: joined(part) for part in PARTS}
         return self._found[application]
 
 

@@ -15,23 +15,12 @@ from numpy.typing import NDArray
 from mm_core.errors import ConfigError, DataError
 from mm_core.search.embeddings import Searchable, SearchSummary, read_search_summary, search_folder
 from mm_core.search.filters import Condition, rows_that_meet
+from mm_core.search.hit import Hit
 from mm_core.search.nearest import Nearest
 
 Target = Literal["images", "texts"]
 HIDDEN = ("ordinal", "uid", "caption")
 """Columns of items.arrow that are no metadata."""
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One result."""
-
-    item: int
-    uid: str
-    score: float
-    caption: str | None
-    metadata: dict[str, Any]
-    has_picture: bool
 
 
 @dataclass

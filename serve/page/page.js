@@ -60,6 +60,7 @@ function route() {
 
 // ---- Pictures: chosen, dropped or pasted
 
+/** Dropped anywhere in the view: beside the field the browser would leave the page for the picture. */
 function pictureInput(name, changed) {
   const drop = $(`${name}-drop`), file = $(`${name}-file`), shown = $(`${name}-picture`);
   const take = (chosen) => {
@@ -75,13 +76,13 @@ function pictureInput(name, changed) {
     reader.readAsDataURL(chosen);
   };
   file.addEventListener("change", () => take(file.files[0]));
-  for (const kind of ["dragover", "dragleave", "drop"]) {
-    drop.addEventListener(kind, (event) => {
-      event.preventDefault();
-      drop.classList.toggle("over", kind === "dragover");
-      if (kind === "drop") take(event.dataTransfer.files[0]);
-    });
-  }
+  const here = (event) => !$(`view-${name}`).hidden && event.dataTransfer.types.includes("Files");
+  document.addEventListener("dragover", (event) => { if (here(event)) { event.preventDefault(); drop.classList.add("over"); } });
+  document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) drop.classList.remove("over"); });
+  document.addEventListener("drop", (event) => {
+    drop.classList.remove("over");
+    if (here(event)) { event.preventDefault(); take(event.dataTransfer.files[0]); }
+  });
   document.addEventListener("paste", (event) => {
     if (!$(`view-${name}`).hidden && event.clipboardData.files.length) take(event.clipboardData.files[0]);
   });
@@ -249,6 +250,9 @@ function zoom(factor, x = map.x, y = map.y) {
   drawMap();
 }
 
+/** Towards the chosen picture. */
+const zoomIn = () => zoom(1.4, ...(map.chosen >= 0 ? [map.points.x[map.chosen], map.points.y[map.chosen]] : []));
+
 function onMapKey(event) {
   if (!map.points || !map.points.item.length) return;
   const ahead = {
@@ -258,7 +262,7 @@ function onMapKey(event) {
   if (ahead) {
     const [x, y] = map.chosen >= 0 ? place(map.chosen) : [$("canvas").clientWidth / 2, $("canvas").clientHeight / 2];
     choose(map.chosen >= 0 ? nearest(x, y, (dx, dy, i) => i !== map.chosen && ahead(dx, dy)) : nearest(x, y));
-  } else if (event.key === "+" || event.key === "=") zoom(1.4, ...(map.chosen >= 0 ? [map.points.x[map.chosen], map.points.y[map.chosen]] : []));
+  } else if (event.key === "+" || event.key === "=") zoomIn();
   else if (event.key === "-") zoom(1 / 1.4);
   else if (event.key === "Enter" && map.chosen >= 0) $("map-like").click();
   else return;
@@ -289,6 +293,8 @@ function setUpMap() {
     event.preventDefault();
     zoom(event.deltaY < 0 ? 1.2 : 1 / 1.2, map.x + (event.offsetX / canvas.clientWidth - 0.5) / map.zoom, map.y + (event.offsetY / canvas.clientHeight - 0.5) / map.zoom);
   }, { passive: false });
+  $("zoom-in").addEventListener("click", zoomIn);
+  $("zoom-out").addEventListener("click", () => zoom(1 / 1.4));
   $("map-like").addEventListener("click", () => { location.hash = `#search/${map.points.item[map.chosen]}`; });
   addEventListener("resize", () => { if (!$("view-map").hidden) drawMap(); });
 }

@@ -127,7 +127,7 @@ def test_shards_are_indexed_on_the_way_and_only_once(bundle: Path, corpus: Path,
 
 
 def test_nothing_to_search_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"are none.*mm embed"):
+    with pytest.raises(DataError, match=r"there are no vectors.*mm embed"):
         make_searchable(tmp_path, SearchOptions())
     with pytest.raises(DataError, match=r"no search index.*mm search-index"):
         read_search_summary(tmp_path)

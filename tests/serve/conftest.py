@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -99,3 +101,37 @@ def server(serve_config: ServeConfig, registry: RegistryModels) -> Iterator[Serv
 def client(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60) as session:
         yield session
+
+
+PATIENCE_S = 300
+"""A version comes up in seconds; on a machine that does much else, in minutes."""
+
+
+@pytest.fixture
+def point(registry: RegistryModels, client: httpx.Client) -> Iterator[Callable[[str, int], None]]:
+    """Point an alias at a version; at the end both point at version 1 again, which answers."""
+
+    def to(alias: str, version: int) -> None:
+        open_client(registry.tracking).set_registered_model_alias("tiny", alias, str(version))
+
+    yield to
+    to("champion", 1)
+    to("challenger", 1)
+    wait(client, lambda state: state["answers"] == {"models:/tiny/1": 100.0} and state["refused"] is None)
+
+
+def register(registry: RegistryModels, folder: Path) -> int:
+    return register_bundle(registry.tracking, name="tiny", bundle_folder=folder).version
+
+
+def wait(client: httpx.Client, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The model's state, once it is as wanted. All the while something answers."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        answer = client.get("/readyz")
+        assert answer.status_code == 200, answer.text
+        (state,) = answer.json()["models"]
+        if wanted(state):
+            return state
+        assert time.monotonic() < end, state
+        time.sleep(0.2)

@@ -58,7 +58,8 @@ def post(folder: Path, path: str, body: dict[str, Any]) -> httpx.Response:
         await preparer.__init__(SimpleNamespace(preparation=SimpleNamespace(remote=encoder.preparation)), 10_000)  # type: ignore[misc]
 
         async def ask(_: str, part: Part, inputs: Sequence[str | Picture]) -> Any:
-            return await getattr(encoder, part)(await preparer.prepare(inputs))
+            (answer,) = await getattr(encoder, part)(await preparer.prepare([inputs]))
+            return answer
 
         version = Version(application="a", reference="flava", facts=await encoder.facts())
         config = ServeConfig(bounds=Bound(max_inputs=8))
