@@ -32,8 +32,9 @@ from pipelines.index import build_index
 from pipelines.recipes import recipe
 from pipelines.tracking import TrackingConfig
 from pipelines.train.audit import read_audit
+from pipelines.train.begin import claim
 from pipelines.train.config import TrainRun
-from pipelines.train.driver import TrainRequest, TrainResult, _claim, train
+from pipelines.train.driver import TrainRequest, TrainResult, train
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, newest_run
 
@@ -285,11 +286,11 @@ def test_a_finished_run_is_not_continued(undisturbed: tuple[TrainResult, Path], 
 
 def test_a_run_that_is_not_there_yet_is_started(index: Index, tmp_path: Path) -> None:
     run = tiny_run(tmp_path, 1)
-    sources = (Source(index=index.url),)
-    folder, record = _claim(TrainRequest(run, sources, name="new", or_resume=True), run, RunData.open(sources))
+    data = RunData.open((Source(index=index.url),))
+    folder, record = claim(run, data, "new", resume=False, or_resume=True)
     assert (folder.name, record) == ("new", None)
     with pytest.raises(ConfigError, match="--or-resume needs --name"):
-        _claim(TrainRequest(run, sources, or_resume=True), run, RunData.open(sources))
+        claim(run, data, None, resume=False, or_resume=True)
 
 
 def test_a_run_that_cannot_be_read_is_passed_over(
