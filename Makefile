@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format chaos long lock clean
+.PHONY: help setup demo test check audit format chaos long lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -26,11 +26,15 @@ demo: $(READY)  ## the main job, end to end, on this machine; DATA="path/*.tar" 
 test: $(READY)  ## the test suite
 	@$(BIN)/python -m pytest
 
-check: $(READY)  ## format, lint, types, import contracts
+check: $(READY)  ## format, lint, types, import contracts, cluster descriptions
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python -m cluster.validate
+
+audit: $(READY)  ## published flaws of the pinned packages, and the versions that must not be gone below
+	@$(BIN)/python -m cluster.audit
 
 format: $(READY)  ## rewrite files as `make check` wants them
 	@$(BIN)/ruff format .

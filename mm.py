@@ -158,7 +158,7 @@ def _run_demo(console: Console, shards: str | None, folder: Path, keep: bool) ->
 
 def _demo_data(console: Console, shards: str | None, folder: Path) -> tuple[str, tuple[str, ...], str, str | None]:
     """Index, ledgers to train on, what retrieval is measured on, and the zero-shot folder where there is one."""
-    from mm_core.data.ledger import split
+    from mm_core.data.split import split
     from mm_core.data.synth.corpus import SynthConfig, write_corpus
     from pipelines.index import build_index
 

@@ -57,14 +57,15 @@ def make_spec(index: Index, size: int) -> ReadSpec:
     return ReadSpec((Source(index=index.url),), Plan(len(kept), 0, CHUNK, 1, kept.fingerprint), size, AugmentConfig(), tokenizer)
 
 
-def ours(spec: ReadSpec, images: int) -> float:
+def ours(spec: ReadSpec, images: int, config: StreamConfig | None = None) -> float:
     """Samples after each rank's warm-up, over the time from the first end of one to the last sample."""
+    config = config or StreamConfig()
 
     def worker(settings: dict[str, ReadSpec]) -> tuple[int, float, float]:
         context = ray.train.get_context()
         share = Share(context.get_world_rank(), RANKS, BATCH // CHUNK)
         seen, started = 0, 0.0
-        for batch in stream(settings["spec"], share, first_step=0, last_step=images // BATCH, config=StreamConfig(), cpus=1):
+        for batch in stream(settings["spec"], share, first_step=0, last_step=images // BATCH, config=config, cpus=1):
             if batch.step < images // BATCH // WARM_UP:
                 started = time.time()
                 continue

@@ -1,14 +1,20 @@
-"""`mm doctor`, `mm submit`, `mm jobs`. Ray, torch and MLflow are imported inside the commands, so that `mm --help` is quick."""
+"""`mm doctor`, `mm submit`, `mm jobs`, `mm tls`. Ray, torch and MLflow are imported inside the commands, so that `mm --help` is quick."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mm_core.console import Console
+
+if TYPE_CHECKING:
+    from cluster.submit import Place
 
 Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
 Address = Annotated[
@@ -18,24 +24,34 @@ Address = Annotated[
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, from `mm jobs list`.")]
 
 jobs = typer.Typer(no_args_is_help=True, help="See, follow and stop what was submitted to a Ray cluster.")
+tls = typer.Typer(no_args_is_help=True, help="Certificates for TLS between the nodes of a Ray cluster.")
 
 
 def attach(app: typer.Typer) -> None:
     """Add this package's commands to the program."""
     app.command("submit")(submit)
     app.add_typer(jobs, name="jobs")
+    app.add_typer(tls, name="tls")
     app.command("doctor")(doctor)
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    address: Annotated[str | None, typer.Option(metavar="URL", help="Check the cluster of this head too.")] = None,
+    failures: Annotated[bool, typer.Option("--failures", help="Show nothing but what would not work.")] = False,
+    as_json: Json = False,
+) -> None:
     """Check this machine, and the services that are configured; exit code 1 if something would not work.
 
-    Example: mm doctor; RAY_ADDRESS=10.0.0.5:6379 mm doctor --json
+    Example: mm doctor; mm doctor --address http://10.0.0.5:8265 --json
     """
     from cluster.doctor import State, checks
 
     console = Console(as_json)
-    found = checks()
+    found = checks(address)
+    if failures:
+        found = [check for check in found if check.state is State.FAIL]
+        if not found:
+            return
     console.table(("check", "", "found", "what to do"), [(check.name, check.state, check.evidence, check.remedy) for check in found])
     counts = {state: sum(check.state is state for check in found) for state in State}
     console.say(", ".join(f"{count} {state}" for state, count in counts.items()))
@@ -53,27 +69,50 @@ def submit(
     ] = None,
     python: Annotated[str, typer.Option(metavar="PROGRAM", help="The cluster's Python, where the code is sent along.")] = "python",
     wait_s: Annotated[float, typer.Option(min=0, help="Seconds to wait for the id of the tracking run.")] = 120.0,
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Shown by `mm jobs list`; again for several.")] = None,
+    driver_cpus: Annotated[float, typer.Option(min=0, help="CPUs that the command itself books.")] = 0,
+    driver_memory: Annotated[float, typer.Option(metavar="GB", min=0, help="Memory that it books.")] = 0,
+    image: Annotated[str | None, typer.Option(metavar="URI", help="Run in a container of this image, which has mm.")] = None,
+    install: Annotated[bool, typer.Option("--install", help="Install mm's dependencies there first, in the versions here.")] = False,
+    skip_checks: Annotated[bool, typer.Option("--skip-checks", help="Submit whatever the checks of the cluster say.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run an mm command on a Ray cluster; it goes on when this terminal is closed.
+    """Run an mm command on a Ray cluster; it goes on when this terminal is closed. The same `train` command again continues its run.
 
-    Example: mm submit --env AWS_PROFILE -- train clip-tiny --data index
+    Example: mm submit --env AWS_PROFILE -- train clip-tiny --data index --name first
     """
-    from cluster.head import connect, is_this_machine
-    from cluster.submit import Elsewhere, Here, passed_variables, wait_for_run
+    from cluster import target
+    from cluster.head import connect
+    from cluster.run_names import named, run_of
+    from cluster.submit import Elsewhere, Request, passed_variables, read_labels, wait_for_run
     from cluster.submit import submit as start
 
     console = Console(as_json)
-    variables = passed_variables(env or ())
+    variables, labels = passed_variables(env or ()), read_labels(label or ())
     head = connect(address)
-    remote = not is_this_machine(head.address) if send_code is None else send_code
-    if remote:
+    if not skip_checks:
+        found = target.checks(head)
+        target.refuse(found, head.address)
+        for check in found:
+            console.note(f"{check.name}: {check.evidence}" + (f"; {check.remedy}" if check.remedy else ""))
+    place = _place(head.address, send_code, python, image, checked=not skip_checks)
+    if isinstance(place, Elsewhere):
         console.note("the code is sent along; data, storage and tracking.uri must be URLs or absolute paths that the cluster sees")
-    job_id = start(head, command, Elsewhere(python) if remote else Here(Path.cwd()), variables=variables)
+    if variables:
+        console.note(
+            f"{', '.join(variables)}: Ray keeps the values with the job, and logs them on nodes started without RAY_LOGGER_LEVEL=warning"
+        )
+    arguments = named(command, datetime.now())
+    request = Request(place, variables, labels, driver_cpus, driver_memory, install)
+    started = start(head, arguments, request)
+    job_id, run = started.job_id, run_of(arguments)
     there = f" --address {head.address}" if address else ""
-    console.say(f"job {job_id} at {head.address}")
+    console.say(f"job {job_id} at {head.address}" + ("" if started.new else f" has run {run} since earlier; nothing was started"))
     console.say(f"follow: mm jobs logs -f {job_id}{there}")
     console.say(f"stop:   mm jobs stop {job_id}{there}")
+    if run is not None:
+        again = [*sys.argv[1 : sys.argv.index("--")], "--", *arguments] if "--" in sys.argv else ["submit", "--", *arguments]
+        console.say(f"resume: mm {shlex.join(again)}")
     job = wait_for_run(head, job_id, wait_s=wait_s)
     if job.failed:
         console.note(f"the job {job.status.lower()}; its last lines:\n{job.log_tail}")
@@ -83,8 +122,19 @@ def submit(
         console.say(f"the job has ended well and named no tracking run; its last lines:\n{job.log_tail}")
     else:
         console.say(f"the job is {job.status.lower()} and has named no tracking run in {wait_s:g} s; follow it as above")
-    console.result({"job_id": job_id, "run_id": job.run_id, "status": job.status})
+    console.result({"job_id": job_id, "run_id": job.run_id, "status": job.status, "name": run, "new": started.new})
     raise typer.Exit(1 if job.failed else 0)
+
+
+def _place(address: str, send_code: bool | None, python: str, image: str | None, *, checked: bool) -> Place:
+    """Where the command runs, by what was asked for; without a word, here on a head of this machine, and with its code elsewhere."""
+    from cluster.head import is_this_machine
+    from cluster.submit import Elsewhere, Here, InImage
+
+    if image is not None:
+        return InImage(image, python, checked)
+    elsewhere = not is_this_machine(address) if send_code is None else send_code
+    return Elsewhere(python, checked) if elsewhere else Here(Path.cwd())
 
 
 @jobs.command("list")
@@ -95,11 +145,13 @@ def jobs_list(address: Address = None, as_json: Json = False) -> None:
     """
     from cluster.head import connect
     from cluster.jobs import list_jobs
+    from cluster.run_names import LABEL
 
     console = Console(as_json)
     found = list_jobs(connect(address))
     for job in found:  # lines, as a table would cut the ids on a narrow terminal
-        console.say(f"{job.job_id}  {job.status:<9}  {job.started or '-':<25}  {job.command}")
+        labels = "  ".join(f"{key}={value}" for key, value in job.labels.items() if key != LABEL)
+        console.say(f"{job.job_id}  {job.status:<9}  {job.started or '-':<25}  {job.command}{'  ' if labels else ''}{labels}")
     if not found:
         console.note("no jobs yet; start one with mm submit")
     console.result({"jobs": [asdict(job) for job in found]})
@@ -143,3 +195,35 @@ def jobs_stop(job: JobId, address: Address = None, as_json: Json = False) -> Non
     stopped = stop(head, job)
     console.say(f"job {job} is being stopped" if stopped else f"job {job} had ended: {job_status(head, job).lower()}")
     console.result({"job_id": job, "stopped": stopped})
+
+
+@tls.command("authority")
+def tls_authority(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Gets ca.crt and ca.key.")]) -> None:
+    """Make the authority that signs a cluster's certificates. Once a cluster.
+
+    Example: mm tls authority ca
+    """
+    from cluster.certificates import make_authority
+
+    make_authority(folder)
+    Console().say(f"{folder} signs nodes: mm tls node --authority {folder} --out FOLDER. Whoever has its ca.key can join")
+
+
+@tls.command("node")
+def tls_node(
+    authority: Annotated[Path, typer.Option(metavar="FOLDER", help="Where ca.crt and ca.key are.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Gets tls.crt, tls.key and ca.crt.")],
+    name: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Another DNS name or address of this node; again for several.")
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, help="For how long the certificate holds.")] = 365,
+) -> None:
+    """Make this machine's certificate, and print the variables by which `ray start` and whoever joins use it.
+
+    Example: mm tls node --authority ca --out tls
+    """
+    from cluster.certificates import make_node
+
+    files = make_node(authority, out, name or (), days=days)
+    for variable, value in files.environment.items():
+        typer.echo(f"export {variable}={value}")

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from mm_core.errors import ConfigError, ServiceError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 PROBE_TIMEOUT_S = 5.0
+_MOST_NODES = 10_000
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _TALKATIVE = (
     "ray._private.authentication.authentication_token_setup",
@@ -47,6 +48,26 @@ class Head:
         """
         with _one_line(self.address):
             yield
+
+    def ray_version(self) -> str:
+        """
+        Raises:
+            ServiceError: as `asked`.
+        """
+        with self.asked():
+            found: str = self.client._do_request("GET", "/api/version").json()["ray_version"]
+        return found
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Of Ray's state service: `state` and `resources_total` of each node.
+
+        Raises:
+            ServiceError: as `asked`.
+        """
+        with self.asked():
+            answer = self.client._do_request("GET", f"/api/v0/nodes?limit={_MOST_NODES}&detail=1&timeout=10").json()
+        found: list[dict[str, Any]] = answer["data"]["result"]["result"]
+        return found
 
 
 def choose_address(given: str | None, environment: Mapping[str, str] | None = None) -> str:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from cluster.head import Head
 from mm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
+
+LIVE = ("PENDING", "RUNNING")
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,8 @@ class Job:
     started: str
     ended: str
     command: str
+    labels: dict[str, str]
+    """As they were given to `mm submit`; `mm.run` is the training run's name."""
 
 
 def list_jobs(head: Head) -> list[Job]:
@@ -26,7 +34,12 @@ def list_jobs(head: Head) -> list[Job]:
     with head.asked():
         found = [job for job in head.client.list_jobs() if job.submission_id]
     found.sort(key=lambda job: job.start_time or 0, reverse=True)
-    return [Job(job.submission_id, job.status.value, _time(job.start_time), _time(job.end_time), _command(job.entrypoint)) for job in found]
+    return [_job(details) for details in found]
+
+
+def _job(details: JobDetails) -> Job:
+    times = (_time(details.start_time), _time(details.end_time))
+    return Job(details.submission_id, details.status.value, *times, _command(details.entrypoint), dict(details.metadata or {}))
 
 
 def read_log(head: Head, job_id: str) -> str:

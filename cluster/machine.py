@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def python() -> Check:
 
 def packages() -> list[Check]:
     """The packages that matter most, one by one, then all others that mm needs."""
-    ranges = _ranges()
+    ranges = required()
     found = [_package(name, ranges.get(name, "")) for name in _SHOWN]
     problems = [_package(name, wanted) for name, wanted in ranges.items() if name not in _SHOWN]
     bad = [check for check in problems if check.state != "ok"]
@@ -104,14 +105,15 @@ def gpus() -> Check:
     return ok("GPUs", "none: training runs on the CPU")
 
 
-def _ranges() -> dict[str, str]:
-    """Package → version range of the installed mm-pretrain; empty when it runs from code that was sent along."""
+def required() -> dict[str, str]:
+    """Package → version range that mm needs: of pyproject.toml beside the code, else of the installed mm-pretrain."""
     from packaging.requirements import Requirement
 
-    try:
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    if project.is_file():
+        lines = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+    else:
         lines = requires("mm-pretrain") or []
-    except PackageNotFoundError:
-        return {}
     parsed = [Requirement(line) for line in lines]
     return {each.name: str(each.specifier) for each in parsed if each.marker is None or each.marker.evaluate({"extra": ""})}
 

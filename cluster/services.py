@@ -75,6 +75,9 @@ def tracking() -> Check:
     if uri.startswith("sqlite:///"):
         return _sqlite(name, Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute())
     parts = urlsplit(uri)
+    if parts.password is not None:
+        remedy = "take it out, and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSFILE for PostgreSQL"
+        return fail(name, f"MM_SET__TRACKING__URI carries a password for {parts.hostname}, which runs would keep", remedy)
     scheme, shown = parts.scheme.partition("+")[0], f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}"
     if scheme in ("http", "https"):
         reason = _no_answer(f"{uri.rstrip('/')}/health")

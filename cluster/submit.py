@@ -14,19 +14,24 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from cluster.head import Head
+from cluster.jobs import LIVE, list_jobs
+from cluster.machine import required
+from cluster.run_names import LABEL, run_of, submission_id
 from mm_core import revision as revisions
-from mm_core.errors import ConfigError
+from mm_core.errors import ConfigError, ServiceError
 
 RUN_LINE = re.compile(r"mlflow run ([0-9a-f]{32})")
 """What `mm train` prints once its tracking run exists."""
 _FAILED = ("FAILED", "STOPPED")
 _POLL_S = 0.5
+_TRIES = 5
 _TAIL_LINES = 15
 _PACKAGES = ("mm_core", "pipelines", "serve", "cluster")
 
@@ -58,9 +63,20 @@ class Elsewhere:
     """The job's place is a folder of the cluster that holds the code sent along. `python` is a program there."""
 
     python: str = "python"
+    checked: bool = True
+    """Whether `mm doctor` must find nothing there that fails."""
 
 
-Place = Here | Elsewhere
+@dataclass(frozen=True)
+class InImage:
+    """The job's place is a container of an image that has mm (cluster/images); nothing is sent, as Ray takes no more beside an image."""
+
+    uri: str
+    python: str = "python"
+    checked: bool = True
+
+
+Place = Here | Elsewhere | InImage
 
 
 def entrypoint(arguments: Sequence[str], place: Place) -> str:
@@ -68,8 +84,25 @@ def entrypoint(arguments: Sequence[str], place: Place) -> str:
     match place:
         case Here(folder):
             return f"cd {shlex.quote(str(folder))} && exec {shlex.join([sys.executable, '-m', 'mm', *arguments])}"
-        case Elsewhere(python):
-            return f"exec {shlex.join([python, '-m', 'mm', *arguments])}"
+        case Elsewhere(python, checked) | InImage(_, python, checked):
+            look = f"{shlex.join([python, '-m', 'mm', 'doctor', '--failures'])} && " if checked else ""
+            return f"{look}exec {shlex.join([python, '-m', 'mm', *arguments])}"
+
+
+def read_labels(texts: Sequence[str]) -> dict[str, str]:
+    """
+    Raises:
+        ConfigError: one is not of the form KEY=VALUE, or is mm's own.
+    """
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--label {text} is not of the form KEY=VALUE")
+        if key == LABEL:
+            raise ConfigError(f"--label {LABEL} is mm's own: name the run with --name")
+        found[key] = value
+    return found
 
 
 def passed_variables(names: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -87,8 +120,30 @@ def passed_variables(names: Sequence[str], environment: Mapping[str, str] | None
     return {name: env[name] for name in names}
 
 
-def submit(head: Head, arguments: Sequence[str], place: Place, *, variables: Mapping[str, str]) -> str:
-    """Start a job; its id.
+@dataclass(frozen=True)
+class Request:
+    """What is submitted beside the command."""
+
+    place: Place
+    variables: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Shown by `mm jobs list`."""
+    driver_cpus: float = 0
+    driver_memory_gb: float = 0
+    """Of the command itself; its workers book their own."""
+    install: bool = False
+    """Install there what mm needs, in the versions that are here."""
+
+
+@dataclass(frozen=True)
+class Started:
+    job_id: str
+    new: bool
+    """False: this run had a job that has not ended, and no other was started."""
+
+
+def submit(head: Head, arguments: Sequence[str], request: Request) -> Started:
+    """Start a job, unless one of the same run has not ended yet.
 
     Raises:
         ConfigError: no arguments.
@@ -96,9 +151,33 @@ def submit(head: Head, arguments: Sequence[str], place: Place, *, variables: Map
     """
     if not arguments:
         raise ConfigError("nothing to submit: put the command behind two dashes, for example mm submit -- train clip-tiny --data INDEX")
-    with _runtime_env(place, variables) as runtime_env, head.asked():
-        job_id: str = head.client.submit_job(entrypoint=entrypoint(arguments, place), runtime_env=runtime_env)
-    return job_id
+    if (run := run_of(arguments)) is None:
+        return Started(_start(head, arguments, request, dict(request.labels)), new=True)
+    for _ in range(_TRIES):
+        earlier = [job for job in list_jobs(head) if job.labels.get(LABEL) == run]
+        if (live := next((job for job in earlier if job.status in LIVE), None)) is not None:
+            return Started(live.job_id, new=False)
+        try:
+            own_id = submission_id(run, len(earlier))
+            return Started(_start(head, arguments, request, dict(request.labels) | {LABEL: run}, own_id), new=True)
+        except ServiceError as error:
+            if "already exists" not in str(error):
+                raise
+            time.sleep(_POLL_S)  # somebody else submitted it at the same moment: theirs is seen now
+    raise ServiceError(f"another job at {head.address} has the name {own_id!r}: give the run another --name")
+
+
+def _start(head: Head, arguments: Sequence[str], request: Request, labels: dict[str, str], job_id: str | None = None) -> str:
+    with _runtime_env(request) as runtime_env, head.asked():
+        started: str = head.client.submit_job(
+            entrypoint=entrypoint(arguments, request.place),
+            runtime_env=runtime_env,
+            metadata=labels,
+            submission_id=job_id,
+            entrypoint_num_cpus=request.driver_cpus or None,
+            entrypoint_memory=round(request.driver_memory_gb * 1e9) or None,
+        )
+    return started
 
 
 def wait_for_run(head: Head, job_id: str, *, wait_s: float) -> Submitted:
@@ -125,23 +204,34 @@ def _tail(text: str, message: str | None) -> str:
 
 
 @contextmanager
-def _runtime_env(place: Place, variables: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    env: dict[str, Any] = {"env_vars": dict(variables)} if variables else {}
-    match place:
+def _runtime_env(request: Request) -> Iterator[dict[str, Any]]:
+    env: dict[str, Any] = {"env_vars": dict(request.variables)} if request.variables else {}
+    env |= {"pip": {"packages": pinned(), "pip_check": False}} if request.install else {}
+    match request.place:
         case Here():
             yield env
+        case InImage(uri) if request.install:
+            raise ConfigError(f"--image {uri} brings its packages: leave out --install, or build an image with others (cluster/images)")
+        case InImage(uri):
+            yield env | {"image_uri": uri}
         case Elsewhere():
             with TemporaryDirectory() as staged:
                 _stage(Path(staged))
                 revision = {revisions.VARIABLE: revisions.code_revision()}
-                yield env | {"env_vars": dict(variables) | revision, "working_dir": staged}
+                yield env | {"env_vars": dict(request.variables) | revision, "working_dir": staged}
+
+
+def pinned() -> list[str]:
+    """What mm needs, in the versions that are installed here; without Ray, which must be the cluster's."""
+    return [f"{name}=={version(name)}" for name in required() if name != "ray"]
 
 
 def _stage(folder: Path) -> None:
     """Copy mm's own code: a checkout's root also holds data, runs and environments, which no cluster wants."""
     for package in _PACKAGES:
-        shutil.copytree(_source() / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    shutil.copy2(_source() / "mm.py", folder)
+        shutil.copytree(_source() / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "secrets"))
+    for name in ("mm.py", "pyproject.toml"):
+        shutil.copy2(_source() / name, folder)
 
 
 def _source() -> Path:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
 
 
 def absolute(address: str) -> str:
@@ -12,3 +15,8 @@ def absolute(address: str) -> str:
 
 def is_local(address: str) -> bool:
     return "://" not in address or address.startswith("file://")
+
+
+def without_password(text: str) -> str:
+    """`text` with the password of every URL in it replaced by stars."""
+    return _PASSWORD.sub(r"\1***@", text)

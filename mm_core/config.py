@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mm_core.address import without_password
 from mm_core.errors import ConfigError
 
 ENV_PREFIX = "MM_"
@@ -74,7 +75,7 @@ def validate(model: type[C], values: Mapping[str, Any], context: Mapping[str, An
         return model.model_validate(values, context=dict(context or {}))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or model.__name__}: {e['msg']}, got {e['input']!r}" for e in error.errors())
-        raise ConfigError(f"invalid configuration: {problems}") from None
+        raise ConfigError(f"invalid configuration: {without_password(problems)}") from None
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -91,8 +91,9 @@ class Console:
         """A line of the command's result."""
         self._out.print(text, markup=False)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
-        table = Table(*columns, title=title, title_justify="left", header_style="bold")
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None, *, lines: bool = False) -> None:
+        """`lines`: between rows, for such as take several."""
+        table = Table(*columns, title=title, title_justify="left", header_style="bold", show_lines=lines)
         for row in rows:
             table.add_row(*(_cell(value) for value in row))
         self._out.print(table)

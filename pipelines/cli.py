@@ -17,7 +17,7 @@ import typer
 from mm_core.console import Console
 from mm_core.errors import ConfigError
 from pipelines.curate.cli import attach as attach_curation
-from pipelines.options import Json, Ledgers, Settings, model_store, tracking_config
+from pipelines.options import Json, Ledgers, Settings, model_store, opened_among, tracking_config
 from pipelines.search_cli import attach as attach_search
 
 if TYPE_CHECKING:
@@ -113,25 +113,27 @@ def index(
 
 @data.command("split")
 def split(
-    index: Annotated[str, typer.Argument(help="An index.")],
+    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
     heldout: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share that is held out.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     names: Annotated[str, typer.Option(help="Of the two ledgers; the second has what is held out.")] = "train,heldout",
+    ledger: Ledgers = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Put them in the place of ledgers of these names by other rules.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Divide an index into two ledgers, by default `train` and `heldout`.
+    """Divide an index, or what ledgers keep of it, into two ledgers, by default `train` and `heldout`.
 
     Example: mm data split index --heldout 0.1, then mm train clip-tiny --data index --ledger train;
     two folds: mm data split index --heldout 0.5 --names a,b
     """
-    from mm_core.data.index import Index
-    from mm_core.data.ledger import split as divide
+    from mm_core.data.split import split as divide
 
     console = Console(as_json)
     one, comma, other = names.partition(",")
     if not comma:
         raise ConfigError(f"--names {names!r} are not two names, for example --names a,b")
-    ours, theirs = divide(Index.open(index), heldout=heldout, seed=seed, names=(one, other))
+    opened, among = opened_among(index, ledger)
+    ours, theirs = divide(opened, heldout=heldout, seed=seed, names=(one, other), among=among, replace_ledgers=replace)
     console.say(f"ledger {one} keeps {ours.kept:,} samples, ledger {other} {theirs.kept:,}")
     console.result({one: ours.kept, other: theirs.kept})
 
@@ -149,6 +151,10 @@ def train(
     settings: Settings = None,
     name: Annotated[str | None, typer.Option(help="Name of the run; by default recipe and time.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run from its last checkpoint.")] = False,
+    or_resume: Annotated[
+        bool,
+        typer.Option("--or-resume", help="Continue the run called --name if there is one, else start it: for jobs that are started again."),
+    ] = False,
     audit: Annotated[str | None, typer.Option(help="Write which sample was consumed when, as Parquet, to this folder.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every sample read with its digest; the same as data.verify.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run and what its reads cost, and stop.")] = False,
@@ -195,7 +201,7 @@ def train(
     from pipelines.train.driver import TrainRequest
     from pipelines.train.driver import train as run_training
 
-    result = run_training(TrainRequest(run, sources, name=name, resume=resume, audit=audit), console)
+    result = run_training(TrainRequest(run, sources, name=name, resume=resume, or_resume=or_resume, audit=audit), console)
     rows = {key: value for key, value in asdict(result).items() if key not in ("run_id", "name")}
     console.table(("", result.name), list(rows.items()))
     console.say(f"follow: {describe_run(run.tracking.resolved(), result.run_id)}")

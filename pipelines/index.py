@@ -34,6 +34,7 @@ from mm_core.data.problems import Reason
 from mm_core.data.scan import SAMPLE_SCHEMA, Batch, scan_shard, shard_name
 from mm_core.errors import ConfigError, DataError
 from mm_core.store import make_folder, open_file, open_store, reaching
+from pipelines import exported
 from pipelines.session import ray_session
 from pipelines.shards import expand_shards
 from pipelines.tasks import run_tasks
@@ -258,10 +259,14 @@ def _write_part(part: _Part) -> dict[str, Any]:
             if _version(url) != version:
                 raise DataError(f"shard {url} was written while it was read: wait until it is whole, and give the command again")
             digests.append(digest.hexdigest())
+            exported.add(exported.INDEX_SAMPLES, samples)
+            exported.add(exported.INDEX_BYTES, version[0])
             shards.append(
                 {"shard": shard, "url": url, "bytes": version[0], "version": version[1], "rows": rows, "samples": samples}
                 | {"file": f"part-{token}.parquet"}
             )
+    for reason, count in bad.items():
+        exported.add(exported.INDEX_BAD, count, reason=reason)
     bounds = _write_uids(f"{part.out}/{_PARTS}/{token}.uids", np.concatenate(uids))
     result = {"task": part.task, "token": token, "bad": dict(bad), "shards": shards, "digests": digests, "uid_bounds": bounds, "cut": cut}
     with open_file(part.note, "wt") as note:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_core.address import without_password
 from mm_core.cache import cache_folder
 from mm_core.errors import ServiceError
 from pipelines.tracking import (
@@ -30,7 +31,6 @@ from pipelines.tracking import (
     outage,
     quieten_mlflow,
     sqlite_file,
-    without_password,
 )
 
 if TYPE_CHECKING:

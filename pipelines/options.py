@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from mm_core.data.among import Among
+    from mm_core.data.index import Index
     from pipelines.registry import RegistryModels
     from pipelines.tracking import TrackingConfig
 
@@ -30,6 +32,21 @@ def parse_bytes(text: str) -> int:
     if not size:
         raise typer.BadParameter(f"{text!r} is no size: give a number of bytes, like 256MB or 1GB")
     return size
+
+
+def opened_among(index: str, ledgers: Sequence[str] | None) -> tuple[Index, Among]:
+    """What the argument `INDEX` or `INDEX#LEDGER,…` and the option --ledger stand for.
+
+    Raises:
+        DataError: there is no such index or ledger.
+    """
+    from mm_core.data.among import Among
+    from mm_core.data.index import Index
+    from mm_core.data.ledger import Source
+
+    source = Source.parse(index, ledgers or ())
+    opened = Index.open(source.index)
+    return opened, Among.of(opened, source.ledgers)
 
 
 def tracking_config(settings: Sequence[str] | None) -> TrackingConfig:

@@ -1,4 +1,4 @@
-"""The Ray a command runs on: the cluster it was started in or pointed at, else an embedded one on this machine.
+"""The Ray a command runs on: the cluster it was started in or pointed at, else an embedded one that nobody else's machine reaches.
 
 Ray is imported when a session is made, so that programs which only name one start quickly.
 """
@@ -63,18 +63,33 @@ def connect(*, cpus: int | None = None) -> None:
         if address:
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
         else:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                runtime_env=runtime_env,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    runtime_env=runtime_env,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
     except (ConnectionError, RuntimeError) as error:
         where = f"at RAY_ADDRESS={address}" if address else "on this machine"
         raise ServiceError(f"Ray {where} does not start or answer ({error}); `mm doctor` says what to fix") from None
     _quieten()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Ray's processes listen where the node's address is, and on all interfaces unless that is loopback. It takes no such address
+    from `ray.init` (2.60), only from this constant, which it sets on systems where it does not make clusters."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _quieten() -> None:

@@ -32,6 +32,7 @@ from mm_core.data.columns import rows_of
 from mm_core.data.plan import rank_chunks
 from mm_core.data.reader import PlanReader, ReadSpec
 from mm_core.errors import StreamOrderError
+from pipelines import exported
 from pipelines.causes import own_error
 
 logger = logging.getLogger(__name__)
@@ -193,11 +194,20 @@ def _read_block(spec_ref: ray.ObjectRef, fingerprint: str, share: Share, block: 
     """A read function. The spec travels as a reference: it is fetched once per process, not once per task."""
 
     def read() -> Iterator[pa.Table]:
-        reader = _reader(_Fetch(spec_ref, fingerprint))
+        reader, began = _reader(_Fetch(spec_ref, fingerprint)), time.monotonic()
         chunk = reader.spec.plan.chunk
-        yield reader.read(np.concatenate([share.positions(step, chunk) for step in range(block.first, block.last)]))
+        rows = reader.read(np.concatenate([share.positions(step, chunk) for step in range(block.first, block.last)]))
+        _count(rows, time.monotonic() - began)
+        yield rows
 
     return read
+
+
+def _count(rows: pa.Table, seconds: float) -> None:
+    exported.observe(exported.BLOCK_SECONDS, seconds)
+    exported.add(exported.BLOCK_SAMPLES, rows.num_rows)
+    for reason, samples in Counter(rows["replaced"].drop_null().to_pylist()).items():
+        exported.add(exported.BLOCK_REPLACED, samples, reason=reason)
 
 
 class _Fetch:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
+from mm_core.address import without_password
 from mm_core.config import Config, flatten
 from mm_core.errors import ServiceError
 
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 PROBE_TIMEOUT_S = 5.0
 _SQLITE = "sqlite:///"
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
-_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
 _QUIET = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # Standard output belongs to the command, `--json` above all.
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -65,6 +65,11 @@ class TrackingConfig(Config):
         scheme = uri.split(":", 1)[0].split("+", 1)[0]
         if scheme not in _SCHEMES:
             raise ValueError("not a tracking store; use sqlite:///FILE.db, or http://HOST:PORT of an MLflow server")
+        if without_password(uri) != uri:
+            raise ValueError(
+                "it carries a password, which run folders, checkpoints and MLflow would keep: export MLFLOW_TRACKING_USERNAME and"
+                " MLFLOW_TRACKING_PASSWORD for a server, or PGPASSFILE for PostgreSQL"
+            )
         if scheme == "sqlite" and (not uri.startswith(_SQLITE) or uri[len(_SQLITE) :].lstrip("/") in ("", ":memory:")):
             raise ValueError("not a sqlite file; use sqlite:///mlflow.db (relative) or sqlite:////data/mlflow.db")
         return uri
@@ -109,11 +114,6 @@ def resolve_uri(uri: str, base: Path | None = None) -> str:
 def sqlite_file(uri: str) -> Path | None:
     """The database file behind a sqlite URI, None for any other store."""
     return Path(uri[len(_SQLITE) :].partition("?")[0]) if uri.startswith(_SQLITE) else None
-
-
-def without_password(text: str) -> str:
-    """`text` with the password of every URL in it replaced by stars."""
-    return _PASSWORD.sub(r"\1***@", text)
 
 
 def outage(uri: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> str | None:

@@ -27,7 +27,8 @@ class Gateway:
 
     def __init__(self, config: ServeConfig, tasks: Sequence[str], keeper: DeploymentHandle, searcher: DeploymentHandle | None) -> None:
         self._handles, self._keeper = Handles(config), keeper
-        self._upstream = Upstream(config.bounds.max_waiting_inputs, Measured(), self._handles.ask)
+        measured = Measured(ray.serve.get_replica_context().replica_id.unique_id)
+        self._upstream = Upstream(config.bounds.max_waiting_inputs, measured, self._handles.ask)
         self._service = create_app(config, tasks, self._upstream, searcher=searcher, lifespan=self._following)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

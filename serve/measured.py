@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from serve.encoded import Encoded
 from serve.inputs import Picture
@@ -21,7 +23,9 @@ _SCORES = tuple(round(edge / 20, 2) for edge in range(-4, 21))
 class Measured:
     """One process's numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, gateway: str = "") -> None:
+        """`gateway`: which process this is. Several answer behind one address, and their series must not be taken for one."""
+        self._gateway = gateway
         self._registry = CollectorRegistry()
         registry = self._registry
         self._requests = Counter("mm_requests", "Requests answered.", ("route", "status"), registry=registry)
@@ -75,4 +79,18 @@ class Measured:
 
     def page(self) -> bytes:
         """In Prometheus' text format."""
-        return generate_latest(self._registry)
+        labelled = CollectorRegistry()
+        labelled.register(_Labelled(self._registry, self._gateway))
+        return generate_latest(labelled)
+
+
+class _Labelled(Collector):
+    """The metrics of a registry, each with the label `gateway`."""
+
+    def __init__(self, registry: CollectorRegistry, gateway: str) -> None:
+        self._registry, self._label = registry, {"gateway": gateway}
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [sample._replace(labels=self._label | dict(sample.labels)) for sample in metric.samples]
+            yield metric

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr, model_validator
 
 from mm_core.config import nearest
+from mm_core.curation.captions import UNICODE
 from mm_core.curation.groups import Groups, groups_of
 from mm_core.curation.rows import Rows
 from mm_core.curation.rule import CountingRule, Judgement
@@ -23,6 +24,7 @@ from mm_core.errors import ConfigError, DataError
 
 _BALANCE = 7
 """Keeps the draws apart from those of a plan, of its readers and of a split."""
+_BELOW_2_64 = np.nextafter(2.0**64, 0)
 
 
 class ConceptRule(CountingRule):
@@ -31,6 +33,10 @@ class ConceptRule(CountingRule):
     modality = "text"
     columns = ("captions",)
     _counts: NDArray[np.int64] | None = PrivateAttr(default=None)
+
+    @property
+    def tables(self) -> str:
+        return UNICODE
 
     @property
     def passes(self) -> int:
@@ -71,6 +77,9 @@ class Balance(ConceptRule):
     unmatched: Literal["drop", "keep"] = Field(default="drop", description="Samples that have no entry.")
     seed: int = Field(default=0, ge=0, description="Of the draws, which depend on the sample and the entry beside it, and on nothing else.")
 
+    _accepts: NDArray[np.float64] = PrivateAttr(default_factory=lambda: np.zeros(0))
+    """By entry, the probability that it accepts a sample."""
+
     @model_validator(mode="after")
     def _has_entries(self) -> Balance:
         if not len(_terms(self.entries)):
@@ -86,17 +95,21 @@ class Balance(ConceptRule):
         found = rows.find(terms)
         return np.bincount(found.terms[chosen[found.owners]], minlength=len(terms))
 
+    def learn(self, counts: NDArray[np.int64]) -> Self:
+        learned = super().learn(counts)
+        learned._accepts = np.minimum(1.0, self.per_entry / np.maximum(1, counts))
+        return learned
+
     def judge(self, rows: Rows) -> Judgement:
         terms = _terms(self.entries)
         found = rows.find(terms)
-        accepts = np.minimum(1.0, self.per_entry / np.maximum(1, self.counts[found.terms]))
-        draws = mix(self.seed, _BALANCE, rows.checks[found.owners], terms.keys[found.terms])
-        limits = np.minimum(accepts * 2.0**64, np.nextafter(2.0**64, 0)).astype(np.uint64)
-        accepted = (accepts == 1) | (draws < limits)
-        keep = np.zeros(len(rows), dtype=bool)
-        keep[found.owners[accepted]] = True
-        kept = np.zeros(len(rows))
-        owners, first = np.unique(found.owners, return_index=True)
+        accepts = self._accepts.take(found.terms)
+        draws = mix(self.seed, _BALANCE, rows.checks.take(found.owners), terms.keys.take(found.terms))
+        accepted = (accepts == 1) | (draws < np.minimum(accepts * 2.0**64, _BELOW_2_64).astype(np.uint64))
+        keep, kept = np.zeros(len(rows), dtype=bool), np.zeros(len(rows))
+        keep[found.owners.compress(accepted)] = True
+        first = np.flatnonzero(np.diff(found.owners, prepend=-1))
+        owners = found.owners.take(first)
         if len(owners):
             kept[owners] = 1 - np.multiply.reduceat(1 - accepts, first)
         if self.unmatched == "keep":
@@ -181,7 +194,7 @@ class Reweight(ConceptRule):
     def _only_group(self, rows: Rows) -> Int[np.ndarray, " rows"]:
         """-1 of a sample in several."""
         members = self._groups.members(rows, self.category)
-        return np.where(members.sum(axis=1) == 1, members.argmax(axis=1), -1)
+        return np.where(members.sum(axis=0, dtype=np.int16) == 1, members.argmax(axis=0), -1)
 
 
 @lru_cache(maxsize=4)

@@ -22,6 +22,7 @@ _VALUE, _LOOK_UP = 20_000, 200
 """What a value of a band costs, and each look-up of one near it, in comparisons of two hashes, which take 2 ns."""
 _BLOCK_PAIRS, _BLOCK_VALUES = 1 << 15, 1 << 10
 _LEAST_LIMIT = 1 << 14
+_MOST_PART_BITS = 8
 _WIDE = 64
 """How many times the average a bucket holds before it is cut."""
 U64 = NDArray[np.uint64]
@@ -61,7 +62,7 @@ class Bands:
 
     def parts(self, hashes: int, *, of: int) -> int:
         """Into how many ranges of values a band is divided, so that each has about `of` hashes: a power of two."""
-        most = min(10, min(_widths(self.count)))
+        most = min(_MOST_PART_BITS, min(_widths(self.count)))
         return 1 << min(most, max(0, (hashes // of).bit_length()))
 
     def part_of(self, hashes: U64, band: int, parts: int) -> U64:

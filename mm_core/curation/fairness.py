@@ -77,9 +77,9 @@ class Fates:
 def count_groups(groups: Groups, rows: Rows, fates: Sequence[Fates]) -> Int64[np.ndarray, "cells columns"]:
     """By cell, the first of all rows, what the columns of `fates`, one after another, add up to. Counts of parts add up."""
     columns = np.concatenate([each.columns for each in fates], axis=1)
-    cells = np.concatenate([np.ones((len(rows), 1), dtype=bool), groups.cells(rows)], axis=1)
-    step = max(1, _CELL_ROWS // cells.shape[1])
-    parts = (cells[at : at + step].T.astype(np.float64) @ columns[at : at + step] for at in range(0, len(rows), step))
+    cells = np.concatenate([np.ones((1, len(rows)), dtype=bool), groups.cells(rows)])
+    step = max(1, _CELL_ROWS // len(cells))
+    parts = (cells[:, at : at + step].astype(np.float64) @ columns[at : at + step] for at in range(0, len(rows), step))
     return np.asarray(sum(part.astype(np.int64) for part in parts))  # sums below 2^53 are exact in float64
 
 

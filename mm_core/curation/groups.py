@@ -86,31 +86,31 @@ class Groups:
         self.given = given
         every = [(category, group, term) for category, groups in given.groups.items() for group, terms in groups.items() for term in terms]
         self._terms = Terms([term for _, _, term in every])
-        self._has: dict[str, Bool[np.ndarray, "terms groups"]] = {
-            category: np.zeros((len(self._terms), len(groups)), dtype=bool) for category, groups in given.groups.items()
+        self._has: dict[str, Bool[np.ndarray, "groups terms"]] = {
+            category: np.zeros((len(groups), len(self._terms)), dtype=bool) for category, groups in given.groups.items()
         }
         for (category, group, _), term in zip(every, self._terms.of_texts, strict=True):
-            self._has[category][term, list(given.groups[category]).index(group)] = True
+            self._has[category][list(given.groups[category]).index(group), term] = True
 
-    def members(self, rows: Rows, category: str) -> Bool[np.ndarray, "rows groups"]:
+    def members(self, rows: Rows, category: str) -> Bool[np.ndarray, "groups rows"]:
         """Who is in which group of a category, `none` the last."""
         found, has = rows.find(self._terms), self._has[category]
-        members = np.zeros((len(rows), has.shape[1] + 1), dtype=bool)
-        pair, group = np.nonzero(has[found.terms])
-        members[found.owners[pair], group] = True
-        members[:, -1] = ~members.any(axis=1)
+        members = np.zeros((len(has) + 1, len(rows)), dtype=bool)
+        for group, terms in enumerate(has):
+            members[group, found.owners.compress(terms.take(found.terms))] = True
+        members[-1] = ~members.any(axis=0)
         return members
 
-    def cells(self, rows: Rows) -> Bool[np.ndarray, "rows cells"]:
+    def cells(self, rows: Rows) -> Bool[np.ndarray, "cells rows"]:
         """Who is in which of `GroupTerms.cells`, one kind after the other."""
         of = {category: self.members(rows, category) for category in self.given.groups}
         columns = []
         for kind in self.given.cells:
             both = of[kind[0]]
             for category in kind[1:]:
-                both = (both[:, :, None] & of[category][:, None, :]).reshape(len(rows), -1)
+                both = (both[:, None] & of[category]).reshape(-1, len(rows))
             columns.append(both)
-        return np.concatenate(columns, axis=1)
+        return np.concatenate(columns)
 
 
 @lru_cache(maxsize=4)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from mm_core.config import Config
-from mm_core.curation.captions import Captions
+from mm_core.curation.captions import UNICODE, Captions
 from mm_core.curation.rows import Rows
 
 Values = Float[np.ndarray, " n"]
@@ -54,6 +54,12 @@ class Rule(Config):
     """`image` or `text`, where the rule makes sense only for indexes whose samples have it."""
     columns: ClassVar[tuple[str, ...]] = ()
     """Of the index, that it reads."""
+
+    @property
+    def tables(self) -> str:
+        """What it looks up that other software brings, with its version, which is part of a rule set's hash: with another one a sample may
+        be decided otherwise."""
+        return ""
 
     @property
     def reads(self) -> ScoreColumn | None:
@@ -129,6 +135,10 @@ class CaptionRule(Bounded):
 
     modality = "text"
     columns = ("captions",)
+
+    @property
+    def tables(self) -> str:
+        return UNICODE
 
     @abstractmethod
     def measure(self, captions: Captions) -> Float[np.ndarray, " captions"]: ...

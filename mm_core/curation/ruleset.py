@@ -173,8 +173,8 @@ class RuleSet:
 
     @property
     def hash(self) -> str:
-        """Of the rules, their parameters, order and versions, however the file spells them."""
-        rules = [[name, rule.model_dump(mode="json"), rule.version] for name, rule in self.rules.items()]
+        """Of the rules, their parameters, order and versions, however the file spells them, and of what they look up."""
+        rules = [[name, rule.model_dump(mode="json"), rule.version, rule.tables] for name, rule in self.rules.items()]
         return hashlib.blake2b(json.dumps(rules, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def check_modalities(self, has: tuple[str, ...], url: str) -> None:

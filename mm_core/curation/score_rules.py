@@ -13,13 +13,31 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from pydantic import Field, PrivateAttr, model_validator
 
+from mm_core.curation.picture import PictureScores
 from mm_core.curation.quantile import count, locate, value_at
 from mm_core.curation.rows import Rows
 from mm_core.curation.rule import CountingRule, SampleRule, ScoreColumn
+from mm_core.curation.similarity import Similarities
 from mm_core.errors import DataError
 
 IMAGE, HASH, SIMILARITY, EMBEDDINGS, HEAD = "image", "hash", "similarity", "embeddings", "head"
 """What `mm data score` measures, and the names its scores have unless they are given others."""
+_KINDS = dict.fromkeys(PictureScores._fields, IMAGE) | {"contrast": HASH} | dict.fromkeys(Similarities._fields, SIMILARITY)
+"""What measures which column; all others are a head's."""
+_NEEDS = {SIMILARITY: " --model MODEL", EMBEDDINGS: " --model MODEL", HEAD: " --weights FILE --sha256 DIGEST"}
+
+
+def made_by(scores: str, column: str) -> str:
+    """The arguments of `mm data score INDEX` that measure a column of the scores of some name."""
+    kind = scores if scores in (HASH, EMBEDDINGS) and column not in PictureScores._fields else _KINDS.get(column, HEAD)
+    if kind in (IMAGE, HASH):
+        return kind if scores == kind else f"{kind} (these have no other name: say `scores: {kind}`)"
+    return embedded_by(scores) if kind == EMBEDDINGS else kind + _NEEDS[kind] + ("" if scores == kind else f" --name {scores}")
+
+
+def embedded_by(scores: str) -> str:
+    """The arguments of `mm data score INDEX` that make embeddings of some name."""
+    return EMBEDDINGS + _NEEDS[EMBEDDINGS] + ("" if scores == EMBEDDINGS else f" --name {scores}")
 
 
 class ScoreRule(SampleRule, CountingRule):
@@ -38,11 +56,6 @@ class ScoreRule(SampleRule, CountingRule):
     @property
     @abstractmethod
     def reads(self) -> ScoreColumn: ...
-
-    @property
-    @abstractmethod
-    def measured_by(self) -> str:
-        """What makes its scores: the arguments of `mm data score INDEX`."""
 
     @model_validator(mode="after")
     def _one_kind_of_bound(self) -> ScoreRule:
@@ -84,10 +97,6 @@ class PictureRule(ScoreRule):
     def reads(self) -> ScoreColumn:
         return ScoreColumn(IMAGE, self.column)
 
-    @property
-    def measured_by(self) -> str:
-        return IMAGE
-
 
 class Sharpness(PictureRule):
     """How sharp the picture is: the variance of the Laplacian of its luma, the shorter side 256 pixels at most. Below 100 looks blurred."""
@@ -115,10 +124,6 @@ class Similarity(ScoreRule):
     def reads(self) -> ScoreColumn:
         return ScoreColumn(self.scores, "similarity" if self.of == "mean" else "similarity_lowest")
 
-    @property
-    def measured_by(self) -> str:
-        return f"{SIMILARITY} --model MODEL" + ("" if self.scores == SIMILARITY else f" --name {self.scores}")
-
 
 class Score(ScoreRule):
     """Any column of any scores, as those of a classifier head on embeddings: watermarks, aesthetics."""
@@ -130,9 +135,3 @@ class Score(ScoreRule):
     @property
     def reads(self) -> ScoreColumn:
         return ScoreColumn(self.scores, self.column)
-
-    @property
-    def measured_by(self) -> str:
-        if self.scores in (IMAGE, SIMILARITY, EMBEDDINGS):
-            return self.scores if self.scores == IMAGE else f"{self.scores} --model MODEL"
-        return f"{HEAD} --weights FILE --sha256 DIGEST --name {self.scores}"

@@ -8,7 +8,6 @@ sorted hashes of all, so that 500,000 terms are found at more than half the rate
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +19,9 @@ from mm_core.curation.captions import Captions, Tokens
 from mm_core.data.permutation import mix
 
 _TEXTS_AT_ONCE = 1 << 15
-_LAST = np.array([~np.uint64(0)])
-"""Behind all keys, so that no search ends outside them."""
+_NO_TERM = -2
+_LAST = ~np.uint64(0)
+"""The key of a place that has none: behind all others, so that no search goes past it."""
 
 
 class Found(NamedTuple):
@@ -42,14 +42,15 @@ class Terms:
         """By term, as first written."""
         self.keys: UInt64[np.ndarray, " terms"] = paths.whole[first]
         """A hash of each, which other terms beside it do not change."""
-        self._keys = _distinct(np.concatenate([whole, paths.parts, _LAST]))
-        self._term = np.full(len(self._keys), -1)
-        self._term[np.searchsorted(self._keys, self.keys)] = np.arange(len(first))
-        self._goes_on = np.zeros(len(self._keys), dtype=bool)
-        self._goes_on[np.searchsorted(self._keys, paths.parts)] = True
+        keys = _distinct(np.concatenate([whole, paths.parts]))
+        meanings = np.full(len(keys), _NO_TERM)
+        meanings[np.searchsorted(keys, self.keys)] = 2 * np.arange(len(first))
+        meanings[np.searchsorted(keys, paths.parts)] += 1
+        self._table = _Table(keys, meanings)
+        """Of every key the term that ends there, twice; 1 is added where others go on."""
         self.of_texts = np.full(len(texts), -1)
         """The term of every text given, or -1."""
-        self.of_texts[paths.numbers] = self._term[np.searchsorted(self._keys, paths.whole)]
+        self.of_texts[paths.numbers] = meanings[np.searchsorted(keys, paths.whole)] >> 1
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -58,34 +59,47 @@ class Terms:
         """Terms in each of `captions.rows`, in whichever of its captions."""
         tokens, steps = captions.tokens, 0
         at, path = np.arange(len(tokens.hashes)), mix(tokens.hashes)
-        owners, terms = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        width = len(self).bit_length()
+        pairs = [np.zeros(0, dtype=np.int64)]
         while len(at):
-            places, there = self._places(path)
-            at, path, places = at[there], path[there], places[there]
-            found = self._term[places]
-            owners.append(captions.owners[tokens.owners[at[found >= 0]]])
-            terms.append(found[found >= 0])
-            on = self._goes_on[places]
+            there, meaning = self._table.find(path)
+            at = at.take(there)
+            ends = np.flatnonzero(meaning >= 0)
+            pairs.append(captions.owners.take(tokens.owners.take(at.take(ends))) << width | meaning.take(ends) >> 1)
+            on = np.flatnonzero(meaning & 1)
             steps += 1
-            at, path = _next(at[on], path[on], tokens, steps)
-        pairs = _distinct(np.concatenate(owners) * len(self) + np.concatenate(terms))
-        return Found(pairs // max(1, len(self)), pairs % max(1, len(self)))
+            at, path = _next(at.take(on), path.take(there.take(on)), tokens, steps)
+        both = _distinct(np.concatenate(pairs))
+        return Found(both >> width, both & ((1 << width) - 1))
 
-    def _places(self, path: UInt64[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-        """Where the keys are, and whether they are there at all. Keys are spread evenly, so the upper bits say nearly where."""
-        shift, firsts, steps = self._radix
-        places = firsts[path >> shift]
-        for _ in range(steps):
-            places += self._keys[places] < path
-        return places, self._keys[places] == path
 
-    @cached_property
-    def _radix(self) -> tuple[np.uint64, Int[np.ndarray, " cells"], int]:
-        """Bits below the cell's number, the first key of every cell, and the most keys a cell has."""
-        bits = len(self._keys).bit_length() + 1
-        shift = np.uint64(64 - bits)
-        firsts = np.searchsorted(self._keys >> shift, np.arange((1 << bits) + 1, dtype=np.uint64)).astype(np.int32)
-        return shift, firsts[:-1], int(np.diff(firsts).max(initial=0))
+class _Table:
+    """Numbers by 64-bit keys that are spread evenly: each at the place that its upper bits say, or soon behind, in ascending order, so that
+    most keys are found, or found to be absent, at the first look. Key and number lie side by side: a look is one miss of the cache."""
+
+    def __init__(self, keys: UInt64[np.ndarray, " n"], numbers: Int[np.ndarray, " n"]) -> None:
+        bits = len(keys).bit_length() + 1
+        self._shift = np.uint64(64 - bits)
+        one_by_one = np.arange(len(keys))
+        places = np.maximum.accumulate((keys >> self._shift).astype(np.int64) - one_by_one) + one_by_one
+        self._rows = np.full((max(1 << bits, int(places.max(initial=0)) + 1) + 1, 2), _LAST)
+        self._rows[places, 0], self._rows[places, 1] = keys, numbers.view(np.uint64)
+
+    def find(self, keys: UInt64[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
+        """Which of the keys are there, and their numbers."""
+        places = (keys >> self._shift).astype(np.int64)
+        rows = self._look(places)
+        left = np.flatnonzero(rows[:, 0] < keys)
+        while len(left):
+            places[left] += 1
+            rows[left] = self._look(places.take(left))
+            left = left.compress(rows[left, 0] < keys.take(left))
+        there = np.flatnonzero(rows[:, 0] == keys)
+        return there, rows[:, 1].take(there).view(np.int64)
+
+    def _look(self, places: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, "n 2"]:
+        """As one number of 16 bytes each, which NumPy copies fastest."""
+        return self._rows.view(np.complex128).take(places, axis=0).view(np.uint64)
 
 
 def _distinct(values: NDArray[Any]) -> NDArray[Any]:
@@ -131,12 +145,11 @@ def _next(
 ) -> tuple[Int[np.ndarray, " m"], UInt64[np.ndarray, " m"]]:
     """The paths that began at `at` with one token more; those at the end of their caption fall away."""
     more = _more(at, tokens, steps)
-    at, path = at[more], path[more]
-    return at, mix(path, tokens.hashes[at + steps])
+    at, path = at.compress(more), path.compress(more)
+    return at, mix(path, tokens.hashes.take(at + steps))
 
 
 def _more(at: Int[np.ndarray, " n"], tokens: Tokens, steps: int) -> Bool[np.ndarray, " n"]:
     """Whether there is a token `steps` further on in the same caption."""
-    more = at + steps < len(tokens.owners)
-    more[more] = tokens.owners[at[more] + steps] == tokens.owners[at[more]]
-    return np.asarray(more)
+    owners = tokens.owners
+    return (at + steps < len(owners)) & (owners.take(at + steps, mode="clip") == owners.take(at))

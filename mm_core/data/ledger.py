@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mm_core.cache import cache_folder
 from mm_core.config import Config
 from mm_core.data.copies import Copies
 from mm_core.data.index import Index
-from mm_core.data.permutation import U64, mix
+from mm_core.data.permutation import U64
 from mm_core.data.personal import PersonalKind
 from mm_core.data.scan import usable
 from mm_core.data.side_table import SideTable, check_name
@@ -47,6 +47,7 @@ class LedgerSummary(Config):
     dropped: dict[str, int] = Field(description="Usable samples that are dropped, by the first reason.")
     fingerprint: str
     rules: dict[str, dict[str, Any]] = Field(default_factory=dict, description="Rules with their parameters, by name, in order.")
+    tables: dict[str, str] = Field(default_factory=dict, description="By rule what it looked up that other software brings, as letters.")
     failed: dict[str, int] = Field(default_factory=dict, description="By rule the samples that fail it, whatever else they fail.")
     bounds: dict[str, float] = Field(default_factory=dict, description="By rule the least value that `top` keeps.")
     scores: dict[str, str] = Field(default_factory=dict, description="Fingerprints of the scores that the rules read, by name.")
@@ -167,6 +168,30 @@ class Ledger:
         fs, folder = open_store(self.url)
         return bool(fs.exists(f"{folder}/ledger.json"))
 
+    def claim(
+        self, rule: str, scores: Mapping[str, str] | None = None, *, among: Sequence[str] = (), replace: bool = False
+    ) -> LedgerSummary | None:
+        """What is there already by the same rule and scores; None where it is to be written.
+
+        Args:
+            among: ledgers that are read to write this one.
+            replace: write it, whatever is there.
+
+        Raises:
+            ConfigError: another ledger of this name is there and is not to be replaced, or it would be read while it is written.
+            DataError: what is there cannot be read.
+        """
+        if self.name in among:
+            raise ConfigError(f"the ledger {self.name!r} cannot be written while it is read: give another name than those of --ledger")
+        if replace or not self.exists():
+            return None
+        found = self.summary()
+        if (found.rule, found.scores) == (rule, dict(scores or {})):
+            return found
+        raise ConfigError(
+            f"the index at {self.index.url} has a ledger {self.name!r} by other rules ({found.rule}): give another name, or --replace"
+        )
+
     def remove(self) -> None:
         """Its summary first: without it the rest is no ledger."""
         fs, folder = open_store(self.url)
@@ -205,45 +230,6 @@ class Ledger:
         return np.asarray(repeat, dtype=np.float32)
 
 
-def write_ledger(index: Index, name: str, *, rule: str, repeat: NDArray[np.floating[Any]], reason: str) -> LedgerSummary:
-    """Write a ledger that drops the usable samples whose `repeat`, one per row of the index, is 0 for `reason`; in place of an earlier one.
-
-    Raises:
-        DataError: a weight that is negative or not finite.
-    """
-    ledger = Ledger(index, name)
-    ledger.remove()
-    decided = []
-    for chunk in range(len(ledger.decisions)):
-        first, last = ledger.decisions.bounds(chunk)
-        decided.append(ledger.write_chunk(chunk, repeat[first:last], pa.repeat(reason, last - first)))
-    return ledger.finish(decided, rule=rule)
-
-
-def split(index: Index, *, heldout: float, seed: int, names: tuple[str, str] = ("train", "heldout")) -> tuple[LedgerSummary, LedgerSummary]:
-    """Two ledgers that divide the usable samples at random; which side a sample falls on depends on
-    the seed and the names and sizes of its members alone, so a re-index of the same shards divides them the same way.
-
-    Raises:
-        ConfigError: there are other ledgers of these names, or they are no two names.
-    """
-    if len({check_name(name) for name in names}) < 2:
-        raise ConfigError(f"both sides of the split are called {names[0]!r}: give two names")
-    draws, limit = mix(seed, index.locators["check"].astype(np.uint64)), int(heldout * 2**64)
-    chosen = draws <= np.uint64(limit - 1) if limit else np.zeros(len(draws), dtype=bool)
-    rule = f"split heldout={heldout} seed={seed}"
-    for name, side in ((names[0], f"{rule} side={names[0]}"), (names[1], f"{rule} side={names[1]}")):
-        if Ledger(index, name).exists() and (found := Ledger(index, name).summary().rule) != side:
-            raise ConfigError(
-                f"the index at {index.url} has a ledger {name!r} by other rules ({found}), which runs may have been started on:"
-                f" remove {Ledger(index, name).url} first"
-            )
-    return (
-        write_ledger(index, names[0], rule=f"{rule} side={names[0]}", repeat=(~chosen).astype(np.float32), reason="held_out"),
-        write_ledger(index, names[1], rule=f"{rule} side={names[1]}", repeat=chosen.astype(np.float32), reason="not_held_out"),
-    )
-
-
 def compile_kept(index: Index, ledgers: Sequence[str] = ()) -> Kept:
     """The kept set of `index` under all of `ledgers`, in whatever order, each once.
 
@@ -278,41 +264,6 @@ def kept_fingerprint(index: Index, summaries: Sequence[LedgerSummary]) -> str:
     """The name of the choice that these ledgers make together, whatever their order."""
     text = " ".join([index.summary.fingerprint, *sorted(summary.fingerprint for summary in summaries)])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def combine(decisions: Mapping[str, pa.Table], usable: NDArray[np.bool_]) -> pa.Table:
-    """Some rows under several ledgers, as a run reads them together: `repeat` (the product), and of usable rows that are dropped the first
-    `ledger`, in the order given, that drops them, with its `reason`.
-
-    Args:
-        decisions: by ledger the columns `repeat` and `reason` of the rows.
-    """
-    repeat, first = usable.astype(np.float32), np.full(len(usable), -1)
-    reasons = pa.nulls(len(usable), pa.string())
-    for number, table in enumerate(decisions.values()):
-        weights = table["repeat"].to_numpy()
-        drops = usable & (weights == 0) & (first < 0)
-        first[drops] = number
-        repeat *= weights
-        reasons = pc.if_else(pa.array(drops), table["reason"].combine_chunks().cast(pa.string()), reasons)
-    names = pa.array(list(decisions), pa.string()).take(pa.array(first, mask=first < 0))
-    return pa.table({"repeat": repeat, "ledger": names.dictionary_encode(), "reason": reasons.dictionary_encode()})
-
-
-def first_reasons(index: Index, ledgers: Sequence[str]) -> Iterator[pa.Table]:
-    """`combine` of all rows of an index, chunk by chunk.
-
-    Raises:
-        DataError: a ledger that is not there, or is of another index.
-    """
-    found = [Ledger(index, name) for name in dict.fromkeys(ledgers)]
-    for ledger in found:
-        ledger.summary()
-    chunks = SideTable(index.url, index.summary.rows)
-    for chunk in range(len(chunks)):
-        first, last = chunks.bounds(chunk)
-        good = usable(index.locators["flags"][first:last], index.summary.need)
-        yield combine({ledger.name: ledger.decisions.read(chunk, ["repeat", "reason"]) for ledger in found}, good)
 
 
 def ledger_names(index: Index) -> list[str]:

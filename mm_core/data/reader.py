@@ -161,7 +161,7 @@ def _changed(found: Group | SampleProblem) -> bool:
 class _Decoded:
     uid: str
     seed: int
-    """What is hidden of it is drawn by."""
+    """All that is random about it is drawn by."""
     pixels: NDArray[np.uint8] | None
     """[views, size, size, 3]; None where the source is not read for images."""
     captions: list[str] | None
@@ -256,7 +256,7 @@ class PlanReader:
         try:
             return _Decoded(
                 sample.uid,
-                int(mix(seed, _MASK)),
+                seed,
                 self._views(sample, seed, pixels) if "image" in need else None,
                 self._captions(sample, seed + _CAPTION, mask) if "text" in need else None,
             )
@@ -266,10 +266,7 @@ class PlanReader:
     def _views(self, sample: Sample, seed: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if sample.image is None:
             raise SampleProblem(Reason.NO_IMAGE)
-        views = random_views(sample.image, self.spec.image_size, self.spec.augment, seed, max_pixels=self.spec.max_pixels)
-        for place, view in zip(pixels, views, strict=True):
-            place[:] = view
-        return pixels
+        return random_views(sample.image, self.spec.image_size, self.spec.augment, seed, max_pixels=self.spec.max_pixels, out=pixels)
 
     def _captions(self, sample: Sample, seed: int, mask: tuple[PersonalKind, ...]) -> list[str]:
         if not sample.captions:
@@ -335,7 +332,7 @@ class PlanReader:
             return {"input_ids": column_of(ids.reshape(int(there.sum()), *self.spec.text_shape), there)}
         ids, words = self.spec.tokenizer.with_words(captions)
         seeds = np.array([s.seed for s in samples if s.captions is not None], dtype=np.uint64)
-        masked: MaskedWords = self.spec.masking.texts(ids, words, seeds)
+        masked: MaskedWords = self.spec.masking.texts(ids, words, mix(seeds, _MASK))
         columns = {"input_ids": ids, "masked_ids": masked.input_ids, "text_mask": masked.hidden}
         return {name: column_of(np.ascontiguousarray(values), there) for name, values in columns.items()}
 
@@ -343,4 +340,4 @@ class PlanReader:
         if self.spec.masking is None:
             return {}
         seeds = np.array([s.seed for s in samples if s.pixels is not None], dtype=np.uint64)
-        return {"image_mask": column_of(self.spec.masking.images(seeds), seen)}
+        return {"image_mask": column_of(self.spec.masking.images(mix(seeds, _MASK)), seen)}

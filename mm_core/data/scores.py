@@ -29,6 +29,7 @@ class ScoresSummary(Config):
     index_fingerprint: str
     kind: str = Field(description="What measured.")
     settings: dict[str, Any] = Field(description="With what.")
+    among: str = Field(default="", description="The ledgers whose samples alone were measured, and their fingerprint; empty for all.")
     columns: tuple[str, ...] = Field(description="Columns of numbers.")
     vectors: dict[str, int] = Field(default_factory=dict, description="Columns of vectors, with their dimensions.")
     chunk_rows: int | None = Field(default=None, description="Rows of a file; null for 262,144.")
@@ -38,7 +39,7 @@ class ScoresSummary(Config):
     @property
     def fingerprint(self) -> str:
         """Of what was measured, and how."""
-        text = json.dumps([self.index_fingerprint, self.kind, self.settings, self.columns], sort_keys=True)
+        text = json.dumps([self.index_fingerprint, self.kind, self.settings, self.among, self.columns], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -76,14 +77,18 @@ class Scores:
             raise DataError(f"scores {self.name!r} were measured of another state of the index at {self.index.url}: remove {self.url}")
         return summary
 
-    def complete(self) -> ScoresSummary:
+    def complete(self, made_by: str) -> ScoresSummary:
         """
+        Args:
+            made_by: the arguments of `mm data score INDEX` that measure them.
+
         Raises:
-            DataError: they are not there, or not all.
+            DataError: they are not there, or not all; the message has the command that makes them.
         """
         summary = self.summary()
         if summary is None or not summary.complete:
-            raise DataError(f"scores {self.name!r} of {self.index.url} are not there or not finished")
+            state = "are not there; make them" if summary is None else "are not finished; to go on"
+            raise DataError(f"scores {self.name!r} of {self.index.url} {state}: mm data score {self.index.url} {made_by}")
         return summary
 
     def begin(self, summary: ScoresSummary) -> ScoresSummary:
@@ -96,7 +101,8 @@ class Scores:
         found = self.summary()
         if found is not None and found.fingerprint != summary.fingerprint:
             raise ConfigError(
-                f"{self.url} holds scores by other settings ({found.kind} {found.settings}): give these another name, or remove it first"
+                f"{self.url} holds scores by other settings ({found.kind} {found.settings}{found.among}): give these another name, or"
+                " remove it first"
             )
         if found is None:
             self.save(summary)

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int32
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,21 @@ class CaptionTokenizer:
         return tokenizer
 
     def __call__(self, captions: Sequence[str]) -> Int32[np.ndarray, "b l"]:
-        return self.with_lengths(captions)[0]
+        return self._ids(self._tokenizer.encode_batch(list(captions)))
 
     def with_lengths(self, captions: Sequence[str]) -> tuple[Int32[np.ndarray, "b l"], Int32[np.ndarray, " b"]]:
         """Token ids, and how many of each caption's are no padding. An id cannot tell: CLIP pads with the mark that ends a text."""
         encoded = self._tokenizer.encode_batch(list(captions))
-        ids = np.asarray([e.ids for e in encoded], dtype=np.int32).reshape(len(captions), self.context_length)
-        return ids, np.asarray([sum(e.attention_mask) for e in encoded], dtype=np.int32)
+        return self._ids(encoded), np.asarray([sum(e.attention_mask) for e in encoded], dtype=np.int32)
 
     def with_words(self, captions: Sequence[str]) -> tuple[Int32[np.ndarray, "b l"], Int32[np.ndarray, "b l"]]:
         """Token ids, and the number of the word in its text that each token is of; -1 of marks and padding."""
         encoded = self._tokenizer.encode_batch(list(captions))
-        shape = (len(captions), self.context_length)
         words = [[-1 if word is None else word for word in e.word_ids] for e in encoded]
-        ids = np.asarray([e.ids for e in encoded], dtype=np.int32).reshape(shape)
-        return ids, np.asarray(words, dtype=np.int32).reshape(shape)
+        return self._ids(encoded), np.asarray(words, dtype=np.int32).reshape(len(encoded), self.context_length)
+
+    def _ids(self, encoded: Sequence[Encoding]) -> Int32[np.ndarray, "b l"]:
+        return np.asarray([e.ids for e in encoded], dtype=np.int32).reshape(len(encoded), self.context_length)
 
     def words(self, text: str) -> list[str]:
         """The words that `with_words` counts, in lower case."""

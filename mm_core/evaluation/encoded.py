@@ -19,8 +19,8 @@ from mm_core.data.permutation import U64
 from mm_core.data.reader import IndexReader
 from mm_core.data.text import CaptionTokenizer
 from mm_core.errors import DataError
-from mm_core.evaluation.ranks import Ranks
 from mm_core.models.two_tower import ImageTextBatch, TwoTowerOutput
+from mm_core.ranks import Ranks
 
 _IMAGES, _TEXTS = 128, 256
 """That go through the model at a time, whatever the size of a training batch."""

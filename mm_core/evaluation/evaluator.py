@@ -20,10 +20,10 @@ from mm_core.data.text import CaptionTokenizer
 from mm_core.evaluation.embedding import embedding_statistics
 from mm_core.evaluation.encoded import Encoded, LockstepEncoder, Model, check_skipped
 from mm_core.evaluation.heldout_loss import heldout_loss
-from mm_core.evaluation.ranks import Ranks
 from mm_core.evaluation.retrieval import retrieval_metrics
 from mm_core.evaluation.zeroshot import mean_per_class, prompts, zeroshot_metrics
 from mm_core.objectives.config import ObjectiveConfig
+from mm_core.ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
                           folder with it is whole
 
 The random state of a step is drawn from (seed, step, rank) by `seed_step`, so it is restored by the step number.
-`.metadata` is unpickled by torch: load checkpoints only from storage you trust. Bundles are what travels.
+Reading one runs nothing that is in it (`guarded_read`). Bundles are what travels.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
@@ -30,6 +30,7 @@ from mm_core.data.permutation import mix
 from mm_core.errors import CheckpointError
 from mm_core.store import open_file, open_store, store_options
 from mm_core.training.ema import WeightMean
+from mm_core.training.guarded_read import GuardedFsspecReader, GuardedPlanner, GuardedReader
 
 FORMAT = 2
 STATE, METRICS = "state.json", "metrics.json"
@@ -108,7 +109,7 @@ def checkpoint_writer(url: str) -> StorageWriter:
 
 
 def _reader(url: str) -> StorageReader:
-    return FileSystemReader(open_store(url)[1]) if is_local(url) else FsspecReader(url, **store_options(url))
+    return GuardedReader(open_store(url)[1]) if is_local(url) else GuardedFsspecReader(url, **store_options(url))
 
 
 def _mean_state(mean: WeightMean | None) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def _load(state: dict[str, Any], url: str, *, alone: bool = False) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `alone` says
-            state_dict_loader.load(state, storage_reader=_reader(url), no_dist=alone)
+            state_dict_loader.load(state, storage_reader=_reader(url), planner=GuardedPlanner(), no_dist=alone)
     except (Exception, CheckpointException) as error:  # CheckpointException, what each rank met, is no Exception
         raise CheckpointError(f"the checkpoint {url} is damaged or of another model: {cause_of(error)}") from None
 

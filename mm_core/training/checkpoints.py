@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from mm_core.config import Config
 from mm_core.errors import CheckpointError
-from mm_core.evaluation.ranks import Ranks
+from mm_core.ranks import Ranks
 from mm_core.store import open_file, open_store, write_whole
 from mm_core.training.checkpoint import METRICS, STATE, CheckpointState, cause_of, checkpoint_writer, whole_state
 from mm_core.training.ema import WeightMean

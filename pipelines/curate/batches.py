@@ -10,10 +10,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mm_core.curation.rows import Rows
+from mm_core.data.among import Among
 from mm_core.data.index import Index
-from mm_core.data.scan import BATCH_ROWS, usable
+from mm_core.data.scan import BATCH_ROWS
 from mm_core.data.scores import Scores
 from mm_core.data.side_table import SideTable
+
+ALL = Among()
+"""Every usable sample."""
 
 
 @lru_cache(maxsize=8)
@@ -31,20 +35,21 @@ def bounds_of(index: Index, chunk: int) -> tuple[int, int]:
     return SideTable(index.url, index.summary.rows).bounds(chunk)
 
 
-def usable_rows(index: Index, chunk: int) -> NDArray[np.bool_]:
-    """Of a chunk."""
-    first, last = bounds_of(index, chunk)
-    return usable(index.locators["flags"][first:last], index.summary.need)
+def rows_of(index: Index, chunk: int, among: Among) -> NDArray[np.bool_]:
+    """Which of a chunk's are among those."""
+    return among.rows(index, *bounds_of(index, chunk))
 
 
-def batches(index: Index, chunk: int, columns: list[str], scores: Mapping[str, list[str]] | None = None) -> Iterator[Rows]:
-    """The usable rows of a chunk. Batches small enough for a processor's cache: larger ones take five times as long.
+def batches(
+    index: Index, chunk: int, columns: list[str], scores: Mapping[str, list[str]] | None = None, among: Among = ALL
+) -> Iterator[Rows]:
+    """The rows of a chunk that are `among` some. Batches small enough for a processor's cache: larger ones take five times as long.
 
     Args:
         scores: by name the columns of each that are read.
     """
     first, last = bounds_of(index, chunk)
-    good = usable_rows(index, chunk)
+    good = rows_of(index, chunk, among)
     table = index.rows(first, last, columns or ["row"]).filter(pa.array(good))
     values = {
         name: Scores(index, name).values.between(first, last, wanted).filter(pa.array(good)) for name, wanted in (scores or {}).items()

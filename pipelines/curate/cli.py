@@ -12,7 +12,8 @@ import typer
 from mm_core.console import Console
 from mm_core.errors import ConfigError
 from pipelines.curate.score_command import score
-from pipelines.options import Json, Ledgers, Settings, parse_bytes, tracking_config
+from pipelines.curate.show_commands import peek, report
+from pipelines.options import Json, Ledgers, opened_among, parse_bytes
 
 
 class ExportFormat(StrEnum):
@@ -32,31 +33,36 @@ def attach(data: typer.Typer) -> None:
     data.command("import")(import_ledger)
     data.command("dedup")(dedup)
     data.command("report")(report)
+    data.command("peek")(peek)
 
 
 def filter_samples(
-    index: Annotated[str, typer.Argument(help="An index.")],
+    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
     rules: Annotated[Path, typer.Option(help="YAML file of named rules; mm data rules lists them.")],
     name: Annotated[str, typer.Option(help="Name of the ledger to write.")],
+    ledger: Ledgers = None,
     replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of a ledger of this name by other rules.")] = False,
     as_json: Json = False,
 ) -> None:
     """Lay rules over an index and write a ledger: who is kept, and else the first rule that a sample fails. No shard is copied.
+    With --ledger over what other ledgers keep.
 
     Example: mm data filter index --rules rules.yaml --name clean, then mm train clip-tiny --data index --ledger clean
     """
     from mm_core.curation.concepts import read_concepts
     from mm_core.curation.ruleset import RuleSet
-    from mm_core.data.index import Index
     from mm_core.data.ledger import Ledger
     from pipelines.curate.filter import filter_index
     from pipelines.curate.tables import show_concepts
 
-    console, rule_set, opened = Console(as_json), RuleSet.read(rules), Index.open(index)
+    console, rule_set = Console(as_json), RuleSet.read(rules)
+    opened, among = opened_among(index, ledger)
     with console.progress("filter", opened.summary.rows * (1 + rule_set.passes), unit="rows") as tracker:
-        summary = filter_index(opened, rule_set, name, replace_ledger=replace, on_progress=tracker.advance)
+        summary = filter_index(opened, rule_set, name, among=among, replace_ledger=replace, on_progress=tracker.advance)
     of = max(1, opened.summary.samples)
-    rows = [
+    rows: list[tuple[str, int, str, int | str, str]]
+    rows = [(reason, n, f"{n / of:.1%}", "", "") for reason, n in summary.dropped.items() if reason not in summary.rules]
+    rows += [
         (rule, dropped := summary.dropped.get(rule, 0), f"{dropped / of:.1%}", fails, f"{fails / of:.1%}")
         for rule, fails in summary.failed.items()
     ]
@@ -71,7 +77,7 @@ def filter_samples(
 
 
 def groups(
-    index: Annotated[str, typer.Argument(help="An index.")],
+    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
     terms: Annotated[Path, typer.Option(help="YAML file of groups and their terms.")],
     ledger: Annotated[list[str] | None, typer.Option(help="A ledger; again for more. What all of them keep is counted too.")] = None,
     max_difference: Annotated[float, typer.Option(min=0, max=1, help="Between keep rates; pairs surely above it are shown.")] = 0.05,
@@ -82,20 +88,20 @@ def groups(
     Example: mm data groups index --terms groups.yaml --ledger clean
     """
     from mm_core.curation.text_file import TextFile
-    from mm_core.data.index import Index
     from pipelines.curate.groups import report_index
     from pipelines.curate.tables import show_groups
 
-    console, opened = Console(as_json), Index.open(index)
+    console = Console(as_json)
+    opened, among = opened_among(index, ledger)
     try:
         file = TextFile.read(str(terms))
     except ValueError as error:
         raise ConfigError(str(error)) from None
     with console.progress("groups", opened.summary.rows, unit="rows") as tracker:
-        reports = report_index(opened, file, ledger or (), max_difference=max_difference, on_progress=tracker.advance)
-    for report in reports:
-        show_groups(console, report, ledger or ())
-    console.result({"reports": [report.model_dump(mode="json") for report in reports]})
+        reports = report_index(opened, file, among.ledgers, max_difference=max_difference, on_progress=tracker.advance)
+    for each in reports:
+        show_groups(console, each, among.ledgers)
+    console.result({"reports": [each.model_dump(mode="json") for each in reports]})
 
 
 def rules(
@@ -238,7 +244,7 @@ def import_ledger(
 
 
 def dedup(
-    index: Annotated[str, typer.Argument(help="An index.")],
+    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
     name: Annotated[str, typer.Option(help="Name of the ledger to write.")],
     against: Annotated[
         list[str] | None, typer.Option(help="Another index, such as a test set: what is in it is dropped. Again for several.")
@@ -267,14 +273,14 @@ def dedup(
     console = Console(as_json)
     settings = {"distance": distance, "similarity": similarity, "embeddings": embeddings, "keep": keep, "only_against": only_against}
     config = validate(DedupConfig, settings | ({"methods": method} if method else {}))
-    opened, others = Index.open(index), [Index.open(each) for each in against or ()]
+    (opened, among), others = opened_among(index, ledger), [Index.open(each) for each in against or ()]
     with console.progress("dedup", unit="tasks") as tracker:
         summary = dedup_index(
             opened,
             name,
             config,
             against=others,
-            ledgers=ledger or (),
+            among=among,
             replace_ledger=replace,
             on_progress=lambda what: tracker.advance(1, what),
         )
@@ -285,56 +291,3 @@ def dedup(
     )
     groups = {by: counts["groups"] for by, counts in summary.counts.items() if "groups" in counts}
     console.result({"kept": summary.kept, "dropped": summary.dropped, "groups": groups, "ledger": name, "counts": summary.counts})
-
-
-def report(
-    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
-    ledger: Ledgers = None,
-    compare: Annotated[tuple[str, str] | None, typer.Option(help="Two ledgers: what both keep, one alone, the other alone, none.")] = None,
-    embeddings: Annotated[str | None, typer.Option(help="Scores with embeddings of the pictures: adds a map of them.")] = None,
-    out: Annotated[str, typer.Option(help="The HTML file to write.")] = "report.html",
-    samples_per_gallery: Annotated[int, typer.Option(min=1, max=100, help="Pictures of each kind.")] = 12,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw of samples.")] = 0,
-    run_id: Annotated[str | None, typer.Option(help="The MLflow run to keep it with, too.")] = None,
-    settings: Settings = None,
-    as_json: Json = False,
-) -> None:
-    """Write one HTML file about an index and its ledgers: what was dropped and why, values with their thresholds, samples of each kind.
-
-    Example: mm data report index --ledger clean --out report.html
-    """
-    from contextlib import ExitStack
-    from dataclasses import asdict
-
-    from mm_core.data.index import Index
-    from mm_core.data.ledger import Source
-    from pipelines.curate.report.write import add_to_run, check_run, write_report
-
-    console, source = Console(as_json), Source.parse(index, ledger or ())
-    opened = Index.open(source.index)
-    if run_id is not None:
-        check_run(tracking_config(settings), run_id)
-    with ExitStack() as counting:
-        tracker = counting.enter_context(console.progress("report", 2 * opened.summary.rows, "rows"))
-
-        def step(text: str) -> None:
-            counting.close()
-            console.note(text)
-
-        found = write_report(
-            opened,
-            source.ledgers,
-            out,
-            compare=compare,
-            embeddings=embeddings,
-            gallery=samples_per_gallery,
-            seed=seed,
-            on_progress=tracker.advance,
-            on_step=step,
-        )
-    if found.unreadable:
-        console.table(("samples drawn that cannot be shown", ""), list(found.unreadable.items()))
-    if run_id is not None:
-        add_to_run(tracking_config(settings), run_id, found)
-    console.say(f"{out} ({found.bytes / 1e6:.1f} MB, {found.pictures} pictures) is one file: open it in a browser, or pass it on")
-    console.result(asdict(found))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pyarrow.compute as pc
 
+from mm_core.data.among import first_reasons
 from mm_core.data.index import Index
-from mm_core.data.ledger import first_reasons
 
 Why = tuple[str, str]
 """A ledger and its reason."""

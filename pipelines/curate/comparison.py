@@ -7,8 +7,9 @@ numbers, 16 bytes each.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,15 @@ import ray
 from numpy.typing import NDArray
 
 from mm_core.curation.components import NO_PAIRS, Pairs, forest, lowest_match
-from mm_core.data.scan import usable
-from pipelines.curate.batches import opened
+from mm_core.data.among import Among
+from mm_core.data.side_table import SideTable
+from pipelines.curate.batches import ALL, opened
 
 _HELD_PAIRS = 1 << 20
 Progress = Callable[[str], None]
 """Called with what is being done when a part of it is."""
-Loaded = tuple[NDArray[Any], ...]
+Dealt = list[list[ray.ObjectRef]]
+"""For each group the parts of it that tasks gave."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Side:
     url: str
     offset: int
     rows: int
+    among: Among = ALL
+    """Those of its samples that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Comparison:
     index: Side
     against: tuple[Side, ...] = ()
     left_out: ray.ObjectRef | None = None
-    """Numbers of samples that are not looked at, ascending."""
+    """Numbers of samples of `index` that are not looked at either, ascending."""
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -51,9 +56,8 @@ class Comparison:
         return numbers < self.index.rows
 
     def looked_at(self, side: Side, first: int, last: int) -> NDArray[np.bool_]:
-        """Which of the rows are compared, if they have what is compared: the usable ones."""
-        index = opened(side.url)
-        good = usable(index.locators["flags"][first:last], index.summary.need)
+        """Which of the rows are compared, if they have what is compared."""
+        good = side.among.rows(opened(side.url), first, last)
         if self.left_out is not None:
             numbers: NDArray[np.int64] = ray.get(self.left_out)
             low, high = np.searchsorted(numbers, [side.offset + first, side.offset + last])
@@ -93,13 +97,46 @@ class PairSink:
         return self._comparison.fewer(np.concatenate([NO_PAIRS, *self._parts]))
 
 
-def load(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], returns: int) -> list[tuple[ray.ObjectRef, ...]]:
-    """What tasks read, as objects that other tasks share: in each node's object store, from where they go to its disk when it is full."""
-    task = ray.remote(function).options(num_returns=returns)
-    return [tuple(task.remote(*each)) for each in arguments]
+@dataclass(frozen=True)
+class Slab:
+    """Some chunks of a table beside one side's index: what one task reads and deals out."""
+
+    side: Side
+    table: SideTable
+    chunks: range
 
 
-def gathered(blocks: Sequence[tuple[ray.ObjectRef, ...]]) -> Iterator[Loaded]:
-    """The blocks' arrays, one block at a time."""
-    for refs in blocks:
-        yield tuple(ray.get(list(refs)))
+def slabs(side: Side, table: SideTable, rows: int) -> list[Slab]:
+    """Of about `rows` rows each."""
+    first, last = table.bounds(0)
+    each = max(1, rows // max(1, last - first))
+    return [Slab(side, table, range(at, min(len(table), at + each))) for at in range(0, len(table), each)]
+
+
+def deal(
+    function: Callable[..., Sequence[Any]], tasks: Sequence[tuple[Any, ...]], groups: int, on_task: Callable[[], None] = lambda: None
+) -> tuple[Dealt, list[Any]]:
+    """Call `function` with each of `tasks`, whose results are one part for each group, which stays in the object stores (these go to disk
+    when they are full), and a further small one.
+
+    Returns:
+        For each group references to the parts of all tasks, in their order; and the further results.
+    """
+    task = ray.remote(function).options(num_returns=groups + 1)
+    results, further = [task.remote(*each) for each in tasks], []
+    for result in results:  # all are waited for: a task that waited for their parts would have another worker started in its place
+        further.append(ray.get(result[groups]))
+        on_task()
+    return [[result[group] for result in results] for group in range(groups)], further
+
+
+def gathered(parts: Sequence[ray.ObjectRef]) -> tuple[NDArray[Any], ...]:
+    """The arrays of a group's parts, one behind another."""
+    return tuple(np.concatenate(each) for each in zip(*ray.get(list(parts)), strict=True))
+
+
+def split_up(group: NDArray[np.integer[Any]], groups: int, *arrays: NDArray[Any]) -> list[tuple[NDArray[Any], ...]]:
+    """For each group the rows of `arrays` that are in it, in their order."""
+    order = np.argsort(group, kind="stable")
+    ends = np.searchsorted(group[order], np.arange(groups + 1))
+    return [tuple(array[order[low:high]] for array in arrays) for low, high in pairwise(ends)]

@@ -15,27 +15,27 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from numpy.typing import NDArray
 from pydantic import Field
 
 from mm_core.config import Config
 from mm_core.curation.components import NO_PAIRS, Groups, Pairs, grouped, lowest_match
-from mm_core.curation.score_rules import EMBEDDINGS, HASH
+from mm_core.curation.score_rules import EMBEDDINGS, HASH, SIMILARITY, embedded_by, made_by
+from mm_core.data.among import Among
 from mm_core.data.index import Index
-from mm_core.data.ledger import Decided, Ledger, LedgerSummary, compile_kept
-from mm_core.data.scores import Scores, ScoresSummary
+from mm_core.data.ledger import Decided, Ledger, LedgerSummary
+from mm_core.data.scores import Scores
 from mm_core.data.side_table import SideTable
-from mm_core.errors import ConfigError, DataError
-from pipelines.curate.batches import opened
+from mm_core.errors import ConfigError
+from pipelines.curate.batches import ALL, opened
 from pipelines.curate.comparison import Comparison, Found, Progress, Side
 from pipelines.curate.equal_pairs import equal_pairs
 from pipelines.curate.picture_pairs import picture_pairs
 from pipelines.curate.vector_pairs import vector_pairs
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks
-
-_NOBODY: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 class Method(StrEnum):
@@ -106,12 +106,13 @@ def dedup_index(
     config: DedupConfig,
     *,
     against: Sequence[Index] = (),
-    ledgers: Sequence[str] = (),
+    among: Among = ALL,
     replace_ledger: bool = False,
     on_progress: Progress = lambda what: None,
 ) -> LedgerSummary:
-    """Write the ledger `name` of `index`. Of `ledgers` only what all keep is looked at: else the best of a group could be one that they
-    drop, and with it the group were gone. The same settings as those of a ledger that is there give it back as it is.
+    """Write the ledger `name` of `index`. Samples that are not `among` some are not looked at: else the best of a group could be one that
+    is dropped there, and with it the group were gone; they keep the reason they have there. The same settings as those of a ledger that is
+    there give it back as it is.
 
     Its decisions have further columns: `group`, in every group the ordinal of the sample that is kept, its own too; `against` and
     `against_index`, the ordinal of what a sample matches in another index, and the place of that index among those given.
@@ -124,23 +125,16 @@ def dedup_index(
     reasons = {f"in_{label}": {"index": other.url, "fingerprint": other.summary.fingerprint} for label, other in _labels(against)}
     if not config.only_against:
         reasons |= {f"duplicate_{method}": config.parameters(method) | {"keep": config.keep} for method in config.ordered}
-    among = compile_kept(index, ledgers)
-    rule = _rule(config, against) + (f", among {' and '.join(sorted(set(ledgers)))} {among.fingerprint}" if ledgers else "")
+    rule = f"{_rule(config, against)}{among}"
     ledger = Ledger(index, name)
-    if ledger.exists() and not replace_ledger:
-        found = ledger.summary()
-        if (found.rule, found.scores) == (rule, scores):
-            return found
-        raise ConfigError(
-            f"the index at {index.url} has a ledger {name!r} by other rules ({found.rule}): give another --name, or --replace"
-        )
+    if found := ledger.claim(rule, scores, among=among.ledgers, replace=replace_ledger):
+        return found
     with ray_session():
-        others = np.setdiff1d(np.arange(index.summary.rows), among.ordinals.astype(np.int64), assume_unique=True) if ledgers else _NOBODY
-        decision = _decide(index, config, against, list(reasons), others, on_progress)
+        decision = _decide(index, config, against, list(reasons), among, on_progress)
         ledger.remove()
-        decided = _write(ledger, decision, [other.summary.rows for other in against])
+        decided = _write(ledger, decision, [other.summary.rows for other in against], among)
     failed = {reason: len(decision.reason.get(reason, ())) for reason in reasons}
-    return ledger.finish(decided, rule=rule, rules=reasons, failed=failed, scores=scores, counts=decision.counts)
+    return ledger.finish(decided, rule=rule, rules=reasons, failed=failed, scores=scores, mask=among.mask, counts=decision.counts)
 
 
 def _rule(config: DedupConfig, against: Sequence[Index]) -> str:
@@ -171,7 +165,7 @@ def _scores(index: Index, config: DedupConfig, against: Sequence[Index]) -> dict
     for number, other in enumerate(against):
         if other.summary.fingerprint in (index.summary.fingerprint, *(each.summary.fingerprint for each in against[:number])):
             raise ConfigError(f"--against {other.url} is this index itself, or one named before it: name others")
-    found = {name: [_complete(each, name, how) for each in (index, *against)] for name, how in _wanted(config).items()}
+    found = {name: [Scores(each, name).complete(how) for each in (index, *against)] for name, how in _wanted(config).items()}
     for name, summaries in found.items():
         for other, summary in zip(against, summaries[1:], strict=True):
             if (summary.kind, summary.settings) != (summaries[0].kind, summaries[0].settings):
@@ -183,40 +177,31 @@ def _scores(index: Index, config: DedupConfig, against: Sequence[Index]) -> dict
             raise ConfigError(f"scores {name!r} of {index.url} are no embeddings but {summaries[0].kind}: --embeddings names those")
     prints = {name: " ".join(summary.fingerprint for summary in summaries) for name, summaries in found.items()}
     if config.keep is Keep.SIMILARITY and not config.only_against:
-        prints["similarity"] = _complete(index, "similarity", "mm data score INDEX similarity --model MODEL").fingerprint
+        prints[SIMILARITY] = Scores(index, SIMILARITY).complete(made_by(SIMILARITY, SIMILARITY)).fingerprint
     return prints
 
 
 def _wanted(config: DedupConfig) -> dict[str, str]:
-    """The scores that methods read, and the command that makes each."""
+    """The scores that methods read, and what makes each."""
     wanted = {}
     if {Method.PICTURE, Method.PERCEPTUAL} & set(config.methods):
-        wanted[HASH] = f"mm data score INDEX {HASH}"
+        wanted[HASH] = HASH
     if Method.SEMANTIC in config.methods:
-        name = "" if config.embeddings == EMBEDDINGS else f" --name {config.embeddings}"
-        wanted[config.embeddings] = f"mm data score INDEX {EMBEDDINGS} --model MODEL{name}"
+        wanted[config.embeddings] = embedded_by(config.embeddings)
     return wanted
 
 
-def _complete(index: Index, name: str, how: str) -> ScoresSummary:
-    try:
-        return Scores(index, name).complete()
-    except DataError as error:
-        raise DataError(f"{error}; make them: {how.replace('INDEX', index.url)}") from None
-
-
 def _decide(
-    index: Index, config: DedupConfig, against: Sequence[Index], reasons: list[str], others: NDArray[np.int64], on_progress: Progress
+    index: Index, config: DedupConfig, against: Sequence[Index], reasons: list[str], among: Among, on_progress: Progress
 ) -> _Decision:
-    """`others`: samples that are not looked at, ascending."""
     rows = np.cumsum([0, index.summary.rows, *(other.summary.rows for other in against)])
-    sides = [Side(each.url, int(offset), each.summary.rows) for each, offset in zip((index, *against), rows[:-1], strict=True)]
+    ours = Side(index.url, 0, index.summary.rows, among)
+    theirs = tuple(Side(other.url, int(offset), other.summary.rows) for other, offset in zip(against, rows[1:-1], strict=True))
     decision = _Decision(reasons)
     if against:
-        _leave_out_matches(decision, Comparison(sides[0], tuple(sides[1:]), left_out=ray.put(others)), config, on_progress)
+        _leave_out_matches(decision, Comparison(ours, theirs), config, on_progress)
     if not config.only_against:
-        left_out = ray.put(np.union1d(others, decision.matches[:, 0]))
-        _group(decision, Comparison(sides[0], left_out=left_out), config, index, on_progress)
+        _group(decision, Comparison(ours, left_out=ray.put(np.sort(decision.matches[:, 0]))), config, index, on_progress)
     return decision
 
 
@@ -264,7 +249,7 @@ def _keys(index: Index, keep: Keep, samples: NDArray[np.int64]) -> list[NDArray[
         return []
     if keep is Keep.BYTES:
         return [index.locators["span"][samples].astype(np.int64)]
-    table = Scores(index, "similarity").values if keep is Keep.SIMILARITY else SideTable("", index.summary.rows)
+    table = Scores(index, SIMILARITY).values if keep is Keep.SIMILARITY else SideTable("", index.summary.rows)
     chunks = [chunk for chunk in range(len(table)) if np.diff(np.searchsorted(samples, table.bounds(chunk)))[0]]
     found = dict(run_tasks(partial(_keys_of_chunk, index.url, keep, table, samples), chunks))
     columns = [found[number] for number in range(len(chunks))]
@@ -283,7 +268,7 @@ def _keys_of_chunk(url: str, keep: Keep, table: SideTable, samples: NDArray[np.i
     return np.stack([width * height, characters])
 
 
-def _write(ledger: Ledger, decision: _Decision, rows: Sequence[int]) -> list[Decided]:
+def _write(ledger: Ledger, decision: _Decision, rows: Sequence[int], among: Among) -> list[Decided]:
     """The decisions on every row, a chunk at a time."""
     dropped = [
         (samples, number)
@@ -296,13 +281,13 @@ def _write(ledger: Ledger, decision: _Decision, rows: Sequence[int]) -> list[Dec
     order, matched = np.argsort(samples), np.argsort(decision.matches[:, 0])
     offsets = np.cumsum([ledger.index.summary.rows, *rows])
     facts = (samples[order], codes[order], decision.groups.samples, decision.kept, decision.matches[matched], offsets)
-    task = partial(_write_chunk, ledger.index.url, ledger.name, decision.reasons, ray.put(facts))
+    task = partial(_write_chunk, ledger.index.url, ledger.name, decision.reasons, among, ray.put(facts))
     decided = dict(run_tasks(task, range(len(ledger.decisions))))
     return [decided[chunk] for chunk in sorted(decided)]
 
 
-def _write_chunk(url: str, name: str, reasons: list[str], facts: ray.ObjectRef, chunk: int) -> Decided:
-    dropped, codes, members, kept, matches, offsets = ray.get(facts)
+def _write_chunk(url: str, name: str, reasons: list[str], among: Among, facts: ray.ObjectRef, chunk: int) -> Decided:
+    dropped, codes, members, best, matches, offsets = ray.get(facts)
     ledger = Ledger(opened(url), name)
     first, last = ledger.decisions.bounds(chunk)
     reason = _spread(dropped, codes, first, last)
@@ -310,12 +295,15 @@ def _write_chunk(url: str, name: str, reasons: list[str], facts: ray.ObjectRef, 
     place = np.searchsorted(offsets, theirs, side="right") - 1
     more = {
         "fails": np.where(reason >= 0, np.uint64(1) << reason.clip(0).astype(np.uint64), np.uint64(0)),
-        "group": _column(_spread(members, kept, first, last), pa.uint64()),
+        "group": _column(_spread(members, best, first, last), pa.uint64()),
         "against": _column(np.where(theirs >= 0, theirs - offsets[place.clip(0)], -1), pa.uint64()),
         "against_index": _column(np.where(theirs >= 0, place, -1), pa.uint32()),
     }
     texts = pa.array(reasons, pa.string()).take(pa.array(reason, mask=reason < 0))
-    return ledger.write_chunk(chunk, (reason < 0).astype(np.float32), texts, more)
+    if among.ledgers:
+        texts = pc.coalesce(among.reasons(ledger.index, first, last), texts)
+    kept = (reason < 0) & among.rows(ledger.index, first, last)
+    return ledger.write_chunk(chunk, kept.astype(np.float32), texts, more)
 
 
 def _spread(samples: NDArray[np.int64], values: NDArray[np.int64], first: int, last: int) -> NDArray[np.int64]:

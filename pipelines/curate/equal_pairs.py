@@ -1,14 +1,15 @@
 """Pairs of samples that are the same byte for byte: by the index's digest of everything in them, or by that of the picture alone.
 
-A task for each range of digests finds the equal ones by sorting. Memory: 24 bytes a sample in each node's object store; of a task, four
-million samples.
+Tasks deal the digests out by their first bits; a task for each part finds the equal ones in it by sorting. Memory: 24 bytes a sample in the
+object stores of all nodes together; of a task four million samples, more above a billion, where a part is a 256th of all.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import ray
@@ -21,55 +22,55 @@ from mm_core.data.scores import Scores
 from mm_core.data.side_table import SideTable
 from pipelines.causes import own_errors
 from pipelines.curate.batches import opened
-from pipelines.curate.comparison import Comparison, Found, Progress, Side, gathered, load
+from pipelines.curate.comparison import Comparison, Found, Progress, Side, Slab, deal, gathered, slabs, split_up
 from pipelines.tasks import run_tasks
 
 _PART_SAMPLES = 1 << 22
-
-
-@dataclass(frozen=True)
-class _Job:
-    comparison: Comparison
-    blocks: list[tuple[ray.ObjectRef, ...]]
-    bits: int
-    """Of a digest, that say which task looks at it."""
+_MOST_BITS = 8
+_SLAB_ROWS = 1 << 20
 
 
 def equal_pairs(comparison: Comparison, *, pictures: bool, on_progress: Progress = lambda what: None) -> Found:
     """`pictures`: of equal pictures, whatever text goes with them, as the scores `hash` have them."""
-    items = [(comparison, side, chunk, pictures) for side in comparison.sides for chunk in range(len(SideTable("", side.rows)))]
-    bits = min(16, max(0, sum(side.rows for side in comparison.sides) // _PART_SAMPLES).bit_length())
+    bits = min(_MOST_BITS, max(0, sum(side.rows for side in comparison.sides) // _PART_SAMPLES).bit_length())
+    each = [slab for side in comparison.sides for slab in slabs(side, _table(side, pictures), _SLAB_ROWS)]
     with own_errors():
-        job = _Job(comparison, load(_read, items, 2), bits)
+        groups, _ = deal(_deal, [(comparison, slab, pictures, bits) for slab in each], 1 << bits)
         parts = []
-        for _, pairs in run_tasks(partial(_find, job), range(1 << bits)):
+        for _, pairs in run_tasks(partial(_find, comparison), groups):
             parts.append(pairs)
             on_progress("equal pictures" if pictures else "equal samples")
     return Found(np.concatenate([NO_PAIRS, *parts]), Counter())
 
 
-def _read(comparison: Comparison, side: Side, chunk: int, pictures: bool) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """Numbers and digests, [n, 2]."""
-    index = opened(side.url)
-    first, last = SideTable("", side.rows).bounds(chunk)
-    good = comparison.looked_at(side, first, last)
+def _table(side: Side, pictures: bool) -> SideTable:
+    return Scores(opened(side.url), HASH).values if pictures else SideTable("", side.rows)
+
+
+def _deal(comparison: Comparison, slab: Slab, pictures: bool, bits: int) -> tuple[Any, ...]:
+    """For each part numbers and digests, [n, 2]; at last nothing."""
+    numbers, digests = zip(*(_read(comparison, slab, chunk, pictures) for chunk in slab.chunks), strict=True)
+    number, digest = np.concatenate(numbers), np.concatenate(digests)
+    part = (digest[:, 0] >> np.uint64(64 - bits)).astype(np.int64) if bits else np.zeros(len(digest), np.int64)
+    return (*split_up(part, 1 << bits, number, digest), None)
+
+
+def _read(comparison: Comparison, slab: Slab, chunk: int, pictures: bool) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    first, last = slab.table.bounds(chunk)
+    good = comparison.looked_at(slab.side, first, last)
     if pictures:
-        column = Scores(index, HASH).values.read(chunk, ["picture"])["picture"]
+        column = slab.table.read(chunk, ["picture"])["picture"]
         good &= column.is_valid().to_numpy()
         digests = vectors_of(column, np.uint64)
     else:
-        digests = np.ascontiguousarray(index.digests[first:last]).view(np.uint64).reshape(-1, 2)
+        digests = np.ascontiguousarray(opened(slab.side.url).digests[first:last]).view(np.uint64).reshape(-1, 2)
     places = np.flatnonzero(good)
-    return side.offset + first + places, digests[places]
+    return slab.side.offset + first + places, digests[places]
 
 
-def _find(job: _Job, part: int) -> Pairs:
-    numbers, digests = [], []
-    for block, found in gathered(job.blocks):
-        here = np.flatnonzero(found[:, 0] >> np.uint64(64 - job.bits) == part) if job.bits else np.arange(len(block))
-        numbers.append(block[here])
-        digests.append(found[here])
-    return same(np.concatenate(numbers), np.concatenate(digests), job.comparison)
+def _find(comparison: Comparison, parts: Sequence[ray.ObjectRef]) -> Pairs:
+    numbers, digests = gathered(parts)
+    return same(numbers, digests, comparison)
 
 
 def same(numbers: NDArray[np.int64], digests: NDArray[np.uint64], comparison: Comparison) -> Pairs:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mm_core.config import nearest
@@ -20,12 +21,14 @@ from mm_core.curation.balance_rules import ConceptRule
 from mm_core.curation.concepts import write_concepts
 from mm_core.curation.rule import Judgement
 from mm_core.curation.ruleset import RuleSet, Verdict
-from mm_core.curation.score_rules import ScoreRule
+from mm_core.curation.score_rules import ScoreRule, made_by
+from mm_core.data.among import Among
 from mm_core.data.index import Index
 from mm_core.data.ledger import Decided, Ledger, LedgerSummary
+from mm_core.data.personal import PersonalKind
 from mm_core.data.scores import Scores
 from mm_core.errors import ConfigError, DataError
-from pipelines.curate.batches import batches, bounds_of, chunks_of, opened, usable_rows
+from pipelines.curate.batches import ALL, batches, bounds_of, chunks_of, opened, rows_of
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks
 
@@ -40,6 +43,7 @@ class _Job:
     index: str
     ledger: str
     rules: RuleSet
+    among: Among
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,16 @@ class _Part:
 
 
 def filter_index(
-    index: Index, rules: RuleSet, name: str, *, replace_ledger: bool = False, on_progress: Progress = lambda rows: None
+    index: Index,
+    rules: RuleSet,
+    name: str,
+    *,
+    among: Among = ALL,
+    replace_ledger: bool = False,
+    on_progress: Progress = lambda rows: None,
 ) -> LedgerSummary:
-    """Write the ledger `name` of `index`. The same rules and scores as those of a ledger that is there give it back as it is.
+    """Write the ledger `name` of `index`, of whose samples those are counted and judged that are `among` some; the others keep the reason
+    they have there. The same rules and scores as those of a ledger that is there give it back as it is.
 
     Raises:
         ConfigError: a rule that does not fit the index, or another ledger of this name is there and is not to be replaced.
@@ -64,22 +75,17 @@ def filter_index(
     """
     rules.check_modalities(index.summary.need, index.url)
     scores = _score_fingerprints(index, rules)
-    made_by = f"rules {rules.hash}"
+    decided_by = f"rules {rules.hash}{among}"
     ledger = Ledger(index, name)
-    if ledger.exists() and not replace_ledger:
-        found = ledger.summary()
-        if (found.rule, found.scores) == (made_by, scores):
-            return found
-        raise ConfigError(
-            f"the index at {index.url} has a ledger {name!r} by other rules ({found.rule}): give another --name, or --replace"
-        )
+    if found := ledger.claim(decided_by, scores, among=among.ledgers, replace=replace_ledger):
+        return found
     with ray_session():
-        settled = rules.settled(partial(_counted, ledger, on_progress))
+        settled = rules.settled(partial(_counted, ledger, among, on_progress))
         ledger.remove()
         decided: dict[int, Decided] = {}
         failed = np.zeros(len(rules.rules), dtype=np.int64)
         concepts: dict[str, NDArray[np.int64]] = {}
-        for chunk, part in run_tasks(partial(_decide, _Job(index.url, name, settled)), chunks_of(index)):
+        for chunk, part in run_tasks(partial(_decide, _Job(index.url, name, settled, among)), chunks_of(index)):
             decided[chunk] = part.decided
             failed += part.failed
             concepts = {name: concepts.get(name, 0) + counts for name, counts in part.concepts.items()}
@@ -87,12 +93,13 @@ def filter_index(
     write_concepts(ledger, settled, concepts)
     return ledger.finish(
         [decided[chunk] for chunk in sorted(decided)],
-        rule=made_by,
+        rule=decided_by,
         rules={name: rule.model_dump(mode="json") for name, rule in rules.rules.items()},
+        tables={name: rule.tables for name, rule in rules.rules.items() if rule.tables},
         failed=dict(zip(rules.rules, failed.tolist(), strict=True)),
         bounds={name: rule.min for name, rule in settled.rules.items() if isinstance(rule, ScoreRule) and rule.top is not None},
         scores=scores,
-        mask=rules.mask,
+        mask=tuple(kind for kind in PersonalKind if kind in (*rules.mask, *among.mask)),
     )
 
 
@@ -101,23 +108,24 @@ def _score_fingerprints(index: Index, rules: RuleSet) -> dict[str, str]:
     found = {}
     for name, rule in rules.rules.items():
         if isinstance(rule, ScoreRule):
+            scores, column = rule.reads
             try:
-                summary = Scores(index, rule.reads.scores).complete()
+                summary = Scores(index, scores).complete(made_by(scores, column))
             except DataError as error:
-                raise DataError(f"rule {name!r}: {error}; make them: mm data score {index.url} {rule.measured_by}") from None
-            if rule.reads.column not in summary.columns:
+                raise DataError(f"rule {name!r}: {error}") from None
+            if column not in summary.columns:
                 raise ConfigError(
-                    f"rule {name!r}: the scores {rule.reads.scores!r} of {index.url} have no column of numbers {rule.reads.column!r}"
-                    f"{nearest(rule.reads.column, summary.columns)}"
+                    f"rule {name!r}: the scores {scores!r} of {index.url}, of {summary.kind}, have no column of numbers {column!r}"
+                    f"; one is made by: mm data score {index.url} {made_by('NAME', column)}{nearest(column, summary.columns)}"
                 )
-            found[rule.reads.scores] = summary.fingerprint
+            found[scores] = summary.fingerprint
     return found
 
 
-def _counted(ledger: Ledger, on_progress: Progress, rules: RuleSet) -> NDArray[np.int64]:
+def _counted(ledger: Ledger, among: Among, on_progress: Progress, rules: RuleSet) -> NDArray[np.int64]:
     """What the last of the rules counts over the whole index."""
     total = np.zeros(1, dtype=np.int64)
-    for chunk, counts in run_tasks(partial(_count, _Job(ledger.index.url, ledger.name, rules)), chunks_of(ledger.index)):
+    for chunk, counts in run_tasks(partial(_count, _Job(ledger.index.url, ledger.name, rules, among)), chunks_of(ledger.index)):
         total = total + counts
         on_progress(_size(ledger.index, chunk))
     return total
@@ -130,7 +138,7 @@ def _size(index: Index, chunk: int) -> int:
 
 def _count(job: _Job, chunk: int) -> NDArray[np.int64]:
     index, total = opened(job.index), np.zeros(1, dtype=np.int64)
-    for rows in batches(index, chunk, job.rules.columns, job.rules.scores):
+    for rows in batches(index, chunk, job.rules.columns, job.rules.scores, job.among):
         total = total + job.rules.count(rows)
     return total
 
@@ -140,11 +148,13 @@ def _decide(job: _Job, chunk: int) -> _Part:
     rules, concepts = job.rules, {name: rule for name, rule in job.rules.rules.items() if isinstance(rule, ConceptRule)}
     index, verdicts = opened(job.index), []
     kept_of = {name: np.zeros(len(rule.concepts), dtype=np.int64) for name, rule in concepts.items()}
-    for rows in batches(index, chunk, job.rules.columns, job.rules.scores):
+    for rows in batches(index, chunk, job.rules.columns, job.rules.scores, job.among):
         verdicts.append(rules.judge(rows))
         for name, rule in concepts.items():
             kept_of[name] += rule.count(rows, verdicts[-1].first < 0)
-    repeat, reasons, more = _columns(rules, verdicts, usable_rows(index, chunk))
+    repeat, reasons, more = _columns(rules, verdicts, rows_of(index, chunk, job.among))
+    if job.among.ledgers:
+        reasons = pc.coalesce(job.among.reasons(index, *bounds_of(index, chunk)), reasons)
     failed = np.array([sum(int((~v.judgements[n].keep).sum()) for v in verdicts) for n in range(len(rules.rules))])
     return _Part(Ledger(index, job.ledger).write_chunk(chunk, repeat, reasons, more), failed, kept_of)
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mm_core.bundle import Bundle, load_bundle
+from mm_core.data.among import Among
 from mm_core.data.index import Index
 from mm_core.data.ledger import Kept, Ledger, LedgerSummary, compile_kept, kept_fingerprint, ledger_names
 from mm_core.data.permutation import U64
-from mm_core.data.scan import usable
 from mm_core.errors import ConfigError, DataError
 from pipelines.encode import LEFT_OUT, Model, check_sizes
 
@@ -60,9 +60,11 @@ class Folds:
     """By model, the samples it scores; none where one model scores all."""
     notes: tuple[str, ...]
     """For the person who asked."""
+    among: Among
+    """Whose samples alone are scored."""
 
     @classmethod
-    def open(cls, index: Index, folds: Sequence[Fold]) -> Folds:
+    def open(cls, index: Index, folds: Sequence[Fold], among: Among) -> Folds:
         """
         Raises:
             ConfigError: folds that share samples or are scored by a model trained on them; models whose images differ in size.
@@ -79,9 +81,9 @@ class Folds:
         for fold in folds:
             bundle = load_bundle(fold.source)
             models.append(Model.of(fold.source, bundle))
-            notes += _unseen(index, fold, bundle)
+            notes += _unseen(index, fold, bundle, among)
         check_sizes(models)
-        return cls(index, tuple(models), kept, tuple(notes))
+        return cls(index, tuple(models), kept, tuple(notes), among)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -94,10 +96,11 @@ class Folds:
         """The number of the model of rows `first` up to `last`, LEFT_OUT where a row has none."""
         models = np.full(last - first, LEFT_OUT, dtype=np.int8)
         if not self.kept:
-            models[usable(self.index.locators["flags"][first:last], self.index.summary.need)] = 0
+            models[:] = 0
         for number, kept in enumerate(self.kept):
             start, end = np.searchsorted(kept.ordinals, np.array([first, last], dtype=np.uint64))
             models[(kept.ordinals[start:end] - np.uint64(first)).astype(np.int64)] = number
+        models[~self.among.rows(self.index, first, last)] = LEFT_OUT
         return models
 
 
@@ -114,7 +117,7 @@ def trained_on(index: Index, data_fingerprint: str) -> tuple[str, ...] | None:
     return None
 
 
-def _unseen(index: Index, fold: Fold, bundle: Bundle) -> list[str]:
+def _unseen(index: Index, fold: Fold, bundle: Bundle, among: Among) -> list[str]:
     """What is to be said of a model that may have been trained on the samples it scores.
 
     Raises:
@@ -126,7 +129,8 @@ def _unseen(index: Index, fold: Fold, bundle: Bundle) -> list[str]:
     seen = compile_kept(index, names).ordinals
     what = f"ledger {' and '.join(names)}" if names else "all samples"
     if fold.ledger is None:
-        return [f"{fold.source} was trained on {len(seen):,} of these samples, and such pairs fit too well: --fold scores each by another"]
+        shared = _shared(seen, compile_kept(index, among.ledgers).ordinals)
+        return [f"{fold.source} was trained on {shared:,} of these samples, and such pairs fit too well: --fold scores each by another"]
     if shared := _shared(seen, compile_kept(index, [fold.ledger]).ordinals):
         raise ConfigError(
             f"--fold {fold.ledger}={fold.source}: this model was trained on {what} of the index, and {shared:,} of those samples are"

@@ -21,7 +21,7 @@ from mm_core.data.index import Index
 from mm_core.data.ledger import Ledger, LedgerSummary
 from mm_core.errors import ConfigError
 from mm_core.store import reaching, write_whole
-from pipelines.curate.batches import batches, bounds_of, chunks_of, opened, usable_rows
+from pipelines.curate.batches import ALL, batches, bounds_of, chunks_of, opened, rows_of
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks
 
@@ -81,7 +81,7 @@ def _columns(summaries: dict[str, LedgerSummary]) -> list[tuple[str | None, list
 
 def _count(job: _Job, chunk: int) -> NDArray[np.int64]:
     index, groups = opened(job.index), groups_of(job.terms)
-    good = pa.array(usable_rows(index, chunk))
+    good = pa.array(rows_of(index, chunk, ALL))
     fates = [_fates(Ledger(index, name), rules, chunk, good) for name, rules in job.ledgers.items()]
     if len(fates) != 1:
         together = np.prod([each.repeat for each in fates], axis=0) if fates else np.ones(pc.sum(good).as_py() or 0)

@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from mm_core.curation.head import Between, Head, Output, read_head
-from mm_core.curation.score_rules import HEAD
+from mm_core.curation.score_rules import HEAD, embedded_by
+from mm_core.data.among import Among
 from mm_core.data.columns import vectors_of
 from mm_core.data.index import Index
 from mm_core.data.scores import Scores, ScoresSummary
 from mm_core.errors import ConfigError, DataError
 from mm_core.store import open_file, reaching
-from pipelines.curate.batches import opened
+from pipelines.curate.batches import ALL, opened
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks
 
@@ -39,8 +40,10 @@ class HeadScore:
     output: Output = Output.IDENTITY
 
 
-def score_by_head(index: Index, head: HeadScore, *, name: str | None = None, on_progress: Progress = lambda rows: None) -> ScoresSummary:
-    """The head's outputs for every sample that has an embedding. After a stop the same call goes on.
+def score_by_head(
+    index: Index, head: HeadScore, *, name: str | None = None, among: Among = ALL, on_progress: Progress = lambda rows: None
+) -> ScoresSummary:
+    """The head's outputs for every sample `among` some that has an embedding. After a stop the same call goes on.
 
     Raises:
         DataError: weights or embeddings that are not there, or weights of another digest or form.
@@ -63,6 +66,7 @@ def score_by_head(index: Index, head: HeadScore, *, name: str | None = None, on_
             "output": head.output.value,
             "version": 1,
         },
+        among=str(among),
         columns=loaded.columns,
         chunk_rows=source.chunk_rows,
     )
@@ -74,7 +78,7 @@ def score_by_head(index: Index, head: HeadScore, *, name: str | None = None, on_
             on_progress(sum(last - first for first, last in map(table.bounds, held)))
         missing = [chunk for chunk in range(len(table)) if chunk not in held]
         with ray_session():
-            for number, _ in run_tasks(partial(_score_chunk, index.url, head, loaded, scores.name), missing):
+            for number, _ in run_tasks(partial(_score_chunk, index.url, head, loaded, scores.name, among), missing):
                 first, last = table.bounds(missing[number])
                 on_progress(last - first)
         found = found.model_copy(update={"complete": True, "unreadable": source.unreadable})
@@ -109,22 +113,24 @@ def _download(source: str) -> Path:
 
 
 def _embeddings(index: Index, name: str) -> ScoresSummary:
-    make = f"make them: mm data score {index.url} embeddings --model MODEL --name {name}"
     try:
-        summary = Scores(index, name).complete()
+        summary = Scores(index, name).complete(embedded_by(name))
     except DataError as error:
-        raise DataError(f"a head works on embeddings, and {error}; {make}") from None
+        raise DataError(f"a head works on embeddings, and {error}") from None
     if _VECTORS not in summary.vectors:
-        raise ConfigError(f"the scores {name!r} of {index.url} are no embeddings ({summary.kind}); {make}, under a name that is free")
+        raise ConfigError(
+            f"the scores {name!r} of {index.url} are no embeddings ({summary.kind}); make some: mm data score {index.url}"
+            f" {embedded_by('NAME')}, and name them with --embeddings"
+        )
     return summary
 
 
-def _score_chunk(url: str, head: HeadScore, loaded: Head, name: str, chunk: int) -> None:
+def _score_chunk(url: str, head: HeadScore, loaded: Head, name: str, among: Among, chunk: int) -> None:
     index = opened(url)
     column = Scores(index, head.embeddings).values.read(chunk, [_VECTORS])[_VECTORS]
-    present = column.combine_chunks().is_valid().to_numpy(zero_copy_only=False)
+    values = Scores(index, name).values
+    present = column.combine_chunks().is_valid().to_numpy(zero_copy_only=False) & among.rows(index, *values.bounds(chunk))
     vectors = vectors_of(column, np.float16).astype(np.float32)
     vectors[~present] = 0
-    values = loaded(vectors, head.between, head.output)
-    columns = {key: pa.array(values[:, i], mask=~present) for i, key in enumerate(loaded.columns)}
-    Scores(index, name).values.write(chunk, pa.table(columns))
+    found = loaded(vectors, head.between, head.output)
+    values.write(chunk, pa.table({key: pa.array(found[:, i], mask=~present) for i, key in enumerate(loaded.columns)}))

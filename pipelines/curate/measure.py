@@ -9,6 +9,7 @@ from typing import Any
 from mm_core.config import nearest
 from mm_core.curation.head import Between, Output
 from mm_core.curation.score_rules import EMBEDDINGS, HASH, HEAD, IMAGE, SIMILARITY
+from mm_core.data.among import Among
 from mm_core.data.index import Index
 from mm_core.data.scores import ScoresSummary
 from mm_core.errors import ConfigError
@@ -60,9 +61,15 @@ class Request:
 
 
 def measure(
-    index: Index, request: Request, *, resolve: Callable[[str], str], on_progress: Progress, on_note: Callable[[str], None]
+    index: Index,
+    request: Request,
+    *,
+    among: Among,
+    resolve: Callable[[str], str],
+    on_progress: Progress,
+    on_note: Callable[[str], None],
 ) -> ScoresSummary:
-    """Measure what was asked for. `resolve`: from what stands for a model to its folder or hub id.
+    """Measure what was asked for, of the samples `among` some. `resolve`: from what stands for a model to its folder or hub id.
 
     Raises:
         ConfigError, BundleError, DataError: what cannot be done, before anything is written.
@@ -73,19 +80,19 @@ def measure(
         case "image":
             from pipelines.curate.score import score_images
 
-            return score_images(index, on_progress=on_progress)
+            return score_images(index, among=among, on_progress=on_progress)
         case "hash":
             from pipelines.curate.score import score_hashes
 
-            return score_hashes(index, on_progress=on_progress)
+            return score_hashes(index, among=among, on_progress=on_progress)
         case "head":
             from pipelines.curate.head_scores import score_by_head
 
-            return score_by_head(index, _head(request.options), name=name, on_progress=on_progress)
+            return score_by_head(index, _head(request.options), name=name, among=among, on_progress=on_progress)
         case what:
             from pipelines.curate.model_scores import score_by_models
 
-            return score_by_models(index, what, request.folds(resolve), name=name, on_progress=on_progress, on_note=on_note)
+            return score_by_models(index, what, request.folds(resolve), name=name, among=among, on_progress=on_progress, on_note=on_note)
 
 
 def _head(options: Mapping[str, Any]) -> Any:

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from mm_core.bundle import Bundle
 from mm_core.curation.score_rules import EMBEDDINGS
 from mm_core.curation.similarity import Similarities, mean_texts, similarities
+from mm_core.data.among import Among
 from mm_core.data.index import Index
 from mm_core.data.scores import Scores, ScoresSummary
 from mm_core.data.side_table import SMALL_CHUNK_ROWS
 from mm_core.errors import ConfigError
+from pipelines.curate.batches import ALL
 from pipelines.curate.folds import Fold, Folds
 from pipelines.encode import image_features, text_features
 from pipelines.encoded_table import count_problems, fill
@@ -30,11 +32,13 @@ def score_by_models(
     folds: Sequence[Fold],
     *,
     name: str | None = None,
+    among: Among = ALL,
     actors: int | None = None,
     on_progress: Progress = lambda rows: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> ScoresSummary:
-    """Image-text similarity of every sample, of `what` embeddings also both sides' features. After a stop the same call goes on.
+    """Image-text similarity of every sample `among` some, of `what` embeddings also both sides' features. After a stop the same call
+    goes on.
 
     Raises:
         ConfigError: folds that do not go together, an index without pairs, or there are scores of this name by other settings.
@@ -44,13 +48,14 @@ def score_by_models(
         raise ConfigError(f"the samples of {index.url} need not have {' and '.join(sorted(missing))}: there is no similarity to measure")
     if what == EMBEDDINGS and any(fold.ledger is not None for fold in folds):
         raise ConfigError("embeddings of several models lie in spaces of their own and cannot be compared: give one --model, not --fold")
-    opened = Folds.open(index, folds)
+    opened = Folds.open(index, folds, among)
     for note in opened.notes:
         on_note(note)
     summary = ScoresSummary(
         index_fingerprint=index.summary.fingerprint,
         kind=what,
         settings=opened.settings | {"version": 1},
+        among=str(among),
         columns=Similarities._fields,
         vectors=dict.fromkeys(("image", "text"), opened.models[0].embed_dim) if what == EMBEDDINGS else {},
         chunk_rows=SMALL_CHUNK_ROWS,

@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from mm_core.console import Console
-from pipelines.options import Json, Settings
+from pipelines.options import Json, Ledgers, Settings, opened_among
 
 
 def score(
-    index: Annotated[str, typer.Argument(help="An index.")],
+    index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
     what: Annotated[
         str,
         typer.Argument(
@@ -36,24 +36,32 @@ def score(
         Literal["identity", "sigmoid"] | None,
         typer.Option(help="head: what is made of its outputs; by default identity: they stay as they are."),
     ] = None,
+    ledger: Ledgers = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Measure of every sample what the index does not hold, for rules that read it. After a stop, the same command goes on.
+    """Measure of every sample, or of those that ledgers keep, what the index does not hold, for rules that read it. After a stop, the
+    same command goes on.
 
     Example: mm data score index image; mm data score index similarity --model runs/NAME/bundle;
     cross-fitted: mm data score index similarity --fold a=runs/on-b/bundle --fold b=runs/on-a/bundle
     """
-    from mm_core.data.index import Index
     from pipelines.curate.measure import Request, measure
 
     given = {"name": name, "model": model, "fold": fold, "weights": weights, "sha256": sha256}
     given |= {"embeddings": embeddings, "between": between, "output": output}
     console = Console(as_json)
     request = Request(what, {option: value for option, value in given.items() if value})
-    opened = Index.open(index)
+    opened, among = opened_among(index, ledger)
     with console.progress("score", opened.summary.rows) as tracker:
-        summary = measure(opened, request, resolve=partial(_resolve, settings=settings), on_progress=tracker.advance, on_note=console.note)
+        summary = measure(
+            opened,
+            request,
+            among=among,
+            resolve=partial(_resolve, settings=settings),
+            on_progress=tracker.advance,
+            on_note=console.note,
+        )
     if summary.unreadable:
         console.table(("could not be measured because", "samples"), list(summary.unreadable.items()))
     columns = [*summary.columns, *summary.vectors]

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 from mm_core.address import absolute
 from mm_core.data.export import ExportOrder
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, LedgerSummary, write_ledger
+from mm_core.data.ledger import Ledger, LedgerSummary
 from mm_core.data.scan import usable
 from mm_core.data.side_table import SideTable
+from mm_core.data.split import write_ledger
 from mm_core.data.uids import Keys, UidList, subset_array, uid_keys
 from mm_core.errors import ConfigError, DataError
 from mm_core.store import open_store, reaching, writing_whole
@@ -77,12 +78,9 @@ def import_uids(index: Index, url: str, name: str, *, replace_ledger: bool = Fal
         ConfigError: another ledger of this name is there and is not to be replaced.
         DataError: the file cannot be read, or lists no uid of the index.
     """
-    uids, ledger = UidList.read(absolute(url)), Ledger(index, name)
+    uids = UidList.read(absolute(url))
     made_by = f"uids {uids.fingerprint}"
-    if ledger.exists() and not replace_ledger and (found := ledger.summary()).rule != made_by:
-        raise ConfigError(
-            f"the index at {index.url} has a ledger {name!r} by other rules ({found.rule}): give another --name, or --replace"
-        )
+    there = Ledger(index, name).claim(made_by, replace=replace_ledger)
     weights, seen = np.zeros(index.summary.rows, dtype=np.float32), np.zeros(len(uids.keys), dtype=bool)
     for first, last, texts in _uids(index):
         good = usable(index.locators["flags"][first:last], index.summary.need)
@@ -93,8 +91,7 @@ def import_uids(index: Index, url: str, name: str, *, replace_ledger: bool = Fal
         on_progress(last - first)
     if not seen.any():
         raise DataError(f"not one of the {len(seen):,} uids in {url} is of a usable sample of {index.url}: is it a list of this data?")
-    same = ledger.exists() and ledger.summary().rule == made_by
-    summary = ledger.summary() if same else write_ledger(index, name, rule=made_by, repeat=weights, reason="not_listed")
+    summary = there or write_ledger(index, name, rule=made_by, repeat=weights, reason="not_listed")
     return Imported(summary, len(seen), int((~seen).sum()), int((uids.times > 1).sum()))
 
 

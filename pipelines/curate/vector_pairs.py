@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,9 @@ from mm_core.curation.cells import NEAREST, cells_for, centres, is_cut, nearest,
 from mm_core.curation.components import Pairs
 from mm_core.data.columns import vectors_of
 from mm_core.data.scores import Scores
-from mm_core.data.side_table import SideTable
 from pipelines.causes import own_errors
 from pipelines.curate.batches import opened
-from pipelines.curate.comparison import Comparison, Found, PairSink, Progress, Side, load
+from pipelines.curate.comparison import Comparison, Dealt, Found, PairSink, Progress, Slab, deal, gathered, slabs, split_up
 from pipelines.tasks import run_tasks
 
 _GROUP_VECTORS = 1 << 18
@@ -34,40 +32,30 @@ _STAGE = "vectors that are alike"
 
 
 @dataclass(frozen=True)
-class _Slab:
-    """Some chunks of a side's embeddings."""
-
-    side: Side
-    table: SideTable
-    chunks: range
-
-
-@dataclass(frozen=True)
 class _Job:
     comparison: Comparison
     similarity: float
-    groups: list[list[ray.ObjectRef]]
-    """For each group of cells, from every slab its numbers, cells and vectors."""
+    groups: Dealt
+    """Of cells: numbers, cells and vectors."""
 
 
 def vector_pairs(comparison: Comparison, embeddings: str, similarity: float, *, on_progress: Progress = lambda what: None) -> Found:
     """Of samples whose vectors have a cosine of at least `similarity` and share a cell. Counted, of ours: `unembedded`, which have no
     vector; of all: `cut`, in cells so large that not all was compared."""
-    slabs = [slab for side in comparison.sides for slab in _slabs(side, Scores(opened(side.url), embeddings).values)]
+    each = [slab for side in comparison.sides for slab in slabs(side, Scores(opened(side.url), embeddings).values, _GROUP_VECTORS)]
     samples = sum(side.rows for side in comparison.sides)
     groups = max(1, min(_MOST_GROUPS, cells_for(samples), -(-NEAREST * samples // _GROUP_VECTORS)))
     counts: Counter[str] = Counter()
     sink = PairSink(comparison)
     with own_errors():
-        parts = dict(run_tasks(partial(_sample, comparison, samples), slabs))
-        sample = np.concatenate([parts[number] for number in range(len(slabs))]).astype(np.float32)
+        parts = dict(run_tasks(partial(_sample, comparison, samples), each))
+        sample = np.concatenate([parts[number] for number in range(len(each))]).astype(np.float32)
         if not len(sample):
             return Found(sink.pairs(), counts)
         cells = ray.put(centres(sample, min(len(sample), cells_for(samples))))
-        dealt = load(_deal, [(comparison, slab, cells, groups) for slab in slabs], groups + 1)
-        for of_slab in dealt:
-            counts["unembedded"] += ray.get(of_slab[-1])
-        job = _Job(comparison, similarity, [[of_slab[group] for of_slab in dealt] for group in range(groups)])
+        dealt, absent = deal(_deal, [(comparison, slab, cells, groups) for slab in each], groups)
+        counts["unembedded"] += sum(absent)
+        job = _Job(comparison, similarity, dealt)
         for _, (pairs, cut) in run_tasks(partial(_compare, job), range(groups)):
             sink.add(pairs[:, 0], pairs[:, 1])
             counts["cut"] += cut
@@ -75,13 +63,7 @@ def vector_pairs(comparison: Comparison, embeddings: str, similarity: float, *, 
     return Found(sink.pairs(), counts)
 
 
-def _slabs(side: Side, table: SideTable) -> list[_Slab]:
-    first, last = table.bounds(0)
-    each = max(1, _GROUP_VECTORS // max(1, last - first))
-    return [_Slab(side, table, range(at, min(len(table), at + each))) for at in range(0, len(table), each)]
-
-
-def _vectors(comparison: Comparison, slab: _Slab, chunk: int) -> tuple[NDArray[np.int64], Float16[np.ndarray, "n d"], int]:
+def _vectors(comparison: Comparison, slab: Slab, chunk: int) -> tuple[NDArray[np.int64], Float16[np.ndarray, "n d"], int]:
     """Numbers and vectors of those looked at, and how many have none."""
     first, last = slab.table.bounds(chunk)
     column = slab.table.read(chunk, ["image"])["image"]
@@ -91,7 +73,7 @@ def _vectors(comparison: Comparison, slab: _Slab, chunk: int) -> tuple[NDArray[n
     return slab.side.offset + first + places, vectors_of(column, np.float16)[places], int((asked & ~there).sum())
 
 
-def _sample(comparison: Comparison, samples: int, slab: _Slab) -> Float16[np.ndarray, "n d"]:
+def _sample(comparison: Comparison, samples: int, slab: Slab) -> Float16[np.ndarray, "n d"]:
     found = []
     for chunk in slab.chunks:
         numbers, vectors, _ = _vectors(comparison, slab, chunk)
@@ -99,22 +81,19 @@ def _sample(comparison: Comparison, samples: int, slab: _Slab) -> Float16[np.nda
     return np.concatenate(found)
 
 
-def _deal(comparison: Comparison, slab: _Slab, cells: Float32[np.ndarray, "k d"], groups: int) -> tuple[Any, ...]:
+def _deal(comparison: Comparison, slab: Slab, cells: Float32[np.ndarray, "k d"], groups: int) -> tuple[Any, ...]:
     """For each group the numbers, cells and vectors of this slab that are in it; at last how many of ours have no vector."""
     numbers, vectors, absent = (list(each) for each in zip(*(_vectors(comparison, slab, chunk) for chunk in slab.chunks), strict=True))
     number, vector = np.concatenate(numbers), np.concatenate(vectors)
     own = nearest(vector.astype(np.float32), cells)
     row, cell = np.repeat(np.arange(len(own)), own.shape[1]), own.reshape(-1)
-    order = np.argsort(cell % groups, kind="stable")
-    ends = np.searchsorted(cell[order] % groups, np.arange(groups + 1))
-    dealt = [order[low:high] for low, high in pairwise(ends)]
-    return (*((number[row[some]], cell[some], vector[row[some]]) for some in dealt), sum(absent) if slab.side == comparison.index else 0)
+    dealt = split_up(cell % groups, groups, row, cell)
+    return (*((number[some], its_cell, vector[some]) for some, its_cell in dealt), sum(absent) if slab.side == comparison.index else 0)
 
 
 def _compare(job: _Job, group: int) -> tuple[Pairs, int]:
     """The pairs in the cells of a group, and how many vectors are in cells that were cut."""
-    blocks = [ray.get(ref) for ref in job.groups[group]]
-    numbers, cells, vectors = (np.concatenate(each) for each in zip(*blocks, strict=True))
+    numbers, cells, vectors = gathered(job.groups[group])
     order = np.lexsort((numbers, cells))
     ends = np.flatnonzero(np.r_[cells[order][1:] != cells[order][:-1], True][: len(order)]) + 1
     sink, cut = PairSink(job.comparison), 0

@@ -76,7 +76,8 @@ def clip_vit_s16() -> TrainRun:
 
 
 def clip_vit_h14() -> TrainRun:
-    """ViT-H/14 at 79k, 32 billion pairs of LAION-2B."""
+    """ViT-H/14 at 79k, 32 billion pairs of LAION-2B; rate and batch as in the published name `Model-H-14_Data-2B_…_lr-5e-4_bs-79k`, the
+    warm-up of its siblings of that batch (huggingface.co/laion/scaling-laws-openclip)."""
     run = _vit("clip-vit-h14", models.clip_vit_h14())
     return run.model_copy(
         update={"schedule": ScheduleConfig(warmup_steps=10_000), "steps": 404_531, "global_batch_size": 79_104, "parallel": _MEMORY}
@@ -84,7 +85,8 @@ def clip_vit_h14() -> TrainRun:
 
 
 def clip_vit_bigg14() -> TrainRun:
-    """ViT-bigG/14 at 160k, 39 billion pairs of LAION-2B, the rest as clip-vit-h14."""
+    """ViT-bigG/14 at 160k, 39 billion pairs of LAION-2B. The rest is clip-vit-h14's: what it was trained with has not been published whole
+    (its makers masked half of the patches and changed rates on the way, laion.ai/blog/giant-openclip)."""
     update = {"recipe": "clip-vit-bigg14", "model": models.clip_vit_bigg14(), "steps": 243_750, "global_batch_size": 160_000}
     return clip_vit_h14().model_copy(update=update)
 

@@ -6,64 +6,45 @@ first step leaves no folder behind.
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import datetime
-from pathlib import Path
-from typing import Any
 
 import ray
-from transformers import PreTrainedTokenizerFast
 
 from mm_core.address import absolute
-from mm_core.bundle import BundleManifest, write_bundle
 from mm_core.console import Console
 from mm_core.data.ledger import Source
 from mm_core.data.reader import ReadSpec
-from mm_core.errors import CheckpointError, ConfigError, MMError, TrainingError
-from mm_core.evaluation.chance import chance
-from mm_core.models.dvae import DiscreteVae
-from mm_core.models.family import build_model, resolved
-from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, special_tokens, train_bpe
+from mm_core.errors import MMError, TrainingError
+from mm_core.models.family import resolved
+from mm_core.models.tokenizer import caption_tokenizer, special_tokens
 from mm_core.revision import code_revision
-from mm_core.training.checkpoint import load_weights
-from mm_core.training.ema import WeightMean
 from pipelines.metric_log import MetricLog, spool_folder
-from pipelines.plots import evaluation_curve, loss_curve, time_bars
 from pipelines.session import ray_session
 from pipelines.shards import check_shards
 from pipelines.tracking import (
-    DatasetInput,
     RunStatus,
     TrackingConfig,
     continue_run,
-    create_run,
     final_metrics,
     finish_run,
-    log_artifacts,
-    log_metrics,
-    metric_history,
 )
+from pipelines.train.begin import begin, claim
 from pipelines.train.board import start_board
 from pipelines.train.config import TrainRun
 from pipelines.train.evaluation import EvaluationTask, start_background
 from pipelines.train.evaluation_data import ZEROSHOT_INDEX, EvaluationData
-from pipelines.train.goodput import Goodput
+from pipelines.train.export import export_bundle, saved_tokenizer
 from pipelines.train.launch import check_resources, gpus_per_worker, launch, preemption_watched
 from pipelines.train.loop import WorkerTask
-from pipelines.train.outcome import Outcome
-from pipelines.train.parts import Model, check_parts, wrapped
-from pipelines.train.preflight import Start, check_run, fed_by, masking_for, named_weights, start_of, teacher_of
-from pipelines.train.reconstructions import draw_reconstructions
+from pipelines.train.parts import check_parts
+from pipelines.train.preflight import Start, check_run, masking_for, named_weights, start_of, teacher_of
+from pipelines.train.report import log_data, log_goodput, log_results
 from pipelines.train.run_data import RunData
-from pipelines.train.run_folder import RunFolder, RunRecord, check_same, newest_run
+from pipelines.train.run_folder import RunFolder, RunRecord
 
-_EVALUATED = ("retrieval/t2i_r1", "retrieval/i2t_r1", "zeroshot/top1")
-_SIZES = ("retrieval/images", "retrieval/texts", "zeroshot/classes")
 _BUNDLE_METRICS = ("loss", "logit_scale")
 
 
@@ -76,6 +57,8 @@ class TrainRequest:
     """Several are mixed as `data.mix` says."""
     name: str | None = None
     resume: bool = False
+    or_resume: bool = False
+    """Continue the run called `name` if there is one, else start it."""
     audit: str | None = None
 
 
@@ -106,7 +89,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
     check_run(run, data)
     heldout = EvaluationData.open(run, data, console)
-    folder, record = _claim(request, run, data)
+    folder, record = claim(run, data, request.name, resume=request.resume, or_resume=request.or_resume)
     start = None
     if record is None:
         run = run.model_copy(update={"model": resolved(run.model)})
@@ -140,7 +123,7 @@ def _train(
     resumed = record is not None
     with nullcontext() if heldout is None else heldout.index() as zeroshot_index:
         if record is None:
-            record = _begin(run, data, folder, start)
+            record = begin(run, data, folder, start)
         elif folder.checkpoints.newest() is None:
             console.note(f"{folder.url} has no checkpoint yet: starting from step 0")
         if zeroshot_index is not None:
@@ -157,11 +140,11 @@ def _train(
         if heldout is not None:
             task = replace(task, evaluation=_evaluation(heldout, task, folder, console))
         outcome = launch(task, folder, console)
-        _log_data(run, record.tracking_run_id, outcome)
+        log_data(run, record.tracking_run_id, outcome)
         if outcome.failure:
             raise TrainingError(outcome.failure)
-        export_bundle(folder, metrics={name: value for name, value in outcome.metrics.items() if name in _BUNDLE_METRICS})
-        _log_results(run, folder, record.tracking_run_id, data, outcome.metrics)
+        export_bundle(folder, {name: value for name, value in outcome.metrics.items() if name in _BUNDLE_METRICS})
+        log_results(run, folder, record.tracking_run_id, data, outcome.metrics)
         status = RunStatus.FINISHED
     except KeyboardInterrupt:
         status = RunStatus.KILLED
@@ -174,7 +157,7 @@ def _train(
         raise
     finally:
         MetricLog(run.tracking.uri, record.tracking_run_id, spool_folder()).close(5)  # what a killed rank 0 on this machine left
-        _log_goodput(run, folder, record.tracking_run_id, console)
+        log_goodput(run, folder, record.tracking_run_id, console)
         finish_run(run.tracking, record.tracking_run_id, status)
     return _result(run, folder, record, outcome.steps, outcome.metrics)
 
@@ -194,124 +177,8 @@ def _result(run: TrainRun, folder: RunFolder, record: RunRecord, steps: int, met
     )
 
 
-def export_bundle(folder: RunFolder, name: str = "bundle", *, metrics: Mapping[str, float] | None = None) -> BundleManifest:
-    """Write a checkpoint of a run as a bundle below its folder: the best, where the run says by what, else the newest. `metrics` go into
-    its card.
-
-    Raises:
-        CheckpointError: the run has no checkpoint, or it does not fit.
-    """
-    record = folder.read()
-    run = TrainRun.model_validate(record.config)
-    best = run.checkpoint.best(folder.checkpoints.metrics()) if run.checkpoint.best_metric else None
-    step = folder.checkpoints.newest() if best is None else best
-    if step is None:
-        raise CheckpointError(f"the run {folder.url} has no checkpoint to export yet")
-    tokenizer = _saved_tokenizer(run, folder)
-    model = _trained(run, folder, step, tokenizer)
-    with tempfile.TemporaryDirectory(prefix="mm-bundle-") as temporary:
-        manifest = write_bundle(
-            Path(temporary) / name,
-            model=model.model,
-            decoder=model.decoder if isinstance(model, DiscreteVae) else None,
-            tokenizer=tokenizer,
-            config=run.model,
-            recipe=run.recipe,
-            data_fingerprint=record.data_fingerprint,
-            metrics=metrics or {},
-            run_id=record.tracking_run_id,
-        )
-        folder.put(Path(temporary) / name, name)
-    return manifest
-
-
-def _trained(run: TrainRun, folder: RunFolder, step: int, tokenizer: PreTrainedTokenizerFast | None) -> Model:
-    """The model of a checkpoint."""
-    model = wrapped(run, build_model(run.model, None if tokenizer is None else special_tokens(tokenizer)))
-    load_weights(folder.checkpoints.at(step), model, None if run.mean_decay is None else WeightMean(model, run.mean_decay))
-    return model
-
-
-def _claim(request: TrainRequest, run: TrainRun, data: RunData) -> tuple[RunFolder, RunRecord | None]:
-    """The folder of the run, and its record where it is to be continued."""
-    if request.resume:
-        if request.name is None:
-            found = newest_run(run.storage, _identity(run), data.fingerprint)
-            if found is None:
-                raise CheckpointError(
-                    f"no run of {run.recipe} with this configuration and data under {run.storage}:"
-                    " name one with --name, or leave out --resume"
-                )
-            return found, found.read()
-        folder = RunFolder.of(run.storage, request.name)
-        record = folder.read()
-        check_same(record, _identity(run), data.fingerprint, folder.url)
-        return folder, record
-    name = request.name or f"{run.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = RunFolder.of(run.storage, name)
-    if folder.exists():
-        raise ConfigError(f"run {folder.url} exists: continue it with --resume, or give another --name")
-    if folder.holds_something():
-        raise ConfigError(f"{folder.url} exists and holds no run: give another --name, or remove it first")
-    return folder, None
-
-
-def _identity(run: TrainRun) -> dict[str, Any]:
-    """Without what the tokenizer and the model's sources decide, which is known only once they are there."""
-    identity = run.identity()
-    identity["model"] = {key: value for key, value in identity["model"].items() if key not in run.model.derived}
-    return identity
-
-
-def _begin(run: TrainRun, data: RunData, folder: RunFolder, start: Start | None) -> RunRecord:
-    """Make the tokenizer, the run's folder and the tracking run."""
-    tokenizer = _train_tokenizer(run, data) if start is None else start.tokenizer
-    run = fed_by(run, tokenizer)
-    try:
-        if tokenizer is not None:
-            with tempfile.TemporaryDirectory(prefix="mm-tokenizer-") as local:
-                tokenizer.save_pretrained(local)
-                folder.put(Path(local), "tokenizer")
-        run_id = create_run(
-            run.tracking,
-            run_name=folder.name,
-            params=run.model_dump(mode="json"),
-            tags={
-                "mm.recipe": run.recipe,
-                "mm.data_fingerprint": data.fingerprint,
-                "mm.code_revision": code_revision(),
-                "mm.folder": folder.url,
-            },
-            datasets=[
-                DatasetInput(Path(index.url).name, index.summary.fingerprint, index.url, len(kept))
-                for index, kept in zip(data.indexes, data.kept, strict=True)
-            ],
-        )
-        record = RunRecord(
-            identity=_identity(run),
-            config=run.model_dump(mode="json"),
-            sources=data.sources,
-            data_fingerprint=data.fingerprint,
-            tracking_run_id=run_id,
-        )
-        folder.write(record)
-    except BaseException:
-        folder.remove()
-        raise
-    return record
-
-
-def _train_tokenizer(run: TrainRun, data: RunData) -> PreTrainedTokenizerFast:
-    captions = data.captions(run.tokenizer.max_captions)
-    return train_bpe(captions, vocab_size=run.tokenizer.vocab_size, context_length=run.joint_model.context_length)
-
-
-def _saved_tokenizer(run: TrainRun, folder: RunFolder) -> PreTrainedTokenizerFast | None:
-    return load_tokenizer(str(folder.get("tokenizer"))) if run.model.reads_text else None
-
-
 def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder, record: RunRecord, start: Start | None) -> WorkerTask:
-    tokenizer = _saved_tokenizer(run, folder)
+    tokenizer = saved_tokenizer(run, folder)
     initial = None if start is None else start.weights
     if start is None and folder.checkpoints.newest() is None:
         initial, _ = named_weights(run, tokenizer)
@@ -348,7 +215,7 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
 def _evaluation(heldout: EvaluationData, task: WorkerTask, folder: RunFolder, console: Console) -> EvaluationTask:
     """Where it is to run in the background and there is no room for that, the ranks evaluate."""
     run = task.run
-    tokenizer = _saved_tokenizer(run, folder)
+    tokenizer = saved_tokenizer(run, folder)
     assert tokenizer is not None, "the driver has looked at it"
     spec = heldout.spec(run, tokenizer, folder)
     actor = start_background(spec, run, task.tokens, gpus_per_worker(run)) if run.evaluation.background else None
@@ -357,52 +224,3 @@ def _evaluation(heldout: EvaluationData, task: WorkerTask, folder: RunFolder, co
             "evaluation.background: the cluster has no GPU, or without GPUs no processor, beyond the ranks': they evaluate themselves"
         )
     return EvaluationTask(spec, actor)
-
-
-def _log_data(run: TrainRun, run_id: str, outcome: Outcome) -> None:
-    """`data/replaced.json`: how many samples of which shard were replaced, and why, since the workers were last started;
-    `data/stopped_at.json`: the samples of the batch that a run stopped at."""
-    found: dict[str, list[Any]] = {"replaced": [count._asdict() for count in outcome.replaced]}
-    if outcome.failed_uids:
-        found["stopped_at"] = [*outcome.failed_uids]
-    with tempfile.TemporaryDirectory() as temporary:
-        for name, rows in found.items():
-            Path(temporary, f"{name}.json").write_text(json.dumps(rows, indent=1))
-        log_artifacts(run.tracking, run_id, Path(temporary), "data")
-
-
-def _log_goodput(run: TrainRun, folder: RunFolder, run_id: str, console: Console) -> None:
-    """Where the wall time of the whole run went: a table here; metrics, `data/goodput.json` and a plot in MLflow."""
-    goodput = Goodput.of(folder.read_goodput())
-    if not goodput.seconds:
-        return
-    console.table(("wall time", "s", "share"), [(part, round(s, 1), f"{share:.1%}") for part, s, share in goodput.rows()])
-    log_metrics(run.tracking, run_id, goodput.metrics())
-    with tempfile.TemporaryDirectory() as temporary:
-        Path(temporary, "goodput.json").write_text(json.dumps(goodput.record(), indent=1))
-        log_artifacts(run.tracking, run_id, Path(temporary), "data")
-    with tempfile.TemporaryDirectory() as temporary:
-        log_artifacts(run.tracking, run_id, time_bars(goodput.rows(), Path(temporary) / "goodput.png"), "plots")
-
-
-def _log_results(run: TrainRun, folder: RunFolder, run_id: str, data: RunData, metrics: Mapping[str, float]) -> None:
-    bundle = folder.get("bundle")
-    log_artifacts(run.tracking, run_id, bundle, "bundle")
-    history = metric_history(run.tracking, run_id, [name for name in metrics if name == "loss" or name.startswith("loss/")])
-    with tempfile.TemporaryDirectory() as temporary:
-        loss_curve(history, Path(temporary) / "loss.png")
-        model = None if run.model.reads_text else _trained(run, folder, folder.checkpoints.newest() or 0, None)
-        if isinstance(model, DiscreteVae):
-            draw_reconstructions(model, run.model.image_size, data, Path(temporary) / "reconstructions.png")
-        if run.evaluation.every_steps is not None:
-            measured = metric_history(run.tracking, run_id, [f"eval/{name}" for name in (*_EVALUATED, *_SIZES)])
-            _draw_evaluations({name.removeprefix("eval/"): points for name, points in measured.items()}, Path(temporary) / "evaluation.png")
-        log_artifacts(run.tracking, run_id, Path(temporary), "plots")
-
-
-def _draw_evaluations(measured: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:
-    guesses: dict[str, float] = {}
-    for kind in ("retrieval", "zeroshot"):
-        last = {name.removeprefix(f"{kind}/"): points[-1][1] for name, points in measured.items() if name.startswith(f"{kind}/")}
-        guesses |= {f"{kind}/{name}": value for name, value in chance(last).items()} if last else {}
-    evaluation_curve({name: measured[name] for name in _EVALUATED if name in measured}, path, chance=guesses)

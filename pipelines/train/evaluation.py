@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from mm_core.evaluation.chance import chance
 from mm_core.evaluation.evaluator import EvaluationSpec, Evaluator
-from mm_core.evaluation.ranks import Ranks
 from mm_core.models.family import build_model
 from mm_core.models.sizes import SpecialTokens
+from mm_core.ranks import Ranks
 from mm_core.training.precision import autocast
 from mm_core.training.step import TrainStep
 from pipelines.train.config import TrainRun

@@ -21,11 +21,11 @@ import torch.distributed as dist
 
 from mm_core.data.plan import chunks_per_step, rank_counts
 from mm_core.data.reader import ReadSpec
-from mm_core.evaluation.ranks import Ranks
 from mm_core.models.family import build_model
 from mm_core.models.sizes import SpecialTokens
 from mm_core.models.two_tower import TwoTower
 from mm_core.optim import build_optimizer, lay_out_state
+from mm_core.ranks import Ranks
 from mm_core.training.checkpoint import seed_step
 from mm_core.training.clock import Phase, StepClock
 from mm_core.training.cost import sample_cost

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from mm_core.errors import CheckpointError
-from mm_core.evaluation.ranks import Ranks
+from mm_core.ranks import Ranks
 from mm_core.store import open_store, write_whole
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, read_state
 from mm_core.training.checkpoints import CheckpointFolder, CheckpointWriter

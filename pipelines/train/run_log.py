@@ -1,8 +1,9 @@
-"""Who is told of a run's steps: MLflow and the driver's display, by rank 0; the store, by a rank that stands still."""
+"""Who is told of a run's steps: MLflow, Prometheus and the driver's display, by rank 0; the store, by a rank that stands still."""
 
 from __future__ import annotations
 
 import logging
+import posixpath
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from mm_core.store import write_whole
 from mm_core.training.checkpoints import CheckpointFolder
 from mm_core.training.clock import StepClock
 from mm_core.training.watchdog import Standstill, Watchdog
+from pipelines.exported import RunGauges
 from pipelines.metric_log import MetricLog, spool_folder, system_metrics
 from pipelines.train.evaluation import evaluation_line
 
@@ -25,12 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Rank 0's metrics and messages go to MLflow and to the driver; the other ranks' nowhere."""
+    """Rank 0's metrics and messages go to MLflow, to Prometheus and to the driver; the other ranks' nowhere."""
 
     def __init__(self, task: WorkerTask, rank: int) -> None:
         self._task, self._rank = task, rank
         self._stack = ExitStack()
         self._log: MetricLog | None = None
+        self._gauges = RunGauges(posixpath.basename(task.folder))
 
     def __enter__(self) -> RunLog:
         if self._rank == 0:
@@ -45,11 +48,13 @@ class RunLog:
         """The workers are about to take `step`."""
         if self._log is not None:
             self._log.at(step)
+            self._gauges.started(step, self._task.run.steps)
             self._task.board.started.remote(step)
 
     def metrics(self, step: int, metrics: dict[str, float]) -> None:
         if self._log is not None:
             self._log.log(step, metrics)
+            self._gauges.update(step, metrics)
             self._task.board.update.remote(step, metrics)
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:

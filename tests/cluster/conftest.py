@@ -1,4 +1,4 @@
-"""A real Ray head with its job service: started once for this package's tests, in a process group of its own."""
+"""A real Ray head with its job service, token and TLS: started once for this package's tests, in a process group of its own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ import psutil
 import pytest
 import requests
 
+from cluster.certificates import make_authority, make_node
+
 _START_S = 60
 
 
@@ -29,20 +31,29 @@ class RunningHead:
     address: str
     gcs_port: str
     environment: dict[str, str]
+    metrics: str
+    """What Prometheus reads of it."""
+    logs: Path
+    """All that its processes and jobs write."""
 
 
 @pytest.fixture(scope="package")
 def running_head() -> Iterator[RunningHead]:
-    """`ray start --head --block` with token authentication and a token of its own.
+    """`ray start --head --block` with a token and an authority of its own.
 
     Its folder's name is short, as the paths of Ray's sockets must fit 107 bytes.
     """
     folder = Path(tempfile.mkdtemp(prefix="mmh"))
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
+    make_authority(folder / "ca")
+    certificate = make_node(folder / "ca", folder / "tls")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))} | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        **certificate.environment,
+        "RAY_metrics_report_interval_ms": "200",
+        "RAY_LOGGER_LEVEL": "warning",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -58,8 +69,10 @@ def running_head() -> Iterator[RunningHead]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
-            _wait_until_up(process, address, folder / "log")
-            yield RunningHead(address, str(gcs), environment)
+            _wait_until_up(process, address, token.read_text(), folder / "log")
+            yield RunningHead(
+                address, str(gcs), environment, f"http://127.0.0.1:{metrics}/metrics", folder / "r" / "session_latest" / "logs"
+            )
         finally:
             _end(process)
     shutil.rmtree(folder, ignore_errors=True)
@@ -76,14 +89,17 @@ def _free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _wait_until_up(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def _wait_until_up(process: subprocess.Popen[bytes], address: str, token: str, log: Path) -> None:
+    """Until the job service answers and knows its own node."""
     until = time.monotonic() + _START_S
     while time.monotonic() < until and process.poll() is None:
         try:
-            if requests.get(f"{address}/api/version", timeout=1).status_code in (200, 401):
+            answer = requests.get(f"{address}/api/v0/nodes", headers={"Authorization": f"Bearer {token}"}, timeout=5).json()
+            if any(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"]):
                 return
-        except requests.RequestException:
-            time.sleep(0.2)
+        except (requests.RequestException, ValueError, KeyError, TypeError):
+            pass
+        time.sleep(0.2)
     pytest.fail(f"the head did not come up: {log.read_text()[-2000:]}")
 
 

@@ -7,15 +7,22 @@ visibly what a training run does slowly.
 from __future__ import annotations
 
 import json
+import secrets
+import shlex
 import subprocess
 import sys
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
+from ray.runtime_env import RuntimeEnv
 
 from cluster.head import choose_address, is_this_machine
-from cluster.submit import Elsewhere, Here, entrypoint, passed_variables
+from cluster.run_names import named, run_of, submission_id
+from cluster.submit import Elsewhere, Here, InImage, Request, _runtime_env, _stage, entrypoint, passed_variables, pinned, read_labels
 from mm_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,12 +62,41 @@ def test_a_job_runs_in_the_callers_folder_and_joins_the_cluster(running_head: Ru
     assert process.returncode == 0, process.stderr
     job = result_of(process)
     assert job["run_id"] == RUN_ID
-    assert job["job_id"].startswith("raysubmit_")
-    assert json.loads((folder / "seen").read_text()) == [arguments, "s3cr3t", running_head.gcs_port]
+    named = [*arguments, "--name", job["name"], "--or-resume"]
+    assert job["job_id"] == f"{job['name']}-1"
+    assert json.loads((folder / "seen").read_text()) == [named, "s3cr3t", running_head.gcs_port]
+    assert f"resume: mm submit --json --env MM_SECRET -- {shlex.join(named)}" in process.stderr
     assert f"mm jobs logs -f {job['job_id']}" in process.stderr
     listed = mm(running_head, "jobs", "list", "--json", folder=tmp_path)
     assert result_of(listed)["jobs"][0]["job_id"] == job["job_id"]
     assert "s3cr3t" not in process.stdout + process.stderr + listed.stdout + listed.stderr
+
+
+def test_a_secret_is_in_no_process_list_and_in_no_log(running_head: RunningHead, tmp_path: Path) -> None:
+    secret = secrets.token_hex(16)
+    (tmp_path / "mm.py").write_text(
+        "import os, pathlib, time, ray\n"
+        "ray.init(address='auto')\n"
+        "found = ray.get(ray.remote(lambda: os.environ['MM_SECRET']).remote())\n"
+        "pathlib.Path('seen').write_text(found)\n"
+        "while not pathlib.Path('end').exists():\n"
+        "    time.sleep(0.1)\n"
+    )
+    submitted = mm(
+        running_head, "submit", "--json", "--wait-s", "0", "--env", "MM_SECRET", "--", "train", folder=tmp_path, MM_SECRET=secret
+    )
+    job = result_of(submitted)["job_id"]
+    until = time.monotonic() + 120
+    while not (tmp_path / "seen").exists():
+        assert time.monotonic() < until, mm(running_head, "jobs", "logs", job, folder=tmp_path).stdout
+        time.sleep(0.2)
+    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    (tmp_path / "end").touch()
+    assert (tmp_path / "seen").read_text() == secret
+    assert not [line for line in lines if secret in line]
+    shown = mm(running_head, "jobs", "logs", "-f", job, folder=tmp_path)
+    assert secret not in submitted.stdout + submitted.stderr + shown.stdout + shown.stderr
+    assert not [file for file in running_head.logs.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
 
 
 def test_code_is_sent_to_a_head_elsewhere(running_head: RunningHead, tmp_path: Path) -> None:
@@ -101,6 +137,27 @@ def test_follow_and_stop(running_head: RunningHead, tmp_path: Path) -> None:
     assert "begun" in mm(running_head, "jobs", "logs", job, folder=tmp_path).stdout
     again = mm(running_head, "jobs", "stop", job, "--json", folder=tmp_path)
     assert result_of(again) == {"job_id": job, "stopped": False}
+
+
+def test_a_run_has_one_job_at_a_time_and_its_next_one_goes_on(running_head: RunningHead, tmp_path: Path) -> None:
+    (tmp_path / "mm.py").write_text("import time\nprint('begun')\ntime.sleep(600)\n")
+    options = ["--json", "--wait-s", "0", "--label", "team=vision", "--driver-cpus", "1"]
+
+    def submit() -> dict[str, Any]:
+        return result_of(mm(running_head, "submit", *options, "--", "train", "clip-tiny", "--name", "only", folder=tmp_path))
+
+    first, second = submit(), submit()
+    assert (first["job_id"], first["new"]) == ("only-1", True)
+    assert (second["job_id"], second["new"]) == ("only-1", False)
+    mm(running_head, "jobs", "stop", "only-1", folder=tmp_path)
+    until = time.monotonic() + 60
+    while (third := submit())["job_id"] == "only-1":
+        assert time.monotonic() < until
+    assert (third["job_id"], third["new"]) == ("only-2", True)
+    jobs = result_of(mm(running_head, "jobs", "list", "--json", folder=tmp_path))["jobs"]
+    assert jobs[0]["labels"] == {"team": "vision", "mm.run": "only"}
+    assert jobs[0]["command"] == "mm train clip-tiny --name only --or-resume"
+    mm(running_head, "jobs", "stop", "only-2", folder=tmp_path)
 
 
 def test_a_job_nobody_knows_is_named(running_head: RunningHead, tmp_path: Path) -> None:
@@ -166,9 +223,64 @@ def test_this_machine_is_told_from_others() -> None:
     assert not is_this_machine("http://no-such-host.invalid:8265")
 
 
+def test_what_is_sent_is_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout = tmp_path / "checkout"
+    for name in ("mm_core/data/tar.py", "pipelines/index.py", "serve/page/page.js", "cluster/submit.py", "mm.py", "pyproject.toml"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("code")
+    for name in (".env", "data/shard.tar", "runs/first/run.json", "cluster/compose/secrets/aws", "cluster/__pycache__/x.pyc"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("mine")
+    monkeypatch.setattr("cluster.submit._source", lambda: checkout)
+    _stage(tmp_path / "staged")
+    assert {file.read_text() for file in (tmp_path / "staged").rglob("*") if file.is_file()} == {"code"}
+
+
 def test_entrypoint_is_quoted() -> None:
-    assert entrypoint(["train", "a b"], Elsewhere()) == "exec python -m mm train 'a b'"
+    assert entrypoint(["train", "a b"], Elsewhere(checked=False)) == "exec python -m mm train 'a b'"
+    assert entrypoint(["train", "a b"], Elsewhere()) == "python -m mm doctor --failures && exec python -m mm train 'a b'"
     assert entrypoint(["x;y"], Here(Path("/a b"))) == f"cd '/a b' && exec {sys.executable} -m mm 'x;y'"
+
+
+def test_a_training_command_has_a_name_and_can_be_given_again() -> None:
+    now = datetime(2026, 1, 2, 3, 4, 5)
+    assert named(["train", "clip-tiny"], now) == ["train", "clip-tiny", "--name", "clip-tiny-20260102-030405", "--or-resume"]
+    assert named(["train", "my/clip.yaml"], now)[3] == "clip-20260102-030405"
+    assert named(["train", "x", "--name=a"], now) == ["train", "x", "--name=a", "--or-resume"]
+    for as_it_is in (["train", "x", "--resume"], ["train", "x", "--name", "a", "--resume"], ["train", "x", "--dry-run"], ["doctor"], []):
+        assert named(as_it_is, now) == as_it_is
+    assert [run_of(["train", "x", *more]) for more in (["--name", "a"], ["--name=b"], [])] == ["a", "b", None]
+    assert run_of(["eval", "--name", "a"]) is None
+    assert submission_id("a b/c", 2) == "a-b-c-3"
+
+
+def test_labels_have_a_form() -> None:
+    assert read_labels(["a=b", "c=d=e"]) == {"a": "b", "c": "d=e"}
+    with pytest.raises(ConfigError, match="not of the form KEY=VALUE"):
+        read_labels(["team"])
+    with pytest.raises(ConfigError, match="--name"):
+        read_labels(["mm.run=x"])
+
+
+def test_what_is_installed_there_is_what_is_here() -> None:
+    from importlib.metadata import version
+
+    pins = pinned()
+    assert f"torch=={version('torch')}" in pins
+    assert not [pin for pin in pins if pin.startswith("ray")]
+    with _runtime_env(Request(Here(Path("/")), {"A": "1"}, install=True)) as env:
+        assert env == {"env_vars": {"A": "1"}, "pip": {"packages": pins, "pip_check": False}}
+        RuntimeEnv(**env)  # as Ray looks at it
+
+
+def test_an_image_brings_everything() -> None:
+    place = InImage("registry/mm:1")
+    assert entrypoint(["train", "x"], place) == "python -m mm doctor --failures && exec python -m mm train x"
+    with _runtime_env(Request(place, {"A": "1"})) as env:
+        assert env == {"env_vars": {"A": "1"}, "image_uri": "registry/mm:1"}
+        RuntimeEnv(**env)
+    with pytest.raises(ConfigError, match="leave out --install"), _runtime_env(Request(place, install=True)):
+        pass
 
 
 def test_variables_are_passed_by_name_only() -> None:

@@ -1,8 +1,9 @@
-"""`mm submit -- train … --init MODEL` runs the same training as a job of a real Ray head, from that model's weights."""
+"""`mm submit -- train … --init MODEL` runs the same training as a job of a real Ray head, from that model, seen by Prometheus."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -10,17 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import requests
 import torch
 
 from mm_core.bundle import load_bundle, read_manifest, write_bundle
 from mm_core.models.clip import build_clip, clip_tiny
 from mm_core.models.tokenizer import special_tokens, train_bpe
+from pipelines.exported import BLOCK_SAMPLES, BLOCK_SECONDS, TRAIN
 from pipelines.index import build_index
 
 if TYPE_CHECKING:
     from conftest import RunningHead
 
 pytestmark = pytest.mark.slow
+SOMETIMES = {"ray_mm_train_mfu", "ray_mm_train_skipped_steps", "ray_mm_train_rollbacks"}
+"""On GPUs, or where steps are looked at before they count."""
+ALWAYS = {each.name for each in (*TRAIN, BLOCK_SAMPLES, BLOCK_SECONDS)} - SOMETIMES
 
 
 def mm(head: RunningHead, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -52,9 +58,11 @@ def test_training_as_a_job(running_head: RunningHead, ray_cluster: None, corpus:
     assert submitted.returncode == 0, submitted.stderr
     job = json.loads(submitted.stdout.splitlines()[-1])
     assert f"mm jobs logs -f {job['job_id']}" in submitted.stderr
-    until = time.monotonic() + 240
+    until, exported = time.monotonic() + 240, set[str]()
     while not (tmp_path / "runs" / "job" / "bundle" / "mm.json").exists():
         assert time.monotonic() < until, mm(running_head, "jobs", "logs", job["job_id"], folder=tmp_path).stdout
-        time.sleep(1)
+        exported |= set(re.findall(r"^(ray_mm_\w+)\{", requests.get(running_head.metrics, timeout=10).text, re.MULTILINE))
+        time.sleep(0.2)
+    assert {name.removesuffix("_bucket") for name in exported} >= ALWAYS
     assert read_manifest(tmp_path / "runs" / "job" / "bundle").run_id == job["run_id"]
     torch.testing.assert_close(weights(tmp_path / "runs" / "job" / "bundle"), weights(tmp_path / "start"), atol=1e-6, rtol=0)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import duckdb
 import psutil
 import pyarrow as pa
 import pytest
@@ -31,8 +32,10 @@ from pipelines.index import build_index
 from pipelines.recipes import recipe
 from pipelines.tracking import TrackingConfig
 from pipelines.train.audit import read_audit
+from pipelines.train.begin import claim
 from pipelines.train.config import TrainRun
 from pipelines.train.driver import TrainRequest, TrainResult, train
+from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, newest_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -191,6 +194,14 @@ def test_killed_interrupted_and_resumed_is_as_undisturbed(
     assert here == pytest.approx(there, abs=0.05)
 
 
+def test_the_guides_query_shows_that_nothing_came_twice(killed: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    query = next(line for line in guide.splitlines() if "audit/*.parquet" in line).replace("audit/", f"{killed}/audit/")
+    assert duckdb.sql(query).fetchall() == []
+    every_attempt = query.replace("QUALIFY attempt = max(attempt) OVER (PARTITION BY step)", "")
+    assert duckdb.sql(every_attempt).fetchall(), "the restart replayed no step"
+
+
 def evaluated(folder: Path) -> dict[int, dict[str, float]]:
     """By step what was measured, as MLflow has it."""
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
@@ -267,10 +278,19 @@ def test_a_finished_run_is_not_continued(undisturbed: tuple[TrainResult, Path], 
     before = (folder / "runs" / "tiny" / "bundle" / "mm.json").stat().st_mtime_ns
     elsewhere = tiny_run(folder, 1).model_copy(update={"tracking": TrackingConfig()})  # by default a store in the working folder
     monkeypatch.chdir(folder / "runs")
-    again = train(TrainRequest(elsewhere, (Source(index=index.url),), name="tiny", resume=True), Console(json=True))
-    assert again == result
+    for asked in ({"resume": True}, {"or_resume": True}):
+        assert train(TrainRequest(elsewhere, (Source(index=index.url),), name="tiny", **asked), Console(json=True)) == result
     assert (folder / "runs" / "tiny" / "bundle" / "mm.json").stat().st_mtime_ns == before
     assert not (folder / "runs" / "mlflow.db").exists()
+
+
+def test_a_run_that_is_not_there_yet_is_started(index: Index, tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, 1)
+    data = RunData.open((Source(index=index.url),))
+    folder, record = claim(run, data, "new", resume=False, or_resume=True)
+    assert (folder.name, record) == ("new", None)
+    with pytest.raises(ConfigError, match="--or-resume needs --name"):
+        claim(run, data, None, resume=False, or_resume=True)
 
 
 def test_a_run_that_cannot_be_read_is_passed_over(

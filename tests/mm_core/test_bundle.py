@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,33 @@ def test_a_plain_folder_that_would_give_wrong_features_is_refused(bundle: Path, 
     damage(bundle)
     with pytest.raises(BundleError, match=message):
         load_bundle(bundle)
+
+
+def test_a_model_that_brings_code_or_a_pickle_runs_neither(bundle: Path, tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    (bundle / MANIFEST).unlink()
+    code = f"open({str(done)!r}, 'w')\nfrom transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast\n"
+    for module in ("modeling_own", "configuration_own", "tokenization_own"):
+        (bundle / f"{module}.py").write_text(code)
+    own = {"AutoModel": "modeling_own.CLIPModel", "AutoConfig": "configuration_own.CLIPConfig"}
+    rewrite(bundle / "config.json", lambda v: v.update(auto_map=own))
+    rewrite(bundle / "tokenizer_config.json", lambda v: v.update(auto_map={"AutoTokenizer": [None, "tokenization_own.CLIPTokenizerFast"]}))
+    load_bundle(bundle)
+    (bundle / "model.safetensors").rename(bundle / "pytorch_model.bin")
+    (bundle / "pytorch_model.bin").write_bytes(pickle.dumps(Opens(done)))
+    with pytest.raises(BundleError, match="no model that can be loaded at"):
+        load_bundle(bundle)
+    assert not done.exists()
+
+
+class Opens:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.file), "w")
 
 
 def test_no_model_there(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from mm_core.curation.concepts import read_concepts
 from mm_core.curation.ruleset import RuleSet
 from mm_core.curation.text_file import TextFile
 from mm_core.data import side_table
+from mm_core.data.among import Among
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, compile_kept, split
+from mm_core.data.ledger import Ledger, compile_kept
+from mm_core.data.split import split
 from mm_core.errors import ConfigError, DataError
 from pipelines.curate import batches
 from pipelines.curate import filter as filtering
@@ -80,8 +82,10 @@ def test_ledgers_do_not_depend_on_how_the_rows_are_divided(index: Index, folder:
     before = pa.concat_tables(Ledger(index, "whole").decisions.tables())
     monkeypatch.setattr(side_table, "CHUNK_ROWS", 100)
     monkeypatch.setattr(batches, "BATCH_ROWS", 7)
-    settled = rules.settled(lambda asked: sum(filtering._count(filtering._Job(index.url, "parts", asked), chunk) for chunk in range(4)))
-    parts = [filtering._decide(filtering._Job(index.url, "parts", settled), chunk) for chunk in (3, 1, 0, 2)]
+    settled = rules.settled(
+        lambda asked: sum(filtering._count(filtering._Job(index.url, "parts", asked, Among()), chunk) for chunk in range(4))
+    )
+    parts = [filtering._decide(filtering._Job(index.url, "parts", settled, Among()), chunk) for chunk in (3, 1, 0, 2)]
     after = pa.concat_tables(Ledger(index, "parts").decisions.tables())
     assert after.combine_chunks().cast(before.schema).equals(before.combine_chunks())
     assert sum(part.decided.kept for part in parts) == summary.kept

@@ -9,21 +9,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 from PIL import Image
 from typer.testing import CliRunner
 
 import mm
 from mm_core.curation import cells
 from mm_core.curation.bands import Bands
-from mm_core.data import side_table
+from mm_core.data.among import Among
 from mm_core.data.columns import vectors_column
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, compile_kept, write_ledger
+from mm_core.data.ledger import Ledger, compile_kept
 from mm_core.data.scores import Scores, ScoresSummary
+from mm_core.data.split import write_ledger
 from mm_core.errors import ConfigError, DataError
-from pipelines.curate import equal_pairs, picture_pairs, vector_pairs
-from pipelines.curate.comparison import Comparison, PairSink, Side
+from pipelines.curate import equal_pairs, picture_pairs, score, vector_pairs
+from pipelines.curate.comparison import Comparison, Side
 from pipelines.curate.dedup import DedupConfig, Keep, Method, dedup_index
 from pipelines.curate.score import score_hashes
 from pipelines.index import build_index
@@ -121,11 +121,13 @@ def test_of_what_other_ledgers_drop_nothing_is_looked_at(index: Index) -> None:
     repeat = np.ones(index.summary.rows, dtype=np.float32)
     repeat[best] = 0
     write_ledger(index, "ruled", rule="test", repeat=repeat, reason="by a rule")
-    dedup_index(index, "among", DedupConfig(methods=(Method.PICTURE,)), ledgers=["ruled"])
+    dedup_index(index, "among", DedupConfig(methods=(Method.PICTURE,)), among=Among.of(index, ["ruled"]))
     together = set(compile_kept(index, ["ruled", "among"]).ordinals.tolist())
     assert best not in together
     assert row in together
     assert row not in set(compile_kept(index, ["ruled", "everyone"]).ordinals.tolist())
+    assert together == set(compile_kept(index, ["among"]).ordinals.tolist())
+    assert decisions(index, "among")["reason"].to_pylist()[best] == "ruled: by a rule"
     with pytest.raises(ConfigError, match="by other rules"):
         dedup_index(index, "among", DedupConfig(methods=(Method.PICTURE,)))
 
@@ -146,27 +148,25 @@ def test_decisions_do_not_depend_on_how_the_work_is_divided(index: Index, tests:
     assert [summary.fingerprint for summary in crowds] == [summary.fingerprint for summary in whole]
 
 
-def test_pairs_do_not_depend_on_how_the_scores_are_divided(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chunk is of 262,144 rows; here of 5, in the process of the test."""
-
-    def pairs(index: Index) -> list[list[int]]:
-        comparison, table = Comparison(Side(index.url, 0, index.summary.rows)), Scores(index, "hash").values
-        read = [picture_pairs._read(comparison, comparison.index, table, chunk) for chunk in range(len(table))]
-        hashes = [(ray.put(numbers), ray.put(values)) for numbers, values, _, _ in read]
-        job = picture_pairs._Job(comparison, Bands(8, 5), 2, hashes, [ray.put(thumbnails) for _, _, thumbnails, _ in read], 64)
-        sink = PairSink(comparison)
-        for band in range(5):
-            for part in range(2):
-                found, _ = picture_pairs._join(job, (band, part))
-                sink.add(found[:, 0], found[:, 1])
-        return sorted(sink.pairs().tolist())
-
-    whole = pairs(index)
-    monkeypatch.setattr(side_table, "CHUNK_ROWS", 5)
+def test_pairs_do_not_depend_on_how_the_scores_are_divided(
+    index: Index, tests: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk has 1,024 rows at least; here 5, and so has what a task deals out, and a range of thumbnails."""
+    monkeypatch.setattr(score, "_LEAST_ROWS", 5)
     again = build_index(index.shard_urls, str(tmp_path / "index"))
     score_hashes(again)
     assert len(Scores(again, "hash").values) == 5
-    assert pairs(again) == whole == [[3, 12], [3, 17], [4, 13], [5, 14], [6, 15], [7, 16]]
+    for module, name in ((equal_pairs, "_SLAB_ROWS"), (picture_pairs, "_SLAB_ROWS"), (picture_pairs, "_RANGE_SAMPLES")):
+        monkeypatch.setattr(module, name, 5)
+    monkeypatch.setattr(picture_pairs, "_PART_HASHES", 70)
+    sides = [Side(each.url, 0, each.summary.rows) for each in (index, again)]
+    other = Side(tests.url, index.summary.rows, tests.summary.rows)
+    whole, parts = (sorted(picture_pairs.picture_pairs(Comparison(side), 8).pairs.tolist()) for side in sides)
+    assert parts == whole == [[3, 12], [3, 17], [4, 13], [5, 14], [6, 15], [7, 16]]
+    whole, parts = (sorted(picture_pairs.picture_pairs(Comparison(side, (other,)), 8).pairs.tolist()) for side in sides)
+    assert parts == whole == [[3, 24], [8, 22], [9, 23], [12, 24], [17, 24]]
+    pictures = [sorted(equal_pairs.equal_pairs(Comparison(side), pictures=True).pairs.tolist()) for side in sides]
+    assert pictures == [[[3, 12], [4, 13]]] * 2
 
 
 def test_what_is_in_another_index_goes_and_says_which_it_matches(index: Index, tests: Index, tmp_path: Path) -> None:
@@ -274,19 +274,19 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(index: Index, te
 
 def test_hashing_goes_on_where_it_was_stopped(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Scores(index, "hash").values.read(0)
-    monkeypatch.setattr(side_table, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(score, "_LEAST_ROWS", 4)
     fresh = build_index(index.shard_urls, str(tmp_path / "index"))
 
     def stop(rows: int) -> None:
-        if len(list(Path(fresh.url).glob("scores/hash/values/*.parquet"))) == 2:
+        if len(list(Path(fresh.url).glob("scores/hash/values/*.parquet"))) >= 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         score_hashes(fresh, on_progress=stop)
-    with pytest.raises(DataError, match="not there or not finished"):
-        Scores(fresh, "hash").complete()
+    with pytest.raises(DataError, match="are not finished; to go on: mm data score"):
+        Scores(fresh, "hash").complete("hash")
     stamps = {path: path.stat().st_mtime_ns for path in Path(fresh.url).glob("scores/hash/values/*.parquet")}
-    assert len(stamps) == 2
+    assert len(stamps) >= 2
     assert score_hashes(fresh).unreadable == {"undecodable": 1}
     assert stamps.items() <= {path: path.stat().st_mtime_ns for path in Path(fresh.url).glob("scores/hash/values/*.parquet")}.items()
     assert pa.concat_tables(Scores(fresh, "hash").values.tables()).combine_chunks().equals(whole.combine_chunks())

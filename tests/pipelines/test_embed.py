@@ -11,7 +11,7 @@ import pytest
 from mm_core.bundle import load_bundle
 from mm_core.data.columns import vectors_of
 from mm_core.data.index import Index
-from mm_core.data.ledger import split
+from mm_core.data.split import split
 from mm_core.errors import ConfigError, DataError
 from mm_core.search import embeddings
 from mm_core.search.embeddings import read_embeddings_summary, read_search_summary, values_of

@@ -10,8 +10,9 @@ import pytest
 from mm_core.bundle import load_bundle, write_bundle
 from mm_core.console import Console
 from mm_core.data.image import decode_centre
-from mm_core.data.ledger import compile_kept, split
+from mm_core.data.ledger import compile_kept
 from mm_core.data.sample import Group, groups, read_group
+from mm_core.data.split import split
 from mm_core.data.tar import walk
 from mm_core.errors import ConfigError, DataError
 from mm_core.models.clip import build_clip, clip_tiny

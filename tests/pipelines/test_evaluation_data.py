@@ -15,7 +15,8 @@ from torch import nn
 
 from mm_core.config import resolve
 from mm_core.console import Console
-from mm_core.data.ledger import Source, split
+from mm_core.data.ledger import Source
+from mm_core.data.split import split
 from mm_core.errors import ConfigError, DataError, ServiceError
 from pipelines.index import build_index
 from pipelines.recipes import recipe

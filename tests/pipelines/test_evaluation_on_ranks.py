@@ -25,11 +25,11 @@ from mm_core.data.reader import IndexReader
 from mm_core.data.sample import Sample
 from mm_core.errors import TrainingError
 from mm_core.evaluation.evaluator import EvaluationSpec, Evaluator, ZeroShot
-from mm_core.evaluation.ranks import Ranks
 from mm_core.models.clip import build_clip
 from mm_core.models.tokenizer import caption_tokenizer, special_tokens, train_bpe
 from mm_core.models.two_tower import ImageTextBatch, TwoTower, TwoTowerOutput
 from mm_core.objectives.contrastive import build_objective
+from mm_core.ranks import Ranks
 from mm_core.training.checkpoint import seed_step
 from mm_core.training.clock import StepClock
 from mm_core.training.parallel import Parallelism

@@ -18,12 +18,14 @@ from typer.testing import CliRunner
 
 import mm
 from mm_core.curation.ruleset import RuleSet
+from mm_core.data.among import first_reasons
 from mm_core.data.augment import AugmentConfig
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, Source, compile_kept, first_reasons, split, write_ledger
+from mm_core.data.ledger import Ledger, Source, compile_kept
 from mm_core.data.plan import Plan
 from mm_core.data.reader import IndexReader, PlanReader, ReadSpec
 from mm_core.data.sample import Sample
+from mm_core.data.split import split, write_ledger
 from mm_core.errors import ConfigError, DataError, MMError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from pipelines.curate import export as exporting

@@ -16,13 +16,15 @@ from mm_core.curation.picture import measure_picture
 from mm_core.curation.ruleset import RuleSet
 from mm_core.data import ledger as ledgers
 from mm_core.data import side_table
+from mm_core.data.among import Among
 from mm_core.data.augment import AugmentConfig
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, Source, compile_kept, split, write_ledger
+from mm_core.data.ledger import Ledger, Source, compile_kept
 from mm_core.data.plan import Plan
 from mm_core.data.reader import IndexReader, PlanReader, ReadSpec
 from mm_core.data.sample import Sample
 from mm_core.data.scores import Scores
+from mm_core.data.split import split, write_ledger
 from mm_core.errors import ConfigError, DataError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from pipelines.curate import batches
@@ -81,7 +83,7 @@ def test_decisions_do_not_depend_on_how_the_rows_are_divided(index: Index, monke
     before = pa.concat_tables(Ledger(index, "whole").decisions.tables())
     monkeypatch.setattr(side_table, "CHUNK_ROWS", 100)
     monkeypatch.setattr(batches, "BATCH_ROWS", 7)
-    job = filtering._Job(index.url, "parts", rule_set())
+    job = filtering._Job(index.url, "parts", rule_set(), Among())
     parts = [filtering._decide(job, chunk) for chunk in (3, 1, 0, 2)]
     after = pa.concat_tables(Ledger(index, "parts").decisions.tables())
     assert after.combine_chunks().cast(before.schema).equals(before.combine_chunks())
@@ -222,3 +224,22 @@ def test_training_reads_masked_captions(corpus: Path, tmp_path: Path) -> None:
 
     assert read("masked") == tokenizer(["mail [email]"])[0].tolist()
     assert read() == tokenizer(["mail jane@example.org"])[0].tolist()
+
+
+def test_a_copy_of_the_shards_elsewhere_is_decided_the_same(index: Index, corpus: Path, tmp_path: Path) -> None:
+    """As on another machine: other paths, times and index."""
+    elsewhere = tmp_path / "copied" / "train"
+    elsewhere.mkdir(parents=True)
+    for shard in sorted((corpus / "train").glob("*.tar")):
+        (elsewhere / shard.name).write_bytes(shard.read_bytes())
+    copied = build_index([str(elsewhere)], str(tmp_path / "index"))
+    (tmp_path / "entries.txt").write_text("red\nblue circle\nsquare\n")
+    drawn = {"even": {"rule": "balance", "entries": str(tmp_path / "entries.txt"), "per_entry": 20}}
+    tables, summaries = [], []
+    for each in (index, copied):
+        split(each, heldout=0.2, seed=5, names=("most", "rest"))
+        summaries.append(filter_index(each, rule_set(**RULES, **drawn), "replayed", among=Among.of(each, ["most"])))
+        tables.append(pa.concat_tables(Ledger(each, "replayed").decisions.tables()))
+    assert tables[0].equals(tables[1])
+    assert summaries[0] == summaries[1]
+    assert {"short", "even", "most: held_out", None} <= set(tables[0]["reason"].to_pylist())

@@ -8,9 +8,10 @@ import re
 import textwrap
 from pathlib import Path
 
+import duckdb
 import pytest
 
-from mm_core.data.ledger import split
+from mm_core.data.split import split
 from pipelines.index import build_index
 
 GUIDE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -27,3 +28,6 @@ def test_the_guide_to_an_index_runs(corpus: Path, tmp_path: Path, monkeypatch: p
         exec(compile(code, str(GUIDE), "exec"), {})
     assert "330" in shown.getvalue()
     assert re.fullmatch(r"[0-9a-f]{32}", shown.getvalue().splitlines()[-1])
+    of_index, of_ledger = re.findall(r"^    (SELECT .*;)$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert duckdb.sql(of_index).fetchall() == [(None, 330)]
+    assert {reason for reason, _ in duckdb.sql(of_ledger).fetchall()} == {None, "held_out"}

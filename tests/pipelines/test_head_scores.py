@@ -93,7 +93,7 @@ def test_chunks_that_are_there_are_not_scored_again(index: Index, tmp_path: Path
     score_by_head(index, head, name="once")
     scores = Scores(index, "once")
     whole = [table.combine_chunks() for table in scores.values.tables()]
-    scores.save(scores.complete().model_copy(update={"complete": False}))
+    scores.save(scores.complete("").model_copy(update={"complete": False}))
     scores.values.write(1, pa.table({"score": pa.array([9.0] * 100, pa.float32())}))
     Path(scores.url, "values", "00002.parquet").unlink()
     seen: list[int] = []

@@ -18,11 +18,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from mm_core.data.index import Index
-from mm_core.data.ledger import compile_kept, split
+from mm_core.data.ledger import compile_kept
 from mm_core.data.problems import SampleProblem
 from mm_core.data.reader import IndexReader
 from mm_core.data.sample import Sample
 from mm_core.data.scan import SAMPLE_SCHEMA, scan_shard
+from mm_core.data.split import split
 from mm_core.data.synth.corpus import SynthConfig, write_corpus
 from mm_core.errors import ConfigError, DataError
 from pipelines.index import build_index
@@ -374,3 +375,11 @@ def test_folders_that_are_not_an_index_under_way_are_left_alone(corpus: Path, tm
     with pytest.raises(ConfigError, match="exists and holds other things"):
         build_index([str(shard.parent)], str(tmp_path / "data"))
     assert shard.exists()
+
+
+@pytest.mark.parametrize("address", ["pipe:touch {done}", "pipe://touch {done}", "| touch {done}", "$(touch {done})"])
+def test_an_address_is_never_a_command(tmp_path: Path, address: str) -> None:
+    done = tmp_path / "done"
+    with pytest.raises(DataError):
+        expand_shards([address.format(done=done)])
+    assert not done.exists()

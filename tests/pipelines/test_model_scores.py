@@ -19,14 +19,16 @@ import mm
 from mm_core.bundle import MANIFEST, load_bundle, write_bundle
 from mm_core.curation.ruleset import RuleSet
 from mm_core.data import side_table
+from mm_core.data.among import Among
 from mm_core.data.columns import vectors_of
 from mm_core.data.image import decode_centre
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, compile_kept, split, write_ledger
+from mm_core.data.ledger import Ledger, compile_kept
 from mm_core.data.reader import IndexReader
 from mm_core.data.sample import Sample
 from mm_core.data.scores import Scores
 from mm_core.data.side_table import SideTable
+from mm_core.data.split import split, write_ledger
 from mm_core.errors import BundleError, ConfigError, DataError
 from mm_core.model_digest import model_digest
 from mm_core.models.clip import ClipConfig, build_clip
@@ -137,7 +139,7 @@ def test_values_are_the_bundles_own(embedded: Index, model: str) -> None:
     for name in ("image", "text"):
         assert found[name].type == pa.binary(32)
         np.testing.assert_allclose(vectors_of(found[name], np.float16).astype(np.float32), wanted[name], atol=1e-3)
-    summary = Scores(embedded, "embeddings").complete()
+    summary = Scores(embedded, "embeddings").complete("")
     assert (summary.columns, summary.vectors) == (("similarity", "similarity_lowest"), {"image": 16, "text": 16})
     assert set(files_of(embedded, "embeddings")) == {f"0000{i}.parquet" for i in range(4)}
     assert found["problem"].null_count == ROWS
@@ -159,8 +161,8 @@ def test_one_actor_writes_what_two_do_and_a_stop_loses_no_finished_chunk(
 
     with pytest.raises(StoppedError):
         score_by_models(embedded, "embeddings", [Fold(None, model)], name="again", actors=1, on_progress=stop)
-    with pytest.raises(DataError, match="not there or not finished"):
-        Scores(embedded, "again").complete()
+    with pytest.raises(DataError, match=r"are not finished; to go on: mm data score \S+ embeddings"):
+        Scores(embedded, "again").complete("embeddings")
     table = Scores(embedded, "again").values
     held = table.held()
     assert 0 < len(held) < 4
@@ -210,7 +212,7 @@ def test_folds_are_scored_by_their_own_models_and_the_rest_by_none(index: Index,
     folds = [f"--fold=a={model}", f"--fold=part={other_model}"]
     said = run("score", index.url, "similarity", *folds, "--name", "crossed")
     assert (said["name"], said["columns"], said["unreadable"]) == ("crossed", ["similarity", "similarity_lowest"], {})
-    assert said["fingerprint"] == Scores(index, "crossed").complete().fingerprint
+    assert said["fingerprint"] == Scores(index, "crossed").complete("").fingerprint
     found = table_of(index, "crossed")
     for ledger, source in (("a", model), ("part", other_model)):
         ordinals = compile_kept(index, [ledger]).ordinals.astype(int)
@@ -247,12 +249,14 @@ def test_a_model_that_was_trained_on_a_fold_does_not_score_it(index: Index, othe
         with pytest.raises(
             ConfigError, match=f"this model was trained on {said} of the index, and {len(shared)} of those samples are in 'a'"
         ):
-            Folds.open(index, [Fold("a", trained[names]), Fold("b", other_model)])
-    assert Folds.open(index, [Fold("b", trained["a",])]).notes == ()
-    (note,) = Folds.open(index, [Fold("b", other_model)]).notes
+            Folds.open(index, [Fold("a", trained[names]), Fold("b", other_model)], Among())
+    assert Folds.open(index, [Fold("b", trained["a",])], Among()).notes == ()
+    (note,) = Folds.open(index, [Fold("b", other_model)], Among()).notes
     assert "was trained on samples of 'b' cannot be known" in note
-    (note,) = Folds.open(index, [Fold(None, trained["a",])]).notes
+    (note,) = Folds.open(index, [Fold(None, trained["a",])], Among()).notes
     assert f"was trained on {len(compile_kept(index, ['a']))} of these samples" in note
+    (note,) = Folds.open(index, [Fold(None, trained["a",])], Among.of(index, ["b"])).notes
+    assert "was trained on 0 of these samples" in note
 
 
 def test_models_that_are_not_there_and_indexes_without_pairs_are_refused(index: Index, model: str, corpus: Path, tmp_path: Path) -> None:
@@ -313,9 +317,22 @@ def test_rules_read_similarities(embedded: Index) -> None:
     [
         ({"rule": "similarity"}, r"rule 'r': scores 'similarity'.*mm data score \S+ similarity --model MODEL$"),
         ({"rule": "similarity", "scores": "dfn"}, r"similarity --model MODEL --name dfn$"),
+        ({"rule": "sharpness", "min": 1}, r"make them: mm data score \S+ image$"),
+        ({"rule": "score", "scores": "image", "column": "information"}, r"mm data score \S+ image$"),
+        (
+            {"rule": "score", "scores": "pixels", "column": "information"},
+            r"mm data score \S+ image \(these have no other name: say `scores: image`\)$",
+        ),
+        ({"rule": "score", "scores": "hash", "column": "contrast"}, r"mm data score \S+ hash$"),
+        ({"rule": "score", "scores": "clip", "column": "similarity_lowest"}, r"mm data score \S+ similarity --model MODEL --name clip$"),
+        ({"rule": "score", "scores": "head", "column": "score_1"}, r"mm data score \S+ head --weights FILE --sha256 DIGEST$"),
         ({"rule": "score", "scores": "nsfw"}, r"head --weights FILE --sha256 DIGEST --name nsfw$"),
-        ({"rule": "score", "scores": "embeddings", "column": "similarty"}, "no column of numbers 'similarty'; did you mean 'similarity'"),
+        ({"rule": "score", "scores": "embeddings", "column": "similarty"}, "no column of numbers 'similarty'.*; did you mean 'similarity'"),
         ({"rule": "score", "scores": "embeddings", "column": "image"}, "no column of numbers 'image'"),
+        (
+            {"rule": "score", "scores": "embeddings", "column": "score"},
+            r"made by: mm data score \S+ head --weights FILE --sha256 DIGEST --name NAME; known",
+        ),
     ],
 )
 def test_scores_that_a_rule_lacks_are_named_with_what_makes_them(embedded: Index, rule: dict[str, Any], says: str) -> None:
@@ -342,5 +359,5 @@ def test_the_table_of_another_chunk_size_is_read_by_rows(embedded: Index, monkey
     whole = filter_index(embedded, rules, "whole")
     monkeypatch.setattr(side_table, "CHUNK_ROWS", 70)
     bounded = RuleSet.parse({"r": {"rule": "similarity", "scores": "embeddings", "min": whole.bounds["r"]}}, where="test")
-    job = filtering._Job(embedded.url, "parts", bounded)
+    job = filtering._Job(embedded.url, "parts", bounded, Among())
     assert sum(filtering._decide(job, chunk).decided.kept for chunk in range(5)) == whole.kept == round(0.3 * ROWS)

@@ -20,8 +20,9 @@ import mm
 from mm_core.curation.ruleset import RuleSet
 from mm_core.data import side_table
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, compile_kept, split
+from mm_core.data.ledger import Ledger, compile_kept
 from mm_core.data.scores import Scores, ScoresSummary
+from mm_core.data.split import split
 from mm_core.errors import ConfigError, DataError, ServiceError
 from pipelines.curate.dedup import DedupConfig, Method, dedup_index
 from pipelines.curate.filter import filter_index
@@ -54,11 +55,10 @@ def index(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
     rows = found.summary.rows
     vectors = np.random.default_rng(0).normal(size=(rows, 8)).astype("<f2")
     scores = Scores(found, "embeddings")
-    scores.begin(
-        ScoresSummary(index_fingerprint=found.summary.fingerprint, kind="embeddings", settings={}, columns=("image",), complete=True)
-    )
+    facts = {"index_fingerprint": found.summary.fingerprint, "settings": {}, "complete": True}
+    scores.begin(ScoresSummary(kind="embeddings", columns=(), vectors={"image": 8}, **facts))
     numbers = Scores(found, "numbers")
-    numbers.begin(ScoresSummary(index_fingerprint=found.summary.fingerprint, kind="x", settings={}, columns=("x",), complete=True))
+    numbers.begin(ScoresSummary(kind="x", columns=("x",), **facts))
     numbers.values.write(0, pa.table({"x": np.zeros(rows)}))
     column = pa.array([None, *(vector.tobytes() for vector in vectors[1:])], pa.binary(16))
     scores.values.write(0, pa.table({"image": column}))
@@ -279,9 +279,13 @@ def test_wrong_use_is_said_and_writes_nothing(index: Index, tmp_path: Path) -> N
         write_report(index, ["cleen"], str(out))
     with pytest.raises(ConfigError, match="differs in nothing from itself"):
         write_report(index, [], str(out), compare=("clean", "clean"))
-    with pytest.raises(DataError, match=r"scores 'clip' .* are not there"):
+    with pytest.raises(
+        DataError, match=r"scores 'clip' .* are not there; make them: mm data score \S+ embeddings --model MODEL --name clip"
+    ):
         write_report(index, ["clean"], str(out), embeddings="clip")
-    with pytest.raises(ConfigError, match=r"scores 'numbers' .* hold no embeddings of pictures: mm data score .* embeddings --model"):
+    with pytest.raises(
+        ConfigError, match=r"scores 'numbers' .* hold no embeddings of pictures; make some: mm data score \S+ embeddings --model"
+    ):
         write_report(index, ["clean"], str(out), embeddings="numbers")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot write .*/file/report.html"):

@@ -10,8 +10,9 @@ import pytest
 
 from mm_core.config import resolve
 from mm_core.data.index import Index
-from mm_core.data.ledger import Source, write_ledger
+from mm_core.data.ledger import Source
 from mm_core.data.personal import PersonalKind
+from mm_core.data.split import write_ledger
 from mm_core.errors import ConfigError
 from pipelines.index import build_index
 from pipelines.recipes import recipe

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 import mm
 from mm_core.data.augment import AugmentConfig
 from mm_core.data.index import Index
-from mm_core.data.ledger import Source, compile_kept, split
+from mm_core.data.ledger import Source, compile_kept
 from mm_core.data.plan import Plan
 from mm_core.data.ranged import RangedReader, Span
 from mm_core.data.reader import IndexReader, PlanReader, ReadSpec
+from mm_core.data.split import split
 from mm_core.errors import DataError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from mm_core.store import open_store

@@ -11,10 +11,11 @@ import ray
 
 from mm_core.data.augment import AugmentConfig
 from mm_core.data.index import Index
-from mm_core.data.ledger import Source, compile_kept, write_ledger
+from mm_core.data.ledger import Source, compile_kept
 from mm_core.data.mix import Choice, MixConfig, mixed_plan, source_seed
 from mm_core.data.plan import Plan
 from mm_core.data.reader import PlanReader, ReadSpec
+from mm_core.data.split import write_ledger
 from mm_core.errors import DataError, StreamOrderError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from pipelines.index import build_index

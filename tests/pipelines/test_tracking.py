@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from mm_core.address import without_password
 from mm_core.config import validate
 from mm_core.errors import ConfigError, ServiceError
+from pipelines.cli import resolve_run
 from pipelines.metric_log import MetricLog, Spool, system_metrics
 from pipelines.tracking import (
     DatasetInput,
@@ -32,7 +34,6 @@ from pipelines.tracking import (
     metric_history,
     open_client,
     resolve_uri,
-    without_password,
 )
 
 
@@ -159,6 +160,13 @@ def test_an_unusable_store_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("this is not a database, and is long enough to be looked at as one" * 100)
     with pytest.raises(ServiceError, match=r"failed in the MLflow store sqlite:///.*check tracking\.uri"):
         open_client(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+
+
+@pytest.mark.parametrize("uri", ["https://me:geheim@mlflow.example.org", "postgresql+psycopg2://me:geheim@db/mlflow"])
+def test_a_store_with_a_password_is_refused_without_showing_it(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri.*carries a password.*MLFLOW_TRACKING_PASSWORD") as error:
+        resolve_run("clip-tiny", [f"tracking.uri={uri}"])
+    assert "geheim" not in str(error.value)
 
 
 def test_passwords_are_not_shown() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -106,4 +107,4 @@ def test_versions_that_fail_never_answer_and_are_named(
             state = wait(client, lambda state, reason=reason: reason in (state["refused"] or ""))  # type: ignore[misc]
             assert state["answers"] == {"models:/tiny/1": 100.0}
     assert {(answer.status_code, answer.headers["x-mm-version"]) for answer in answers} == {(200, "models:/tiny/1")}
-    assert 'mm_version_refused{model="tiny"} 1.0' in client.get("/metrics").text
+    assert re.search(r'mm_version_refused\{gateway="[^"]+",model="tiny"\} 1\.0', client.get("/metrics").text)

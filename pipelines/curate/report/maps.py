@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float32, Int
 
+from mm_core.curation.score_rules import embedded_by
 from mm_core.data.index import Index
 from mm_core.data.scores import Scores
 from mm_core.errors import ConfigError
@@ -65,12 +66,9 @@ def check_embeddings(index: Index, name: str) -> None:
         DataError: there are no such scores, or they are not finished.
         ConfigError: they are no embeddings of pictures.
     """
-    scores = Scores(index, name)
-    scores.complete()
-    values = scores.values
-    if len(values) and _COLUMN not in values.read(0).column_names:
+    if _COLUMN not in Scores(index, name).complete(embedded_by(name)).vectors:
         raise ConfigError(
-            f"scores {name!r} of {index.url} hold no embeddings of pictures: mm data score {index.url} embeddings --model MODEL makes some"
+            f"scores {name!r} of {index.url} hold no embeddings of pictures; make some: mm data score {index.url} {embedded_by('NAME')}"
         )
 
 

@@ -11,7 +11,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from mm_core.data.index import Index
+from mm_core.data.personal import PersonalKind
 from pipelines.curate.report.findings import Findings
+from pipelines.curate.report.pictures import Shown
 from pipelines.curate.report.sections import compared, index_itself, listed, of_ledger, of_map, several
 
 _PACKAGE = "pipelines.curate.report"
@@ -19,8 +22,27 @@ _PACKAGE = "pipelines.curate.report"
 
 def render(found: Findings) -> str:
     """The same findings give the same page."""
+    return _rendered(_page(found))
+
+
+def render_samples(
+    index: Index, ledgers: Sequence[str], title: str, samples: Sequence[tuple[Shown, str]], mask: Sequence[PersonalKind], seed: int
+) -> str:
+    """A page of a few samples, each with what was decided about it."""
+    section = {"id": "samples", "title": title, "template": "samples.html", "samples": samples}
+    lead = f"By {'the ledger' if len(ledgers) == 1 else 'the ledgers'} {listed(ledgers)}." if ledgers else "Before any ledger chooses."
+    facts = {"title": f"Some samples of {index.url.rpartition('/')[2]}", "lead": lead, "sections": [section], "tiles": []}
+    return _rendered(facts | _origin(index, mask, seed, "peek"))
+
+
+def _rendered(page: dict[str, Any]) -> str:
     style = Markup((files(_PACKAGE) / "templates" / "style.css").read_text(encoding="utf-8"))
-    return _environment().get_template("page.html").render(page=_page(found), style=style)
+    return _environment().get_template("page.html").render(page=page, style=style)
+
+
+def _origin(index: Index, mask: Sequence[PersonalKind], seed: int, made_by: str) -> dict[str, Any]:
+    facts = {"index": index.url, "fingerprint": index.summary.fingerprint, "seed": seed, "made_by": made_by}
+    return facts | {"mask": [str(kind.value) for kind in mask]}
 
 
 def _page(found: Findings) -> dict[str, Any]:
@@ -41,11 +63,7 @@ def _page(found: Findings) -> dict[str, Any]:
         else "Its samples, before any ledger chooses among them.",
         "sections": sections,
         "tiles": shown,
-        "index": found.index.url,
-        "fingerprint": summary.fingerprint,
-        "mask": [str(kind.value) for kind in found.mask] if found.samples else [],
-        "seed": found.question.seed,
-    }
+    } | _origin(found.index, found.mask if found.samples else (), found.question.seed, "report")
 
 
 def _title(ledgers: Sequence[str], index: str) -> str:

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float, UInt64
 
+from mm_core.data.among import combine
 from mm_core.data.index import Index
-from mm_core.data.ledger import Ledger, combine
+from mm_core.data.ledger import Ledger
 from mm_core.data.scan import usable
 from mm_core.data.side_table import SideTable
 from pipelines.curate.batches import opened

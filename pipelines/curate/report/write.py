@@ -61,20 +61,37 @@ def write_report(
     """
     if compare is not None and compare[0] == compare[1]:
         raise ConfigError(f"--compare {compare[0]} {compare[1]}: a ledger differs in nothing from itself; name two")
-    fs, path = open_store(out)
-    if fs.isdir(path):
-        raise ConfigError(f"--out {out} is a folder: name a file in it, for example {out.rstrip('/')}/report.html")
+    check_page(out)
     named = tuple(dict.fromkeys((*ledgers, *(compare or ()))))
     together = tuple(dict.fromkeys(ledgers)) or named
     question = Question(index.url, named, together, compare, gallery, _GROUPS, _POINTS if embeddings else 0, seed)
     found = find(question, embeddings, on_progress, on_step)
-    page = render(found).encode()
+    return _report(found, out, write_page(out, render(found)))
+
+
+def check_page(out: str) -> None:
+    """
+    Raises:
+        ConfigError: a page cannot be written to `out`, as it is a folder.
+    """
+    fs, path = open_store(out)
+    if fs.isdir(path):
+        raise ConfigError(f"--out {out} is a folder: name a file in it, for example {out.rstrip('/')}/report.html")
+
+
+def write_page(out: str, page: str) -> int:
+    """Its size, bytes.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    data = page.encode()
     try:
         with reaching(out):
-            write_whole(out, page)
+            write_whole(out, data)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error}; name another file with --out") from None
-    return _report(found, out, len(page))
+    return len(data)
 
 
 def check_run(tracking: TrackingConfig, run_id: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from mm_core.curation import rule
 from mm_core.curation.picture import information, sharpness
 from mm_core.curation.rows import Rows
 from mm_core.curation.ruleset import RULES, RuleSet, schema
@@ -102,6 +103,23 @@ def test_the_hash_is_of_what_the_rules_say_and_not_of_how() -> None:
     other = RuleSet.parse({"a": {"rule": "words", "min": 4}, "b": {"rule": "file_name"}}, where="here")
     assert one.hash == same.hash
     assert len({one.hash, turned.hash, other.hash}) == 3
+
+
+def test_the_hash_is_of_the_letters_that_a_rule_knows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python of another Unicode may take other characters for letters: the same rules are then others."""
+    asks, not_at_all = ({"a": {"rule": name, "min": 3}} for name in ("words", "characters"))
+    before = [RuleSet.parse(rules, where="here").hash for rules in (asks, not_at_all)]
+    monkeypatch.setattr(rule, "UNICODE", "Unicode 3.2.0")
+    after = [RuleSet.parse(rules, where="here").hash for rules in (asks, not_at_all)]
+    assert [one == other for one, other in zip(before, after, strict=True)] == [False, True]
+
+
+def test_every_rule_about_text_says_what_it_looks_up() -> None:
+    looked_up = {name: kind.model_construct().tables for name, kind in RULES.items()}
+    assert {name for name, tables in looked_up.items() if tables.startswith("Unicode")} == {
+        *("words", "alphanumeric", "repeated_characters", "repeated_words", "personal", "balance", "reweight")
+    }
+    assert {name for name, tables in looked_up.items() if tables and not tables.startswith("Unicode")} == {"boilerplate", "language"}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from mm_core.data.ledger import combine
+from mm_core.data.among import combine
 
 
 def table(*rows: tuple[float, str | None]) -> pa.Table:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import logging
+import os
+import pickle
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +19,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from mm_core.errors import CheckpointError
+from mm_core.store import open_store
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, load_weights, read_state
 from mm_core.training.checkpoints import BestIs, CheckpointFolder, CheckpointWriter, Retention
 from mm_core.training.ema import WeightMean
@@ -120,6 +125,39 @@ def test_another_model_or_a_damaged_file_is_one_line(tmp_path: Path) -> None:
         load_checkpoint(url, *trained())
     with pytest.raises(CheckpointError, match="damaged or of another model"):
         load_weights(url, nn.Linear(4, 2))
+
+
+class Payload:
+    """What a tampered file holds: reading it would make a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_tampered_checkpoint_runs_nothing(folder: CheckpointFolder, tmp_path: Path) -> None:
+    """Neither by what torch unpickles to find its way, nor by what is no tensor."""
+    url, done = saved(folder), tmp_path / "done"
+    fs, path = open_store(url)
+    good = fs.cat_file(f"{path}/.metadata")
+    fs.pipe_file(f"{path}/.metadata", pickle.dumps(Payload(done)))
+    with pytest.raises(CheckpointError, match=r"names posix\.mkdir, which no checkpoint is made of"):
+        load_checkpoint(url, *trained())
+    with pytest.raises(CheckpointError, match=r"names posix\.mkdir"):
+        load_weights(url, nn.Linear(4, 2))
+
+    metadata = pickle.loads(good)
+    index, place = next((index, place) for index, place in metadata.storage_data.items() if "param_groups" in index.fqn)
+    harmful = io.BytesIO()
+    torch.save(Payload(done), harmful)
+    metadata.storage_data[index] = dataclasses.replace(place, relative_path="harm", offset=0, length=len(harmful.getvalue()))
+    fs.pipe_file(f"{path}/harm", harmful.getvalue())
+    fs.pipe_file(f"{path}/.metadata", pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="damaged or of another model"):
+        load_checkpoint(url, *trained())
+    assert not done.exists()
 
 
 def test_one_that_is_not_whole_is_not_there_and_is_written_anew(folder: CheckpointFolder, tmp_path: Path) -> None:

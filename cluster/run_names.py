@@ -1,0 +1,51 @@
+"""The training run that a submitted command is about: by its name submitting twice is submitting once, and submitting again goes on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import PurePath
+
+LABEL = "mm.run"
+"""Of jobs, in Ray's metadata."""
+
+
+def named(arguments: Sequence[str], now: datetime) -> list[str]:
+    """A `train` command with a name, and so that it continues the run of that name if there is one. Other commands as they are."""
+    if not is_training(arguments):
+        return list(arguments)
+    found = list(arguments)
+    if run_of(found) is None and "--resume" not in found:
+        found += ["--name", f"{_recipe(found)}-{now:%Y%m%d-%H%M%S}"]
+    if run_of(found) is not None and not {"--resume", "--or-resume"} & set(found):
+        found.append("--or-resume")
+    return found
+
+
+def run_of(arguments: Sequence[str]) -> str | None:
+    """The run's name, where a `train` command gives one."""
+    if not is_training(arguments):
+        return None
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--name":
+            return following
+        if argument.startswith("--name="):
+            return argument.removeprefix("--name=")
+    return None
+
+
+def is_training(arguments: Sequence[str]) -> bool:
+    """Whether a command trains; one that only looks or asks for help does not."""
+    return bool(arguments) and arguments[0] == "train" and not {"--dry-run", "--help"} & set(arguments)
+
+
+def submission_id(run: str, earlier: int) -> str:
+    """Of the next job of a run that had `earlier` ones on this cluster: the same for all who submit it now, so that only one is taken."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', run)}-{earlier + 1}"
+
+
+def _recipe(arguments: Sequence[str]) -> str:
+    """`clip-tiny` of a recipe's name, `mine` of mine.yaml."""
+    first = next((argument for argument in arguments[1:] if not argument.startswith("-")), "run")
+    return PurePath(first).stem if first.endswith((".yaml", ".yml", ".json")) else first

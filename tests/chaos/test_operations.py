@@ -1,0 +1,141 @@
+"""docs/operations.md, command by command: three nodes, a run, a node lost, the head lost, and the run goes on to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from tests.cluster.conftest import _free_ports
+
+pytestmark = pytest.mark.chaos
+PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
+BLOCKS = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+class Terminals:
+    """Shells in one folder, with a home of its own; the page's ports are given others, as another cluster may have them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._open = folder, list[subprocess.Popen[bytes]]()
+        gcs, dashboard, client, metrics, agent = _free_ports(5)
+        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        self._temporary = tempfile.mkdtemp(prefix="mmo")  # short: the paths of Ray's sockets must fit 107 bytes
+        beside = f"--dashboard-port {dashboard} --ray-client-server-port {client} --metrics-export-port {metrics}"
+        beside += f" --dashboard-agent-listen-port {agent} --object-store-memory 100000000 --temp-dir {self._temporary}/r"
+        self._others = {"--port 6379": f"--port {gcs} {beside}", ":6379": f":{gcs}", ":8265": f":{dashboard}"}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "MM_"))}
+        self._environment = kept | {
+            "HOME": str(folder),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(PAGE.parents[1]),
+            "RAY_AUTH_MODE": "token",
+            "RAY_API_SERVER_ADDRESS": self.dashboard,
+        }
+
+    def _here(self, commands: str) -> str:
+        for theirs, ours in self._others.items():
+            commands = commands.replace(theirs, ours)
+        return f"set -e\n{commands}"
+
+    def run(self, commands: str) -> str:
+        done = subprocess.run(
+            ["bash", "-c", self._here(commands)], cwd=self.folder, env=self._environment, capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def open(self, commands: str) -> subprocess.Popen[bytes]:
+        log = (self.folder / f"terminal{len(self._open)}.log").open("wb")
+        self._open.append(
+            subprocess.Popen(["bash", "-c", self._here(commands)], cwd=self.folder, env=self._environment, stdout=log, stderr=log)
+        )
+        return self._open[-1]
+
+    def lose(self, terminal: subprocess.Popen[bytes]) -> None:
+        """With all that runs in it, at once."""
+        family = [psutil.Process(terminal.pid), *psutil.Process(terminal.pid).children(recursive=True)]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, timeout=30)
+
+    def close(self) -> None:
+        for terminal in self._open:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.lose(terminal)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+@pytest.fixture
+def terminals(tmp_path: Path) -> Iterator[Terminals]:
+    terminals = Terminals(tmp_path)
+    yield terminals
+    terminals.close()
+
+
+def wait(done: Callable[[], bool], what: str, timeout_s: float = 240) -> None:
+    until = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < until, f"no {what} in {timeout_s:g} s"
+        time.sleep(0.5)
+
+
+def is_up(terminals: Terminals, nodes: int) -> Callable[[], bool]:
+    token = {"Authorization": f"Bearer {(terminals.folder / '.ray' / 'auth_token').read_text().strip()}"}
+
+    def look() -> bool:
+        try:
+            answer = requests.get(f"{terminals.dashboard}/api/v0/nodes?detail=1", headers=token, timeout=5)
+            found = answer.json()["data"]["result"]["result"]
+            return sum(node["state"] == "ALIVE" for node in found) == nodes
+        except (requests.RequestException, ValueError, KeyError, TypeError):
+            return False
+
+    return look
+
+
+def test_the_page_from_top_to_bottom(terminals: Terminals) -> None:
+    head, node, run_it, look, go_on = BLOCKS
+    setting_up, starting = head.splitlines()[:2], head.splitlines()[2:]
+    terminals.run("\n".join(setting_up))
+    first_head = terminals.open("\n".join(starting))
+    nodes = [terminals.open(node), terminals.open(node)]
+    wait(is_up(terminals, 3), "cluster of three nodes")
+
+    shown = terminals.run(run_it)
+    run = terminals.folder / "runs" / "first"
+    assert "job first-1" in shown
+    wait(lambda: bool(list(run.glob("checkpoint_*/__1_0.distcp"))), "checkpoint of two ranks")
+
+    before = int((run / "attempt").read_text())
+    terminals.lose(nodes[1])
+    wait(lambda: int((run / "attempt").read_text()) > before, "new attempt after a node was lost")
+    terminals.run(look)
+    steps = {path.name for path in run.glob("checkpoint_*")}
+    wait(lambda: bool({path.name for path in run.glob("checkpoint_*")} - steps), "checkpoint after a node was lost")
+
+    record = json.loads((run / "run.json").read_text())
+    assert not (run / "bundle").exists(), "the run ended before the head was lost: more steps are needed"
+    terminals.lose(first_head)
+    terminals.lose(nodes[0])
+    terminals.open("\n".join(starting))
+    terminals.open(node)
+    wait(is_up(terminals, 2), "second cluster")
+    shown = terminals.run(go_on)
+
+    assert record["tracking_run_id"] in shown
+    assert json.loads((run / "bundle" / "mm.json").read_text())["run_id"] == record["tracking_run_id"]
+    assert "t2i_r1" in shown

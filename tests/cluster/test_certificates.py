@@ -1,0 +1,108 @@
+"""The certificates of a cluster's nodes: who is let in by them, in a TLS handshake as Ray's nodes make it."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from cluster.certificates import NodeFiles, make_authority, make_node
+from mm_core.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ca")
+    make_authority(folder)
+    return folder
+
+
+def context(files: NodeFiles, purpose: ssl.Purpose) -> ssl.SSLContext:
+    """Either side shows its certificate and asks for the other's."""
+    found = ssl.create_default_context(purpose, cafile=str(files.authority))
+    found.load_cert_chain(str(files.certificate), str(files.key))
+    found.verify_mode = ssl.CERT_REQUIRED
+    return found
+
+
+def handshake(server: NodeFiles, client: NodeFiles, name: str) -> None:
+    """
+    Raises:
+        ssl.SSLError: one side refuses the other.
+    """
+    ours, theirs = socket.socketpair()
+    failures: list[ssl.SSLError] = []
+
+    def answer() -> None:
+        try:
+            with context(server, ssl.Purpose.CLIENT_AUTH).wrap_socket(theirs, server_side=True) as answered:
+                answered.sendall(b"x")
+        except ssl.SSLError as error:
+            failures.append(error)
+        finally:
+            theirs.close()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        with context(client, ssl.Purpose.SERVER_AUTH).wrap_socket(ours, server_hostname=name) as asking:
+            asking.recv(1)
+    finally:
+        ours.close()
+        thread.join(10)
+    if failures:
+        raise failures[0]
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "10.1.2.3", "mm-head-svc.mm.svc.cluster.local", "fd00::7"])
+def test_nodes_of_one_authority_trust_each_other_by_all_of_their_names(authority: Path, tmp_path: Path, name: str) -> None:
+    server = make_node(authority, tmp_path / "a", ["10.1.2.3", "*.mm.svc.cluster.local", "fd00::7"])
+    handshake(server, make_node(authority, tmp_path / "b"), name)
+
+
+def test_a_node_is_trusted_by_the_address_that_ray_takes_for_it(authority: Path, tmp_path: Path) -> None:
+    from ray.util import get_node_ip_address
+
+    handshake(make_node(authority, tmp_path / "a"), make_node(authority, tmp_path / "b"), get_node_ip_address())
+
+
+def test_a_node_under_another_name_is_refused(authority: Path, tmp_path: Path) -> None:
+    with pytest.raises(ssl.SSLCertVerificationError, match=r"10\.9\.9\.9"):
+        handshake(make_node(authority, tmp_path / "a"), make_node(authority, tmp_path / "b"), "10.9.9.9")
+
+
+def test_a_node_of_another_authority_is_refused(authority: Path, tmp_path: Path) -> None:
+    make_authority(tmp_path / "other")
+    stranger = make_node(tmp_path / "other", tmp_path / "a")
+    pretender = NodeFiles(stranger.certificate, stranger.key, authority / "ca.crt")
+    with pytest.raises(ssl.SSLError):
+        handshake(make_node(authority, tmp_path / "b"), pretender, "localhost")
+
+
+def test_a_node_cannot_sign_others(authority: Path, tmp_path: Path) -> None:
+    node = make_node(authority, tmp_path / "node")
+    (tmp_path / "false").mkdir()
+    (tmp_path / "false" / "ca.crt").write_bytes(node.certificate.read_bytes() + node.authority.read_bytes())
+    (tmp_path / "false" / "ca.key").write_bytes(node.key.read_bytes())
+    child = make_node(tmp_path / "false", tmp_path / "child")
+    pretender = NodeFiles(child.certificate, child.key, authority / "ca.crt")
+    with pytest.raises(ssl.SSLError):
+        handshake(make_node(authority, tmp_path / "b"), pretender, "localhost")
+
+
+def test_keys_are_their_owners_alone(authority: Path, tmp_path: Path) -> None:
+    node = make_node(authority, tmp_path / "node")
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (authority / "ca.key", node.key)] == [0o600, 0o600]
+
+
+def test_an_authority_is_not_replaced_and_must_be_there(authority: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ca\.key exists"):
+        make_authority(authority)
+    with pytest.raises(ConfigError, match="mm tls authority"):
+        make_node(tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError, match="neither an address nor a DNS name"):
+        make_node(authority, tmp_path / "out", ["a b"])

@@ -1,0 +1,236 @@
+"""The descriptions in cluster/: what their readers take, what a bad one is told, and how they are locked."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import shlex
+import stat
+import subprocess
+import tomllib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+import yaml
+
+import mm
+from cluster import validate
+from cluster.machine import FLOORS
+from serve.config import ServeConfig
+from serve.fleet import Wanted
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "cluster"
+KUBERNETES = FOLDER / "kubernetes"
+COMPOSE = yaml.safe_load((FOLDER / "compose" / "compose.yaml").read_text())
+SECRET = re.compile(r"KEY$|TOKEN$|PASSWORD$|SECRET$")
+TLS = {"RAY_USE_TLS": "1", "RAY_TLS_SERVER_CERT": "/tls/tls.crt", "RAY_TLS_SERVER_KEY": "/tls/tls.key", "RAY_TLS_CA_CERT": "/tls/ca.crt"}
+
+
+def objects(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((KUBERNETES / name).read_text()))
+
+
+def ray_clusters() -> dict[str, dict[str, Any]]:
+    """The cluster that each of the three files describes."""
+    (cluster,), (job,), (service,) = (objects(name) for name in ("cluster.yaml", "train.yaml", "serve.yaml"))
+    return {"cluster": cluster["spec"], "train": job["spec"]["rayClusterSpec"], "serve": service["spec"]["rayClusterConfig"]}
+
+
+def pods() -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, spec in ray_clusters().items():
+        yield f"{name}: head", spec["headGroupSpec"]["template"]["spec"]
+        for group in spec["workerGroupSpecs"]:
+            yield f"{name}: {group['groupName']}", group["template"]["spec"]
+
+
+PODS = [pytest.param(pod, id=name) for name, pod in pods()]
+CLUSTERS = [pytest.param(spec, id=name) for name, spec in ray_clusters().items()]
+
+
+def takes(command: click.Command, words: list[str]) -> None:
+    """Raises: click.UsageError: the program does not take it."""
+    while isinstance(command, click.Group):
+        command = command.commands[words.pop(0)]
+    command.make_context(command.name, words)
+
+
+@pytest.mark.parametrize("file", validate.own_files(), ids=lambda file: file.name)
+def test_what_mm_ships_is_good(file: Path) -> None:
+    assert validate.problems(file) == []
+
+
+BAD = [
+    ("kubernetes/cluster.yaml", "mode: token ", "mode: basic ", "RayCluster mm: spec.authOptions.mode: 'basic' is not one of"),
+    ("kubernetes/cluster.yaml", "maxReplicas: 8", "maxReplica: 8", "spec.workerGroupSpecs.0: no field 'maxReplica'; did you mean"),
+    ("kubernetes/train.yaml", "runAsNonRoot: true", "runAsNonRoot: maybe", "runAsNonRoot: 'maybe' is not of type 'boolean'"),
+    ("kubernetes/train.yaml", "kind: RayJob", "kind: RayTask", "RayTask clip-vit-b32: ray.io/v1 has RayCluster, RayJob and"),
+    ("kubernetes/serve.yaml", "rayClusterConfig:", "rayClusterSpec:", "no field 'rayClusterSpec'; did you mean 'rayClusterConfig'?"),
+    ("kubernetes/network.yaml", "podSelector: {}", "podSelecter: {}", "NetworkPolicy deny-all: spec: no field 'podSelecter'; did you"),
+    ("kubernetes/network.yaml", "kind: Namespace", "kind: Namespaces", "Kubernetes 1.34 has no v1 Namespaces"),
+    ("kubernetes/network.yaml", "metadata: {name: dns,", "metadata: [name: dns,", "is no YAML: "),
+    ("compose/compose.yaml", 'ports: ["127.0.0.1:5000:5000"]', "ports: 5000", "services.mlflow.ports: 5000 is not of type 'array'"),
+    ("compose/compose.yaml", "depends_on:", "depend_on:", "('depend_on' was unexpected)"),
+    ("images/mm.Dockerfile", "python:3.11-slim-bookworm", "python:latest", "DL3007"),
+    ("images/mlflow.Dockerfile", "python:3.11-slim-bookworm", "python", "line 3: DL3006"),
+    ("monitoring/alerts.yaml", "expr: ", "expr: (", "unclosed left parenthesis"),
+    ("monitoring/alerts.yaml", "for: ", "for: about ", "is no duration such as 10m"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "good", "bad", "said"), BAD, ids=[f"{bad[0]}: {bad[2]}" for bad in BAD])
+def test_a_bad_file_is_told_where_and_what(tmp_path: Path, file: str, good: str, bad: str, said: str) -> None:
+    text = (FOLDER / file).read_text()
+    assert good in text
+    copy = tmp_path / Path(file).name
+    copy.write_text(text.replace(good, bad))
+    assert any(said in problem for problem in validate.problems(copy)), validate.problems(copy)
+
+
+def test_what_is_no_description_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.yaml").write_text("steps: 5")
+    assert validate.main([str(tmp_path / "x.yaml"), str(tmp_path / "absent.yaml")]) == 1
+    shown = capsys.readouterr().out
+    assert "x.yaml: is neither a Kubernetes object" in shown
+    assert "absent.yaml: cannot be read: No such file" in shown
+
+
+@pytest.mark.parametrize("pod", PODS)
+def test_pods_have_no_rights_and_bounds(pod: dict[str, Any]) -> None:
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in (*pod["initContainers"], *pod["containers"]):
+        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["resources"]["limits"].keys() >= {"cpu", "memory"}
+        assert re.search(r":\d[\w.-]*$", container["image"])
+        assert not [entry for entry in container.get("env", ()) if SECRET.search(entry["name"]) and entry["name"] not in TLS]
+
+
+@pytest.mark.parametrize("pod", PODS)
+def test_every_node_speaks_tls_and_only_what_starts_it_sees_the_authority(pod: dict[str, Any]) -> None:
+    (ray,) = pod["containers"]
+    assert TLS.items() <= {entry["name"]: entry.get("value") for entry in ray["env"]}.items()
+    assert "authority" not in [mount["name"] for mount in ray["volumeMounts"]]
+    (certificate,) = pod["initContainers"]
+    takes(typer.main.get_command(mm.app), [word.replace("$(POD_IP)", "10.0.0.7") for word in certificate["command"][1:]])
+
+
+@pytest.mark.parametrize("spec", CLUSTERS)
+def test_every_cluster_asks_for_a_token(spec: dict[str, Any]) -> None:
+    assert spec["authOptions"] == {"mode": "token"}
+    assert tuple(map(int, spec["rayVersion"].split("."))) >= tuple(map(int, FLOORS["ray"].split(".")))
+    assert f"ray=={spec['rayVersion']}" in (ROOT / "constraints.txt").read_text().splitlines()
+    if spec.get("enableInTreeAutoscaling"):
+        assert TLS.items() <= {entry["name"]: entry["value"] for entry in spec["autoscalerOptions"]["env"]}.items()
+
+
+def test_gpu_workers_come_and_go_and_wait_in_a_queue() -> None:
+    (cluster,) = objects("cluster.yaml")
+    assert cluster["spec"]["enableInTreeAutoscaling"] is True
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        assert (group["minReplicas"], group["maxReplicas"] > 0) == (0, True)
+        assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    for each in (cluster, *objects("train.yaml"), *objects("serve.yaml")):
+        assert each["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "mm"
+
+
+def test_spot_workers_give_notice_before_they_go() -> None:
+    from ray.scripts.scripts import cli
+
+    spot = next(group for group in ray_clusters()["cluster"]["workerGroupSpecs"] if group["groupName"] == "spot")["template"]["spec"]
+    *_, script = spot["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    drain, sleep = (shlex.split(part) for part in script.split("&&"))
+    takes(cli, drain[1:])
+    assert "DRAIN_NODE_REASON_PREEMPTION" in drain
+    assert int(sleep[1]) < int(drain[-1]) < spot["terminationGracePeriodSeconds"]
+
+
+def test_the_network_denies_what_it_does_not_name() -> None:
+    policies = {each["metadata"]["name"]: each["spec"] for each in objects("network.yaml") if each["kind"] == "NetworkPolicy"}
+    assert policies["deny-all"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    incoming = {name: spec["ingress"] for name, spec in policies.items() if "ingress" in spec}
+    assert all(rule["from"] for rules in incoming.values() for rule in rules)
+    assert {port["port"] for name in ("ray-operator", "endpoint") for rule in incoming[name] for port in rule["ports"]} == {8265, 8000}
+
+
+def test_the_job_runs_a_command_that_can_be_started_again() -> None:
+    (job,) = objects("train.yaml")
+    words = shlex.split(job["spec"]["entrypoint"])
+    assert {"--or-resume", "--name"} <= set(words)
+    takes(typer.main.get_command(mm.app), words[1:])
+
+
+def test_the_service_has_a_configuration_that_serve_takes() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    (service,) = objects("serve.yaml")
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"])).applications
+    assert callable(getattr(mm, application.import_path.removeprefix("mm:")))
+    config = ServeConfig.model_validate(application.args["config"])
+    assert config.needs_key
+    assert config.keys
+    assert [Wanted(**one).reference for one in application.args["models"]] == ["models:/clip-demo@champion"]
+
+
+def test_compose_is_reached_from_this_machine_alone_and_its_secrets_are_files() -> None:
+    for name, service in COMPOSE["services"].items():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
+        assert not [key for key in service.get("environment", {}) if SECRET.search(key)], name
+        assert service["image"] in ("mm:cpu", "mm-mlflow") or re.search(r":\d[\w.-]*$", service["image"]), name
+    assert all(set(secret) == {"file"} for secret in COMPOSE["secrets"].values())
+    assert COMPOSE["services"]["worker"]["environment"]["RAY_AUTH_MODE"] == "token"
+    assert "/cluster/compose/secrets/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_compose_starts_programs_by_options_they_have() -> None:
+    from ray.scripts.scripts import cli as ray
+
+    with warnings.catch_warnings(action="ignore"):
+        from mlflow.cli import cli as mlflow
+
+    services = COMPOSE["services"]
+    for name in ("head", "worker"):
+        takes(ray, services[name]["command"][1:])
+    takes(ray, services["head"]["healthcheck"]["test"][2:])
+    server = shlex.split(services["mlflow"]["command"][-1].replace("$$(cat /run/secrets/postgres)", "x"))
+    assert "--allowed-hosts" in server
+    takes(mlflow, server[server.index("mlflow") + 1 :])
+    compile(services["bucket"]["command"][-1], "bucket", "exec")
+
+
+def test_secrets_are_drawn_once_and_are_their_owners_alone(tmp_path: Path) -> None:
+    command = ["sh", str(FOLDER / "compose" / "make-secrets.sh"), str(tmp_path / "secrets")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    drawn = {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()}
+    assert drawn.keys() == COMPOSE["secrets"].keys()
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "secrets").iterdir()} == {0o600}
+    profile = configparser.ConfigParser()
+    profile.read_string(drawn["aws"])
+    (credentials,) = json.loads(drawn["s3.json"])["identities"][0]["credentials"]
+    assert credentials == {"accessKey": profile["default"]["aws_access_key_id"], "secretKey": profile["default"]["aws_secret_access_key"]}
+    secrets = {drawn["ray_token"], drawn["postgres"], credentials["secretKey"]}
+    assert [len(secret) for secret in secrets] == [64, 64, 64]
+    assert not [secret for secret in secrets if secret in shown]
+    subprocess.run(command, capture_output=True, check=True)
+    assert {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()} == drawn
+
+
+def test_the_image_holds_every_package_and_leaves_the_rest_out() -> None:
+    packages = [
+        name.rstrip("*")
+        for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    ]
+    lines = (FOLDER / "images" / "mm.Dockerfile").read_text().splitlines()
+    assert {f"COPY {name} {name}" for name in packages} <= set(lines)
+    assert "USER 1000" in lines
+    assert {"RAY_AUTH_MODE=token", "RAY_LOGGER_LEVEL=warning"} <= {word for line in lines for word in line.split()}
+    ignored = (FOLDER / "images" / "mm.Dockerfile.dockerignore").read_text().splitlines()
+    assert "*" in ignored
+    copied = {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]}
+    assert {f"!{name}" for name in copied} == {line for line in ignored if line.startswith("!")}

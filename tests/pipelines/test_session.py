@@ -1,0 +1,29 @@
+"""The Ray that a command starts for itself."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import psutil
+import pytest
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_embedded_ray_listens_on_loopback_alone_and_asks_for_a_token() -> None:
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    assert is_token_auth_enabled()
+    listening = {
+        (process.name(), connection.laddr.ip)
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert {name for name, _ in listening} >= {"gcs_server", "raylet"}
+    assert not {(name, ip) for name, ip in listening if not is_loopback(ip)}
+
+
+def is_loopback(ip: str) -> bool:
+    address = ipaddress.ip_address(ip)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
