@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check audit format chaos fuzz lock clean
+.PHONY: help setup demo test check audit format chaos long lock clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -43,8 +43,8 @@ format: $(READY)  ## rewrite files as `make check` wants them
 chaos: $(READY)  ## tests that kill processes for minutes
 	@$(BIN)/python -m pytest -m chaos -rP tests
 
-fuzz: $(READY)  ## 120,000 tampered requests to an endpoint, for minutes
-	@$(BIN)/python -m pytest -m long tests/serve/test_fuzz.py
+long: $(READY)  ## tests that take minutes: 120,000 tampered requests, `serve deploy` on a cluster, a compiled model
+	@$(BIN)/python -m pytest -m long -rP tests
 
 lock: ## write constraints.txt anew from what pyproject.toml allows today
 	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

@@ -256,7 +256,7 @@ def lost(bench: Bench) -> dict[str, Any]:
                 counts[f"failed with {error.status}"] += 1
 
     async def killer() -> None:
-        for name in itertools.islice(itertools.cycle(("Encoder", "Preparer", "Gateway", "Encoder")), kills):
+        for name in itertools.islice(itertools.cycle(("Gateway", "Encoder", "Preparer", "Encoder")), kills):
             await asyncio.sleep(_KILL_EVERY_S)
             for pid in replicas(name)[:1]:
                 os.kill(pid, signal.SIGKILL)

@@ -106,7 +106,7 @@ def _quieten() -> None:
     _filter_messages()
 
 
-_NOISE = ("ServeController.graceful_shutdown failed", "worker processes have been started")
+_NOISE = ("ServeController.graceful_shutdown failed", "ServeController.listen_for_change failed", "worker processes have been started")
 """What Ray tells the terminal of every endpoint that stops, and of every small machine that trains."""
 
 

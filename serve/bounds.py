@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.config import Bound
-from serve.problems import overloaded, problem
+from serve.problems import RETRY_AFTER_S, overloaded, problem
 
 
 class Bounds:
@@ -28,7 +28,7 @@ class Bounds:
         elif scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._timed(scope, receive, send)
         elif self._running >= self._bounds.max_requests:
-            await overloaded(f"{self._bounds.max_requests:,} requests are being answered")(scope, receive, send)
+            await overloaded(self._all_taken())(scope, receive, send)
         elif (length := _content_length(scope)) > self._bounds.max_request_bytes:
             await problem(413, self._too_large())(scope, receive, send)
         elif self._held_bytes + length > self._bounds.max_body_bytes:
@@ -37,11 +37,12 @@ class Bounds:
             await self._bounded(scope, receive, send)
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = 0
+        received = running = 0
 
         async def counted() -> Message:
-            """A body sent in chunks tells no length: it is counted while it arrives."""
-            nonlocal received
+            """A body sent in chunks tells no length: it is counted while it arrives. Only whose body is there takes a place: who sends half
+            of one, or slowly, keeps nobody out."""
+            nonlocal received, running
             message = await receive()
             size = len(message.get("body", b""))
             received += size
@@ -49,14 +50,18 @@ class Bounds:
             if received > self._bounds.max_request_bytes:
                 raise HTTPException(413, self._too_large())
             if self._held_bytes > self._bounds.max_body_bytes:
-                raise HTTPException(429, f"{self._held_bytes:,} bytes of requests are held; try again shortly", {"Retry-After": "1"})
+                raise _full(f"{self._held_bytes:,} bytes of requests are held")
+            if not running and not message.get("more_body", False):
+                if self._running >= self._bounds.max_requests:
+                    raise _full(self._all_taken())
+                running = 1
+                self._running += 1
             return message
 
-        self._running += 1
         try:
             await self._timed(scope, counted, send)
         finally:
-            self._running -= 1
+            self._running -= running
             self._held_bytes -= received
 
     async def _timed(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,8 +81,16 @@ class Bounds:
             detail = f"not answered within {self._bounds.request_timeout_s:g} s: send fewer inputs in one call, or try again"
             await problem(504, detail)(scope, receive, send)
 
+    def _all_taken(self) -> str:
+        return f"{self._bounds.max_requests:,} requests are being answered"
+
     def _too_large(self) -> str:
         return f"the body is above {self._bounds.max_request_bytes:,} bytes: send fewer or smaller inputs in one call"
+
+
+def _full(what: str) -> HTTPException:
+    """As `overloaded`, from where a body is read."""
+    return HTTPException(429, f"{what}, no more are taken now; try again shortly", {"Retry-After": str(RETRY_AFTER_S)})
 
 
 def _content_length(scope: Scope) -> int:

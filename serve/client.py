@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     Image = bytes | Path | PillowImage
 
 _PASSING = (429, 502, 503, 504)
+_GATEWAY_LOST = 500
+"""In plain text: what Ray Serve's proxy says of requests that a gateway took with it. As a problem document it is a mistake of ours."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 10.0
 T = TypeVar("T")
 
@@ -82,10 +84,10 @@ class Settings:
             RefusedError: this was the last, or would not pass.
         """
         if isinstance(answer, httpx.Response):
-            failed, asked_s = _refused(answer), _asked_to_wait(answer)
+            failed, asked_s, passes = _refused(answer), _asked_to_wait(answer), _passes(answer)
         else:
-            failed, asked_s = _unreached(self.url, answer), None
-        if attempt == self.retries or failed.status not in (0, *_PASSING):
+            failed, asked_s, passes = _unreached(self.url, answer), None, True
+        if attempt == self.retries or not passes:
             raise failed
         return _wait_s(attempt, asked_s)
 
@@ -365,6 +367,11 @@ def _refused(answer: httpx.Response) -> RefusedError:
     except (ValueError, KeyError, TypeError):
         detail = answer.text[:200]
     return RefusedError(answer.status_code, detail)
+
+
+def _passes(answer: httpx.Response) -> bool:
+    lost = answer.status_code == _GATEWAY_LOST and "json" not in answer.headers.get("content-type", "")
+    return lost or answer.status_code in _PASSING
 
 
 def _asked_to_wait(answer: httpx.Response) -> float | None:

@@ -35,7 +35,7 @@ def until(url: str, wanted: Callable[[httpx.Response], bool]) -> httpx.Response:
         time.sleep(0.3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_serve_deploy_takes_what_mm_serve_writes(running_head: RunningHead, tmp_path: Path) -> None:
     folder, port, config = make_bundle(tmp_path / "tiny", 0), free_port(), tmp_path / "serve.yaml"
 

@@ -80,7 +80,7 @@ def test_nobody_there_is_told() -> None:
 
 
 @contextmanager
-def failing(*statuses: int) -> Iterator[tuple[str, list[float]]]:
+def failing(*statuses: int, kind: str = "application/problem+json") -> Iterator[tuple[str, list[float]]]:
     """A server that answers with these statuses, then well; and when it was asked."""
     left, asked = list(statuses), list[float]()
 
@@ -92,6 +92,7 @@ def failing(*statuses: int) -> Iterator[tuple[str, list[float]]]:
             self.send_response(status)
             if status == 429:
                 self.send_header("retry-after", "1")
+            self.send_header("content-type", "application/json" if status == 200 else kind)
             self.send_header("content-length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -110,6 +111,13 @@ def test_an_overload_is_waited_for_as_long_as_was_asked() -> None:
         assert client.models() == []
     assert len(asked) == 3
     assert asked[2] - asked[1] >= 1
+
+
+def test_a_lost_gateway_is_asked_again() -> None:
+    """Ray Serve's proxy then says so in plain text."""
+    with failing(500, kind="text/plain") as (url, asked), mm.Client(url) as client:
+        assert client.models() == []
+    assert len(asked) == 2
 
 
 def test_what_does_not_pass_is_not_tried_again() -> None:

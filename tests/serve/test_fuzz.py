@@ -1,6 +1,6 @@
 """Tampered pictures and bodies, and what the OpenAPI document lets one say: never a 5xx, no copy dies, memory stays.
 
-The suite sends some hundreds; `make fuzz` 120,000: a tenth to the endpoint, the others to the same parts in this process, which are a
+The suite sends some hundreds; `make long` 120,000: a tenth to the endpoint, the others to the same parts in this process, which are a
 hundred times faster there.
 """
 

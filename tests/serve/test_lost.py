@@ -35,13 +35,17 @@ LOST = {
 }
 
 
+def vectors(count: int) -> Encoded:
+    return Encoded(np.eye(1, 2, dtype=np.float32).repeat(count, axis=0), np.ones(count, dtype=np.float32), count)
+
+
 def ask(failures: list[Exception]) -> httpx.Response:
     """A request to a model that is lost so many times."""
 
     async def answer(_: str, part: Part, inputs: Sequence[str | Picture]) -> Encoded | Unreadable:
         if failures:
             raise failures.pop()
-        return Encoded(np.eye(1, 2, dtype=np.float32), np.ones(1, dtype=np.float32), 1)
+        return vectors(1)
 
     async def request() -> httpx.Response:
         config = ServeConfig()
