@@ -33,7 +33,10 @@ def ports() -> list[Check]:
 def ray_authentication() -> Check:
     """Whether Ray asks for a token, and whether there is one. Only that a token exists is looked at."""
     name, mode = "Ray authentication", os.environ.get("RAY_AUTH_MODE", "").lower()
-    present = bool(os.environ.get("RAY_AUTH_TOKEN")) or _token_file().is_file()
+    file = _token_file()
+    present = bool(os.environ.get("RAY_AUTH_TOKEN")) or file.is_file()
+    if mode in ("", "token") and file.is_file() and file.stat().st_mode & 0o077:
+        return warn(name, f"whoever uses this machine can read the token in {file}, as Ray writes it", f"chmod 600 {file}")
     match mode:
         case "disabled":
             return warn(name, "RAY_AUTH_MODE=disabled: whoever reaches the head runs code on it", "unset RAY_AUTH_MODE, or set it to token")

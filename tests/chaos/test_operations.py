@@ -109,7 +109,7 @@ def is_up(terminals: Terminals, nodes: int) -> Callable[[], bool]:
 
 def test_the_page_from_top_to_bottom(terminals: Terminals) -> None:
     head, node, run_it, look, go_on = BLOCKS
-    setting_up, starting = head.splitlines()[:2], head.splitlines()[2:]
+    setting_up, starting = head.splitlines()[:3], head.splitlines()[3:]
     terminals.run("\n".join(setting_up))
     first_head = terminals.open("\n".join(starting))
     nodes = [terminals.open(node), terminals.open(node)]

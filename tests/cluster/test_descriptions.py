@@ -234,3 +234,17 @@ def test_the_image_holds_every_package_and_leaves_the_rest_out() -> None:
     assert "*" in ignored
     copied = {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]}
     assert {f"!{name}" for name in copied} == {line for line in ignored if line.startswith("!")}
+
+
+def ray_commands() -> list[str]:
+    """Lines of the guides' blocks that begin with `ray`."""
+    pages = sorted((ROOT / "docs").glob("*.md"))
+    found = [re.findall(r"^(?:\.venv/bin/)?(ray \w[^\n#]*)", page.read_text(encoding="utf-8"), re.MULTILINE) for page in pages]
+    return sorted({line.strip() for lines in found for line in lines})
+
+
+@pytest.mark.parametrize("command", ray_commands())
+def test_ray_takes_the_guides_commands(command: str) -> None:
+    from ray.scripts.scripts import cli
+
+    takes(cli, shlex.split(command)[1:])

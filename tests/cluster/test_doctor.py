@@ -88,11 +88,20 @@ def test_ray_authentication(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mod
     if token:
         (tmp_path / ".ray").mkdir()
         (tmp_path / ".ray" / "auth_token").write_text("geheim")
+        (tmp_path / ".ray" / "auth_token").chmod(0o600)
     if mode:
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
     check = services.ray_authentication()
     assert check.state is state
     assert "geheim" not in f"{check}"
+
+
+def test_a_token_that_others_can_read_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("geheim")
+    (tmp_path / "token").chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    check = services.ray_authentication()
+    assert (check.state, check.remedy) == (State.WARN, f"chmod 600 {tmp_path / 'token'}")
 
 
 def test_ray_head(monkeypatch: pytest.MonkeyPatch, listener: int) -> None:
