@@ -158,7 +158,6 @@ def test_pairs_do_not_depend_on_how_the_scores_are_divided(
     assert len(Scores(again, "hash").values) == 5
     for module, name in ((equal_pairs, "_SLAB_ROWS"), (picture_pairs, "_SLAB_ROWS"), (picture_pairs, "_RANGE_SAMPLES")):
         monkeypatch.setattr(module, name, 5)
-    monkeypatch.setattr(picture_pairs, "_PART_HASHES", 70)
     sides = [Side(each.url, 0, each.summary.rows) for each in (index, again)]
     other = Side(tests.url, index.summary.rows, tests.summary.rows)
     whole, parts = (sorted(picture_pairs.picture_pairs(Comparison(side), 8).pairs.tolist()) for side in sides)
