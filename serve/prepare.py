@@ -58,6 +58,7 @@ class Preparer:
         self._encoder, self._max_pixels = encoder, max_pixels
         self._preparation: Preparation = await encoder.preparation.remote()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="prepare")
+        await self.prepare([canned_inputs()])  # what the first picture would wait seconds for is imported now
 
     async def prepare(self, requests: Sequence[Sequence[str | Picture]]) -> list[Prepared | Unreadable]:
         """Of each request, texts cut or padded to the model's context, pictures at its size."""

@@ -19,7 +19,7 @@ PROMISES = [
 
 @cache
 def in_the_suite(file: Path) -> set[str]:
-    """The tests that a run of the suite takes: those of `make chaos` and `make fuzz` keep no promise."""
+    """The tests that a run of the suite takes: those of `make chaos` and `make long` keep no promise."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     left_out = [node.name for node in functions if re.search(r"mark\.(chaos|long|gpu)", " ".join(map(ast.unparse, node.decorator_list)))]
