@@ -198,8 +198,7 @@ def test_the_guides_query_shows_that_nothing_came_twice(killed: Path) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     query = next(line for line in guide.splitlines() if "audit/*.parquet" in line).replace("audit/", f"{killed}/audit/")
     assert duckdb.sql(query).fetchall() == []
-    every_attempt = query.replace("QUALIFY attempt = max(attempt) OVER (PARTITION BY step)", "")
-    assert duckdb.sql(every_attempt).fetchall(), "the restart replayed no step"
+    assert len(duckdb.sql(query.replace("count(*) > 1", "count(*) = 1")).fetchall()) >= 330, "it looked at nothing"
 
 
 def evaluated(folder: Path) -> dict[int, dict[str, float]]:

@@ -6,6 +6,7 @@ import ipaddress
 
 import psutil
 import pytest
+import ray
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -15,12 +16,19 @@ def test_an_embedded_ray_listens_on_loopback_alone_and_asks_for_a_token() -> Non
     assert is_token_auth_enabled()
     listening = {
         (process.name(), connection.laddr.ip)
-        for process in psutil.Process().children(recursive=True)
+        for process in of_this_ray()
         for connection in process.net_connections(kind="inet")
         if connection.status == psutil.CONN_LISTEN
     }
     assert {name for name, _ in listening} >= {"gcs_server", "raylet"}
     assert not {(name, ip) for name, ip in listening if not is_loopback(ip)}
+
+
+def of_this_ray() -> list[psutil.Process]:
+    """Its services, which are told the session's folder, and what they have started; not the heads of other tests."""
+    session = ray._private.worker._global_node.get_session_dir_path()
+    services = [process for process in psutil.Process().children(recursive=True) if session in " ".join(process.cmdline())]
+    return [*{child for service in services for child in (service, *service.children(recursive=True))}]
 
 
 def is_loopback(ip: str) -> bool:
