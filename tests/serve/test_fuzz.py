@@ -55,7 +55,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
 
 
 def replicas() -> dict[int, tuple[bool, int]]:
-    """Of each process of the endpoint and of the version that answers, by its id, whether it comes and goes with the load, and its memory."""
+    """Of each process of the endpoint and of the version that answers: whether it comes and goes with the load, and its memory."""
     applications = tuple(f"ray::ServeReplica:{name}:" for name in ("mm", application_of("models:/tiny/1")))
     found = {}
     for process in psutil.Process().children(recursive=True):
