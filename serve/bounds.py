@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.config import Bound
-from serve.problems import RETRY_AFTER_S, overloaded, problem
+from serve.problems import full, overloaded, problem
 
 
 class Bounds:
@@ -50,10 +50,10 @@ class Bounds:
             if received > self._bounds.max_request_bytes:
                 raise HTTPException(413, self._too_large())
             if self._held_bytes > self._bounds.max_body_bytes:
-                raise _full(f"{self._held_bytes:,} bytes of requests are held")
+                raise full(f"{self._held_bytes:,} bytes of requests are held")
             if not running and not message.get("more_body", False):
                 if self._running >= self._bounds.max_requests:
-                    raise _full(self._all_taken())
+                    raise full(self._all_taken())
                 running = 1
                 self._running += 1
             return message
@@ -86,11 +86,6 @@ class Bounds:
 
     def _too_large(self) -> str:
         return f"the body is above {self._bounds.max_request_bytes:,} bytes: send fewer or smaller inputs in one call"
-
-
-def _full(what: str) -> HTTPException:
-    """As `overloaded`, from where a body is read."""
-    return HTTPException(429, f"{what}, no more are taken now; try again shortly", {"Retry-After": str(RETRY_AFTER_S)})
 
 
 def _content_length(scope: Scope) -> int:

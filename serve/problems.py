@@ -68,8 +68,14 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> 
     return JSONResponse(body.model_dump(), status_code=status, media_type=MEDIA_TYPE, headers=headers)
 
 
+def full(what: str) -> HTTPException:
+    """429, from where a body is read: what else is raised there FastAPI takes for a body that is wrong."""
+    return HTTPException(429, f"{what}, no more are taken now; try again shortly", {"Retry-After": str(RETRY_AFTER_S)})
+
+
 def overloaded(what: str) -> JSONResponse:
-    return problem(429, f"{what}, no more are taken now; try again shortly", {"Retry-After": str(RETRY_AFTER_S)})
+    error = full(what)
+    return problem(error.status_code, error.detail, dict(error.headers or {}))
 
 
 def install(app: FastAPI) -> None:

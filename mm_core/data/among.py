@@ -56,9 +56,7 @@ class Among:
 
     def reasons(self, index: Index, first: int, last: int) -> pa.Array:
         """Of those rows that are usable and not among them `LEDGER: REASON`, as strings."""
-        found = self.decisions(index, first, last)
-        names, reasons = (found[column].combine_chunks().cast(pa.string()) for column in ("ledger", "reason"))
-        return pc.binary_join_element_wise(names, pc.fill_null(reasons, "dropped"), ": ")
+        return named(self.decisions(index, first, last))
 
     def decisions(self, index: Index, first: int, last: int) -> pa.Table:
         """`combine` of those rows."""
@@ -83,6 +81,12 @@ def combine(decisions: Mapping[str, pa.Table], usable: NDArray[np.bool_]) -> pa.
         reasons = pc.if_else(pa.array(drops), table["reason"].combine_chunks().cast(pa.string()), reasons)
     names = pa.array(list(decisions), pa.string()).take(pa.array(first, mask=first < 0))
     return pa.table({"repeat": repeat, "ledger": names.dictionary_encode(), "reason": reasons.dictionary_encode()})
+
+
+def named(decisions: pa.Table) -> pa.Array:
+    """Of `combine`'s rows that are dropped `LEDGER: REASON`, as strings; of the others null."""
+    names, reasons = (decisions[column].combine_chunks().cast(pa.string()) for column in ("ledger", "reason"))
+    return pc.binary_join_element_wise(names, pc.fill_null(reasons, "dropped"), ": ")
 
 
 def first_reasons(index: Index, ledgers: Sequence[str]) -> Iterator[pa.Table]:

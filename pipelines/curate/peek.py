@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mm_core.config import nearest
-from mm_core.data.among import Among
+from mm_core.data.among import Among, named
 from mm_core.data.index import Index
 from mm_core.data.ledger import Ledger
 from mm_core.data.permutation import permute
@@ -66,8 +66,7 @@ def peek(index: Index, among: Among, count: int, *, reason: str | None = None, s
     drawn: dict[int, tuple[float, str | None]] = {}
     for first, last in _chunks(index, seed):
         decisions = among.decisions(index, first, last)
-        names, reasons = (decisions[column].combine_chunks().cast(pa.string()) for column in ("ledger", "reason"))
-        both = pc.binary_join_element_wise(names, reasons, ": ")
+        reasons, both = decisions["reason"].combine_chunks().cast(pa.string()), named(decisions)
         repeat = decisions["repeat"].to_numpy()
         chosen = repeat > 0 if reason is None else _equal(reasons, reason) | _equal(both, reason)
         ordinals = np.flatnonzero(chosen).astype(np.uint64) + np.uint64(first)

@@ -77,10 +77,7 @@ def test_a_node_under_another_name_is_refused(authority: Path, tmp_path: Path) -
 
 def test_a_node_of_another_authority_is_refused(authority: Path, tmp_path: Path) -> None:
     make_authority(tmp_path / "other")
-    stranger = make_node(tmp_path / "other", tmp_path / "a")
-    pretender = NodeFiles(stranger.certificate, stranger.key, authority / "ca.crt")
-    with pytest.raises(ssl.SSLError):
-        handshake(make_node(authority, tmp_path / "b"), pretender, "localhost")
+    refused(authority, make_node(tmp_path / "other", tmp_path / "a"), tmp_path / "b")
 
 
 def test_a_node_cannot_sign_others(authority: Path, tmp_path: Path) -> None:
@@ -88,10 +85,14 @@ def test_a_node_cannot_sign_others(authority: Path, tmp_path: Path) -> None:
     (tmp_path / "false").mkdir()
     (tmp_path / "false" / "ca.crt").write_bytes(node.certificate.read_bytes() + node.authority.read_bytes())
     (tmp_path / "false" / "ca.key").write_bytes(node.key.read_bytes())
-    child = make_node(tmp_path / "false", tmp_path / "child")
-    pretender = NodeFiles(child.certificate, child.key, authority / "ca.crt")
+    refused(authority, make_node(tmp_path / "false", tmp_path / "child"), tmp_path / "b")
+
+
+def refused(authority: Path, shown: NodeFiles, folder: Path) -> None:
+    """By a node of the authority, whatever the other trusts itself."""
+    pretender = NodeFiles(shown.certificate, shown.key, authority / "ca.crt")
     with pytest.raises(ssl.SSLError):
-        handshake(make_node(authority, tmp_path / "b"), pretender, "localhost")
+        handshake(make_node(authority, folder), pretender, "localhost")
 
 
 def test_keys_are_their_owners_alone(authority: Path, tmp_path: Path) -> None:

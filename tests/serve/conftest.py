@@ -68,7 +68,7 @@ def bundle(bundle_folder: Path) -> Bundle:
 
 @pytest.fixture(scope="package")
 def serve_config(searchable: Path) -> ServeConfig:
-    """Small bounds, so that breaking them is cheap."""
+    """Small bounds, so that breaking them is cheap; one preparer, so that a process that is gone has died."""
     bounds = Bound(
         max_requests=8,
         max_inputs=12,
@@ -80,7 +80,7 @@ def serve_config(searchable: Path) -> ServeConfig:
     shapes = LabelSet(labels=("red circle", "blue square", "star"), templates=("a {c}", "a picture of a {c}."))
     return ServeConfig(
         port=free_port(),
-        compute=Compute(max_batch_size=4),
+        compute=Compute(max_batch_size=4, max_preparers=1),
         bounds=bounds,
         label_sets={"shapes": shapes},
         search=str(searchable),
