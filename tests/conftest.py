@@ -43,11 +43,16 @@ def object_store(_own_object_store: socket) -> Iterator[ObjectStore]:
 
 @pytest.fixture(scope="session")
 def ray_cluster(_own_cache: None, _own_object_store: socket) -> Iterator[None]:
-    """One embedded Ray for the session: starting it costs as much as many tests. Four CPUs, so that three ranks fit."""
+    """One embedded Ray for the session: starting it costs as much as many tests. Four CPUs, so that three ranks fit.
+
+    Idle workers, which have imported all, stay for the next test."""
     from pipelines.session import ray_session
 
-    with ray_session(cpus=4):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_num_workers_soft_limit", "12")
+        patch.setenv("RAY_idle_worker_killing_time_threshold_ms", "600000")
+        with ray_session(cpus=4):
+            yield
 
 
 @pytest.fixture(scope="session")

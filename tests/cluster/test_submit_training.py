@@ -23,7 +23,7 @@ from pipelines.index import build_index
 if TYPE_CHECKING:
     from conftest import RunningHead
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 SOMETIMES = {"ray_mm_train_mfu", "ray_mm_train_skipped_steps", "ray_mm_train_rollbacks"}
 """On GPUs, or where steps are looked at before they count."""
 ALWAYS = {each.name for each in (*TRAIN, BLOCK_SAMPLES, BLOCK_SECONDS)} - SOMETIMES

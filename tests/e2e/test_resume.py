@@ -1,4 +1,4 @@
-"""Kill a worker, then the driver; go on with three workers, stop with Ctrl-C, go on with one: the same samples, the same batches."""
+"""A worker is killed, then Ctrl-C, or the driver killed; the run goes on with other workers: the same samples, the same batches."""
 
 from __future__ import annotations
 
@@ -102,38 +102,44 @@ def start(index: Index, folder: Path, workers: int, *flags: str) -> subprocess.P
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
 
 
-@pytest.fixture(scope="module")
-def killed(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run by the command line: SIGKILL to a worker, then, after it has gone on by itself, to the driver."""
-    folder = tmp_path_factory.mktemp("killed")
+def torn(index: Index, folder: Path) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+    """A run by the command line that goes on by itself after SIGKILL to a worker, and its workers now."""
     driver = start(index, folder, 2)
     try:
         wait_for(lambda: reached(folder, 10), driver, folder)
-        worker = next(p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline()))
-        worker.send_signal(signal.SIGKILL)
+        workers_of(driver)[0].send_signal(signal.SIGKILL)
         wait_for(lambda: attempts(folder) == 2 and reached(folder, 20), driver, folder)
-        workers = [p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-        assert not psutil.wait_procs(workers, timeout=30)[1]
+    except BaseException:
+        driver.kill()
+        raise
+    return driver, workers_of(driver)
+
+
+def workers_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return [p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def interrupted(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A worker killed, then Ctrl-C."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    driver, _ = torn(index, folder)
+    try:
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(60) == 130
     finally:
         driver.kill()
     return folder
 
 
 @pytest.fixture(scope="module")
-def interrupted(killed: Path, index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The killed run, continued on three workers and stopped by Ctrl-C."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    copy_run(killed, folder)
-    before = attempts(folder)
-    driver = start(index, folder, 3, "--resume")
-    try:
-        wait_for(lambda: any((folder / "audit").glob(f"attempt{before + 1:05d}-*")), driver, folder)
-        driver.send_signal(signal.SIGINT)
-        assert driver.wait(60) == 130
-    finally:
-        driver.kill()
+def killed(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A worker killed, then the driver."""
+    folder = tmp_path_factory.mktemp("killed")
+    driver, workers = torn(index, folder)
+    driver.kill()
+    driver.wait()
+    assert not psutil.wait_procs(workers, timeout=30)[1]
     return folder
 
 
@@ -184,19 +190,19 @@ def test_the_run_is_whole(undisturbed: tuple[TrainResult, Path]) -> None:
     assert state["config"]["steps"] == STEPS
 
 
-def test_killed_interrupted_and_resumed_is_as_undisturbed(
+def test_interrupted_and_resumed_is_as_undisturbed(
     interrupted: Path, undisturbed: tuple[TrainResult, Path], index: Index, heldout: list[str], tmp_path: Path
 ) -> None:
-    """Two workers, one of them killed; two again, the driver killed; three, Ctrl-C; one to the end, which measures itself as it goes. No
-    name is given the last time: the newest run of this configuration and data is continued."""
+    """Two workers, one of them killed; two again, Ctrl-C; one to the end, which measures itself as it goes. No name is given the last time:
+    the newest run of this configuration and data is continued."""
     resumed_is_as_undisturbed(interrupted, undisturbed, index, tmp_path, 1, *heldout, name=None)
     there, here = (evaluated(folder)[STEPS] for folder in (undisturbed[1], tmp_path))
     assert here == pytest.approx(there, abs=0.05)
 
 
-def test_the_guides_query_shows_that_nothing_came_twice(killed: Path) -> None:
+def test_the_guides_query_shows_that_nothing_came_twice(interrupted: Path) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    query = next(line for line in guide.splitlines() if "audit/*.parquet" in line).replace("audit/", f"{killed}/audit/")
+    query = next(line for line in guide.splitlines() if "audit/*.parquet" in line).replace("audit/", f"{interrupted}/audit/")
     assert duckdb.sql(query).fetchall() == []
     assert len(duckdb.sql(query.replace("count(*) > 1", "count(*) = 1")).fetchall()) >= 330, "it looked at nothing"
 
@@ -304,6 +310,7 @@ def test_a_run_that_cannot_be_read_is_passed_over(
     assert "\n" not in caplog.records[-1].getMessage()
 
 
+@pytest.mark.long
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_batch(index: Index, tmp_path: Path) -> None:
     broken = tiny_run(tmp_path, 1)
     broken = broken.model_copy(update={"steps": 12, "optimizer": broken.optimizer.model_copy(update={"lr": 1e30})})
@@ -314,6 +321,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_the_batch(index: 
     assert not list((tmp_path / "runs" / "nan").glob("checkpoint_*"))
 
 
+@pytest.mark.long
 def test_shards_that_lose_their_pictures_stop_the_run(index: Index, corpus: Path, tmp_path: Path) -> None:
     """Every second sample is damaged after indexing, sizes and times kept: each is replaced and counted, then the bound is reached."""
     shard = tmp_path / "s.tar"
