@@ -23,8 +23,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the main job, end to end, on this machine; DATA="path/*.tar" for your own shards
 	@$(BIN)/mm demo $(if $(DATA),--data "$(DATA)")
 
-test: $(READY)  ## the test suite
-	@$(BIN)/python -m pytest
+test: $(READY)  ## the test suite, in two processes
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(READY)  ## format, lint, types, import contracts, cluster descriptions
 	@$(BIN)/ruff format --check .

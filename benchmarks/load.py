@@ -15,7 +15,7 @@ import numpy as np
 
 _PATIENCE_S = 120
 _UNANSWERED = 0
-"""In place of a status: the connection broke."""
+"""In place of a status: the connection broke, or no answer came in that time."""
 
 
 @dataclass
@@ -101,7 +101,7 @@ async def _measured(url: str, load: Load, warm_s: float, send_all: Callable[[Ask
                 async with session.post(f"{url}/v1/embeddings", data=body, headers={"content-type": "application/json"}) as answer:
                     await answer.read()
                     status = answer.status
-            except aiohttp.ClientError:
+            except (aiohttp.ClientError, TimeoutError):
                 status = _UNANSWERED
             ended = time.perf_counter()
             if begin <= ended <= begin + load.seconds:

@@ -16,7 +16,7 @@ from serve.problems import RETRY_AFTER_S
 from serve.searcher import Searcher
 from serve.store import ModelStore
 
-_REFUSED_AT_A_TIME = 1000
+_REFUSED_AT_A_TIME = 128
 """Requests above the bound that may be in the gateway while it refuses them."""
 
 
