@@ -24,7 +24,6 @@ from mm_core.errors import ConfigError, DataError
 
 _BALANCE = 7
 """Keeps the draws apart from those of a plan, of its readers and of a split."""
-_BELOW_2_64 = np.nextafter(2.0**64, 0)
 
 
 class ConceptRule(CountingRule):
@@ -104,10 +103,12 @@ class Balance(ConceptRule):
         terms = _terms(self.entries)
         found = rows.find(terms)
         accepts = self._accepts.take(found.terms)
-        draws = mix(self.seed, _BALANCE, rows.checks.take(found.owners), terms.keys.take(found.terms))
-        accepted = (accepts == 1) | (draws < np.minimum(accepts * 2.0**64, _BELOW_2_64).astype(np.uint64))
         keep, kept = np.zeros(len(rows), dtype=bool), np.zeros(len(rows))
-        keep[found.owners.compress(accepted)] = True
+        keep[found.owners.compress(accepts == 1)] = True
+        unsure = np.flatnonzero(~keep.take(found.owners))  # what one entry accepts for sure no draw of another drops: most rows need none
+        row = found.owners.take(unsure)
+        draws = mix(self.seed, _BALANCE, rows.checks.take(row), terms.keys.take(found.terms.take(unsure)))
+        keep[row.compress(draws < (accepts.take(unsure) * 2.0**64).astype(np.uint64))] = True
         first = np.flatnonzero(np.diff(found.owners, prepend=-1))
         owners = found.owners.take(first)
         if len(owners):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64, UInt64
@@ -37,6 +38,7 @@ class Difference(Config):
 
     rule: str | None = Field(description="Null: the ledger as a whole.")
     category: str
+    within: tuple[str, ...] = Field(description="Of a crossing, the groups of its other categories that both are in; else empty.")
     groups: tuple[str, str] = Field(description="That of the higher keep rate first.")
     keep_rates: tuple[float, float]
     difference: float
@@ -102,9 +104,10 @@ def report_groups(
         some = counts[at : at + len(cells)]
         at += len(cells)
         tables[kind] = [_cell(groups, row, every, rules) for groups, row in zip(cells, some, strict=True)]
-        if len(kind) == 1:
-            for rule, kept in _kept_by(some, rules).items():
-                differences += _differences(rule, kind[0], given.names(kind[0]), kept, some[:, 0], max_difference)
+        for rule, kept in _kept_by(some, rules).items():
+            for category in kind:
+                for within, names, of_kept, of_samples in _comparable(given, kind, category, kept, some[:, 0]):
+                    differences += _differences(rule, category, within, names, of_kept, of_samples, max_difference)
     return GroupReport(
         **facts,
         samples=int(every[0]),
@@ -136,9 +139,26 @@ def _kept_by(cells: Int64[np.ndarray, "cells columns"], rules: Sequence[str]) ->
     return {None: cells[:, 1]} | by_rule
 
 
+def _comparable(
+    given: GroupTerms,
+    kind: tuple[str, ...],
+    category: str,
+    kept: Int64[np.ndarray, " cells"],
+    samples: Int64[np.ndarray, " cells"],
+) -> Iterator[tuple[tuple[str, ...], list[str], Int64[np.ndarray, " groups"], Int64[np.ndarray, " groups"]]]:
+    """Cells that differ in `category` alone: the groups of the other categories, those of this one, and their counts."""
+    names, place = {each: given.names(each) for each in kind}, kind.index(category)
+    shape = [len(groups) for groups in names.values()]
+    rows = (np.moveaxis(counts.reshape(shape), place, -1).reshape(-1, shape[place]) for counts in (kept, samples))
+    others = product(*(groups for each, groups in names.items() if each != category))
+    for within, some_kept, some in zip(others, *rows, strict=True):
+        yield within, names[category], some_kept, some
+
+
 def _differences(
     rule: str | None,
     category: str,
+    within: tuple[str, ...],
     names: list[str],
     kept: Int64[np.ndarray, " groups"],
     samples: Int64[np.ndarray, " groups"],
@@ -151,6 +171,7 @@ def _differences(
         Difference(
             rule=rule,
             category=category,
+            within=within,
             groups=(names[a], names[b]),
             keep_rates=(rates[a], rates[b]),
             difference=rates[a] - rates[b],

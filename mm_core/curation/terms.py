@@ -82,24 +82,24 @@ class _Table:
         self._shift = np.uint64(64 - bits)
         one_by_one = np.arange(len(keys))
         places = np.maximum.accumulate((keys >> self._shift).astype(np.int64) - one_by_one) + one_by_one
-        self._rows = np.full((max(1 << bits, int(places.max(initial=0)) + 1) + 1, 2), _LAST)
-        self._rows[places, 0], self._rows[places, 1] = keys, numbers.view(np.uint64)
+        rows = np.full((max(1 << bits, int(places.max(initial=0)) + 1) + 1, 2), _LAST)
+        rows[places, 0], rows[places, 1] = keys, numbers.view(np.uint64)
+        self._rows = rows.view(np.complex128)[:, 0]
+        """Both as one number of 16 bytes, which NumPy copies fastest."""
 
     def find(self, keys: UInt64[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " m"]]:
         """Which of the keys are there, and their numbers."""
         places = (keys >> self._shift).astype(np.int64)
-        rows = self._look(places)
-        left = np.flatnonzero(rows[:, 0] < keys)
+        rows = self._rows.take(places)
+        left = np.flatnonzero(rows.view(np.uint64)[::2] < keys)
+        places, wanted = places.take(left), keys.take(left)
         while len(left):
-            places[left] += 1
-            rows[left] = self._look(places.take(left))
-            left = left.compress(rows[left, 0] < keys.take(left))
-        there = np.flatnonzero(rows[:, 0] == keys)
-        return there, rows[:, 1].take(there).view(np.int64)
-
-    def _look(self, places: Int[np.ndarray, " n"]) -> UInt64[np.ndarray, "n 2"]:
-        """As one number of 16 bytes each, which NumPy copies fastest."""
-        return self._rows.view(np.complex128).take(places, axis=0).view(np.uint64)
+            places += 1
+            rows[left] = further = self._rows.take(places)
+            on = np.flatnonzero(further.view(np.uint64)[::2] < wanted)
+            left, places, wanted = left.take(on), places.take(on), wanted.take(on)
+        there = np.flatnonzero(rows.view(np.uint64)[::2] == keys)
+        return there, rows.view(np.int64)[1::2].take(there)
 
 
 def _distinct(values: NDArray[Any]) -> NDArray[Any]:

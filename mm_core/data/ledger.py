@@ -169,11 +169,19 @@ class Ledger:
         return bool(fs.exists(f"{folder}/ledger.json"))
 
     def claim(
-        self, rule: str, scores: Mapping[str, str] | None = None, *, among: Sequence[str] = (), replace: bool = False
+        self,
+        rule: str,
+        scores: Mapping[str, str] | None = None,
+        *,
+        rules: Mapping[str, Any] | None = None,
+        tables: Mapping[str, str] | None = None,
+        among: Sequence[str] = (),
+        replace: bool = False,
     ) -> LedgerSummary | None:
         """What is there already by the same rule and scores; None where it is to be written.
 
         Args:
+            rules, tables: what `LedgerSummary` would say, to name what differs; `rule` has a hash of them.
             among: ledgers that are read to write this one.
             replace: write it, whatever is there.
 
@@ -188,9 +196,8 @@ class Ledger:
         found = self.summary()
         if (found.rule, found.scores) == (rule, dict(scores or {})):
             return found
-        raise ConfigError(
-            f"the index at {self.index.url} has a ledger {self.name!r} by other rules ({found.rule}): give another name, or --replace"
-        )
+        by = _difference(found, rule, scores or {}, rules or {}, tables or {})
+        raise ConfigError(f"the index at {self.index.url} has a ledger {self.name!r} by {by}: give another name, or --replace")
 
     def remove(self) -> None:
         """Its summary first: without it the rest is no ledger."""
@@ -228,6 +235,16 @@ class Ledger:
         if not (np.isfinite(repeat).all() and (repeat >= 0).all()):
             raise DataError(f"ledger {self.name!r} has sampling weights that are negative or not finite: make it again")
         return np.asarray(repeat, dtype=np.float32)
+
+
+def _difference(found: LedgerSummary, rule: str, scores: Mapping[str, str], rules: Mapping[str, Any], tables: Mapping[str, str]) -> str:
+    """By what `found` was made that these are not."""
+    if found.rule == rule:
+        return f"the same rules with other scores {', '.join(repr(name) for name in scores if found.scores.get(name) != scores[name])}"
+    changed = {name: versions for name, versions in tables.items() if found.tables.get(name, versions) != versions}
+    if changed and found.rules == rules:
+        return "the same rules with " + ", ".join(f"{found.tables[name]} for {name!r}, here {here}" for name, here in changed.items())
+    return f"other rules ({found.rule})"
 
 
 def compile_kept(index: Index, ledgers: Sequence[str] = ()) -> Kept:

@@ -247,7 +247,8 @@ def dedup(
     index: Annotated[str, typer.Argument(help="An index, or INDEX#LEDGER,…")],
     name: Annotated[str, typer.Option(help="Name of the ledger to write.")],
     against: Annotated[
-        list[str] | None, typer.Option(help="Another index, such as a test set: what is in it is dropped. Again for several.")
+        list[str] | None,
+        typer.Option(metavar="INDEX[#LEDGER,…]", help="Another index, such as a test set: what is in it is dropped. Again for several."),
     ] = None,
     ledger: Ledgers = None,
     method: Annotated[
@@ -267,13 +268,12 @@ def dedup(
     Example: mm data dedup index --name unique --against test-index, after mm data score index hash
     """
     from mm_core.config import validate
-    from mm_core.data.index import Index
     from pipelines.curate.dedup import DedupConfig, dedup_index
 
     console = Console(as_json)
     settings = {"distance": distance, "similarity": similarity, "embeddings": embeddings, "keep": keep, "only_against": only_against}
     config = validate(DedupConfig, settings | ({"methods": method} if method else {}))
-    (opened, among), others = opened_among(index, ledger), [Index.open(each) for each in against or ()]
+    (opened, among), others = opened_among(index, ledger), [opened_among(each, None) for each in against or ()]
     with console.progress("dedup", unit="tasks") as tracker:
         summary = dedup_index(
             opened,

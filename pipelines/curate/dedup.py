@@ -25,7 +25,7 @@ from mm_core.curation.components import NO_PAIRS, Groups, Pairs, grouped, lowest
 from mm_core.curation.score_rules import EMBEDDINGS, HASH, SIMILARITY, embedded_by, made_by
 from mm_core.data.among import Among
 from mm_core.data.index import Index
-from mm_core.data.ledger import Decided, Ledger, LedgerSummary
+from mm_core.data.ledger import Decided, Ledger, LedgerSummary, Source
 from mm_core.data.scores import Scores
 from mm_core.data.side_table import SideTable
 from mm_core.errors import ConfigError
@@ -36,6 +36,9 @@ from pipelines.curate.picture_pairs import picture_pairs
 from pipelines.curate.vector_pairs import vector_pairs
 from pipelines.session import ray_session
 from pipelines.tasks import run_tasks
+
+Other = tuple[Index, Among]
+"""Another index, and those of its samples that are looked at."""
 
 
 class Method(StrEnum):
@@ -105,7 +108,7 @@ def dedup_index(
     name: str,
     config: DedupConfig,
     *,
-    against: Sequence[Index] = (),
+    against: Sequence[Other] = (),
     among: Among = ALL,
     replace_ledger: bool = False,
     on_progress: Progress = lambda what: None,
@@ -121,40 +124,46 @@ def dedup_index(
         ConfigError: settings that do not go together, or another ledger of this name is there and is not to be replaced.
         DataError: scores that a method reads are not there; the message has the command that makes them.
     """
-    scores = _scores(index, config, against)
-    reasons = {f"in_{label}": {"index": other.url, "fingerprint": other.summary.fingerprint} for label, other in _labels(against)}
+    scores = _scores(index, config, among, against)
+    reasons = {f"in_{label}": _facts(*other) for label, other in zip(_labels(against), against, strict=True)}
     if not config.only_against:
         reasons |= {f"duplicate_{method}": config.parameters(method) | {"keep": config.keep} for method in config.ordered}
-    rule = f"{_rule(config, against)}{among}"
+    rule = _rule(config, among, against)
     ledger = Ledger(index, name)
-    if found := ledger.claim(rule, scores, among=among.ledgers, replace=replace_ledger):
+    read = [*among.ledgers, *(name for other, chosen in against if other.url == index.url for name in chosen.ledgers)]
+    if found := ledger.claim(rule, scores, among=read, replace=replace_ledger):
         return found
     with ray_session():
         decision = _decide(index, config, against, list(reasons), among, on_progress)
         ledger.remove()
-        decided = _write(ledger, decision, [other.summary.rows for other in against], among)
+        decided = _write(ledger, decision, [other.summary.rows for other, _ in against], among)
     failed = {reason: len(decision.reason.get(reason, ())) for reason in reasons}
     return ledger.finish(decided, rule=rule, rules=reasons, failed=failed, scores=scores, mask=among.mask, counts=decision.counts)
 
 
-def _rule(config: DedupConfig, against: Sequence[Index]) -> str:
+def _rule(config: DedupConfig, among: Among, against: Sequence[Other]) -> str:
     """All that decides beside the scores, and nothing that does not."""
     methods = [" ".join([method, *(f"{key}={value}" for key, value in config.parameters(method).items())]) for method in config.ordered]
     within = "" if config.only_against else f", keep {config.keep}"
-    others = "".join(f", against {other.summary.fingerprint}" for other in against)
-    return f"dedup by {', '.join(methods)}{within}{others}"
+    others = "".join(f", against {other.summary.fingerprint}{chosen}" for other, chosen in against)
+    return f"dedup by {', '.join(methods)}{within}{among}{others}"
 
 
-def _labels(against: Sequence[Index]) -> list[tuple[str, Index]]:
-    """Each index by the last part of its address, with a number where several have the same."""
+def _labels(against: Sequence[Other]) -> list[str]:
+    """Each index by the last part of its address and its ledgers, with a number where several have the same."""
     labels: list[str] = []
-    for other in against:
-        name = other.url.rpartition("/")[2]
+    for other, among in against:
+        name = str(Source(index=other.url.rpartition("/")[2], ledgers=among.ledgers))
         labels.append(next(label for label in (name, *(f"{name}_{n}" for n in range(2, len(against) + 2))) if label not in labels))
-    return list(zip(labels, against, strict=True))
+    return labels
 
 
-def _scores(index: Index, config: DedupConfig, against: Sequence[Index]) -> dict[str, str]:
+def _facts(other: Index, among: Among) -> dict[str, Any]:
+    """What the ledger says of an index that it was made against."""
+    return {"index": other.url, "fingerprint": other.summary.fingerprint} | ({"ledgers": list(among.ledgers)} if among.ledgers else {})
+
+
+def _scores(index: Index, config: DedupConfig, among: Among, against: Sequence[Other]) -> dict[str, str]:
     """Fingerprints of the scores that are read, of every index.
 
     Raises:
@@ -162,12 +171,18 @@ def _scores(index: Index, config: DedupConfig, against: Sequence[Index]) -> dict
     """
     if config.only_against and not against:
         raise ConfigError("--only-against looks for what is in other indexes: name one with --against")
-    for number, other in enumerate(against):
-        if other.summary.fingerprint in (index.summary.fingerprint, *(each.summary.fingerprint for each in against[:number])):
-            raise ConfigError(f"--against {other.url} is this index itself, or one named before it: name others")
-    found = {name: [Scores(each, name).complete(how) for each in (index, *against)] for name, how in _wanted(config).items()}
+    named = {(index.summary.fingerprint, among.fingerprint)}
+    for other, chosen in against:
+        if (same := (other.summary.fingerprint, chosen.fingerprint)) in named:
+            source = Source(index=other.url, ledgers=chosen.ledgers)
+            raise ConfigError(
+                f"--against {source} is what is looked at itself, or named before: name others, or ledgers of it, {other.url}#LEDGER"
+            )
+        named.add(same)
+    others = [other for other, _ in against]
+    found = {name: [Scores(each, name).complete(how) for each in (index, *others)] for name, how in _wanted(config).items()}
     for name, summaries in found.items():
-        for other, summary in zip(against, summaries[1:], strict=True):
+        for other, summary in zip(others, summaries[1:], strict=True):
             if (summary.kind, summary.settings) != (summaries[0].kind, summaries[0].settings):
                 raise ConfigError(
                     f"scores {name!r} of {other.url} were measured otherwise than those of {index.url}"
@@ -192,11 +207,13 @@ def _wanted(config: DedupConfig) -> dict[str, str]:
 
 
 def _decide(
-    index: Index, config: DedupConfig, against: Sequence[Index], reasons: list[str], among: Among, on_progress: Progress
+    index: Index, config: DedupConfig, against: Sequence[Other], reasons: list[str], among: Among, on_progress: Progress
 ) -> _Decision:
-    rows = np.cumsum([0, index.summary.rows, *(other.summary.rows for other in against)])
+    rows = np.cumsum([0, index.summary.rows, *(other.summary.rows for other, _ in against)])
     ours = Side(index.url, 0, index.summary.rows, among)
-    theirs = tuple(Side(other.url, int(offset), other.summary.rows) for other, offset in zip(against, rows[1:-1], strict=True))
+    theirs = tuple(
+        Side(other.url, int(offset), other.summary.rows, chosen) for (other, chosen), offset in zip(against, rows[1:-1], strict=True)
+    )
     decision = _Decision(reasons)
     if against:
         _leave_out_matches(decision, Comparison(ours, theirs), config, on_progress)

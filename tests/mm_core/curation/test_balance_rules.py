@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from mm_core.curation.balance_rules import ConceptRule
 from mm_core.curation.rows import Rows
 from mm_core.curation.ruleset import RuleSet
+from mm_core.curation.terms import Terms
+from mm_core.data.permutation import mix
 from mm_core.errors import ConfigError, DataError
 
 GROUPS = "groups:\n  gender: {women: [woman, she], men: [man, he]}\n  animal: {cat: [cat]}\n"
@@ -55,6 +58,20 @@ def test_frequent_entries_are_thinned_to_about_what_is_asked_for_and_rare_ones_k
     assert by_kind[4] == 0
     assert judged.keep[-1]
     np.testing.assert_allclose(judged.values[:5] * 2000, expected)
+
+
+def test_a_sample_is_kept_where_the_draw_of_one_of_its_entries_accepts_it(folder: Path) -> None:
+    some = rows([*TEXTS, "a zebra", "a zebra and a dog"])
+    rules = settled(folder, [some], even={"rule": "balance", "entries": "entries.txt", "per_entry": 1000, "seed": 3})
+    found = counts(rules, "even")
+    terms = Terms(list(found))
+    expected = []
+    for check, text in zip(some.checks, some.table["captions"].to_pylist(), strict=True):
+        mine = [n for n, entry in enumerate(terms.texts) if f" {entry.lower()} " in f" {text[0].lower()} "]
+        accepts = [Fraction(min(1000, found[terms.texts[n]]), found[terms.texts[n]]) for n in mine]
+        expected.append(any(int(mix(3, 7, check, terms.keys[n])) < p * 2**64 for n, p in zip(mine, accepts, strict=True)))
+    assert rules.judge(some).judgements[0].keep.tolist() == expected
+    assert 0 < sum(expected) < len(expected)
 
 
 def test_what_matches_nothing_can_be_kept(folder: Path) -> None:

@@ -57,6 +57,23 @@ def test_only_what_surely_differs_by_more_than_the_bound_is_told(kept: tuple[int
     assert [(each.rule, each.groups) for each in found] == ([(None, ("women", "men")), ("a", ("women", "men"))] if differ else [])
 
 
+def test_crossings_that_differ_in_one_category_are_compared() -> None:
+    """Of doctors fewer women are kept, of nurses fewer men: in all, as many of both."""
+    counts = np.zeros((1 + 3 + 3 + 9, 4), dtype=np.int64)
+    cells = dict(zip(GIVEN.cells[("job", "gender")], counts[7:], strict=True))
+    for cell, kept in {("doctor", "women"): 500, ("doctor", "men"): 900, ("nurse", "women"): 900, ("nurse", "men"): 500}.items():
+        cells[cell][:] = 1000, kept, kept << 24, 0
+    counts[1:3] = counts[4:6] = 2000, 1400, 1400 << 24, 0
+    found = report_groups(GIVEN, counts, ["a"], 0.05, FACTS).differences
+    assert sorted((each.category, each.within, each.groups) for each in found) == [
+        ("gender", ("doctor",), ("men", "women")),
+        ("gender", ("nurse",), ("women", "men")),
+        ("job", ("men",), ("doctor", "nurse")),
+        ("job", ("women",), ("nurse", "doctor")),
+    ]
+    assert {each.rule for each in found} == {None}
+
+
 def test_intervals_are_newcombes() -> None:
     """His example (a), method 10: 56 of 70 against 48 of 80."""
     lows, highs = difference_intervals(np.array([56, 48]), np.array([70, 80]))
