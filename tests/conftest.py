@@ -19,7 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `pytest -n 2 --dist loadgroup` may run beside the rest: tests of heads of their own, which mostly wait; each file without Ray."""
+    """What `pytest -n 2 --dist loadgroup` may run beside the rest: heads of their own, which mostly wait; each file without Ray."""
     for item in items:
         parts = item.path.relative_to(Path(__file__).parent).parts
         item.add_marker(pytest.mark.xdist_group({"cluster": "cluster", "mm_core": parts[-1]}.get(parts[0], "ray")))
