@@ -112,8 +112,11 @@ def test_the_page_from_top_to_bottom(terminals: Terminals) -> None:
     setting_up, starting = head.splitlines()[:3], head.splitlines()[3:]
     terminals.run("\n".join(setting_up))
     first_head = terminals.open("\n".join(starting))
-    nodes = [terminals.open(node), terminals.open(node)]
-    wait(is_up(terminals, 3), "cluster of three nodes")
+    wait(is_up(terminals, 1), "head")
+    nodes = list[subprocess.Popen[bytes]]()
+    for count in (2, 3):
+        nodes.append(terminals.open(node))
+        wait(is_up(terminals, count), f"cluster of {count} nodes")
 
     shown = terminals.run(run_it)
     run = terminals.folder / "runs" / "first"
