@@ -24,7 +24,6 @@ import pytest
 
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
-from pipelines.index import build_index
 from tests.chaos.cluster import Nodes, Training
 
 pytestmark = pytest.mark.chaos
@@ -74,18 +73,13 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.fixture(scope="module")
-def index(corpus: Path, tmp_path_factory: pytest.TempPathFactory, nodes: Nodes) -> Iterator[Index]:
-    """Made by Ray on the same nodes."""
-    import ray
-
-    ray.init(address=nodes.address, log_to_driver=False)
-    yield build_index([str(corpus / "train")], str(tmp_path_factory.mktemp("chaos") / "index"))
-    ray.shutdown()
+def index(corpus: Path, tmp_path_factory: pytest.TempPathFactory, nodes: Nodes) -> Index:
+    return nodes.index(corpus / "train", tmp_path_factory.mktemp("chaos") / "index")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(index: Index, nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    training = Training(index, tmp_path_factory.mktemp("undisturbed"), nodes.address, SETTINGS)
+    training = Training(index, tmp_path_factory.mktemp("undisturbed"), nodes, SETTINGS)
     training.start(2)
     training.wait(lambda: training.ended, timeout_s=1200)
     return training
@@ -157,7 +151,7 @@ def test_random_faults_change_nothing_that_is_consumed(
     draw = random.Random(seed)
     roles = [role for role in Role for _ in range(OF_EACH)]
     draw.shuffle(roles)
-    training = Training(index, tmp_path, nodes.address, SETTINGS, ENVIRONMENT)
+    training = Training(index, tmp_path, nodes, SETTINGS, ENVIRONMENT)
     training.start(draw.randint(1, MOST_WORKERS))
     faults = list(struck(training, nodes, draw, roles))
     training.wait(lambda: training.ended, timeout_s=1200)
