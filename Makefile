@@ -43,7 +43,7 @@ format: $(READY)  ## rewrite files as `make check` wants them
 chaos: $(READY)  ## tests that kill processes for minutes
 	@$(BIN)/python -m pytest -m chaos -rP tests
 
-long: $(READY)  ## tests that take minutes: 120,000 tampered requests, `serve deploy` on a cluster, a compiled model
+long: $(READY)  ## tests that take minutes: 120,000 tampered requests, from shards to an endpoint on three nodes, a compiled model
 	@$(BIN)/python -m pytest -m long -rP tests
 
 cluster-up: $(READY)  ## a Ray cluster of three nodes on this machine, behind a token, until `make cluster-down`

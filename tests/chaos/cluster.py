@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 
 from cluster.nodes import LocalCluster, Room
 from mm_core.data.index import Index
@@ -90,10 +91,18 @@ class Training:
     """Started again it goes on."""
 
     def __init__(
-        self, index: Index, folder: Path, nodes: Nodes, settings: Sequence[str], environment: dict[str, str] | None = None
+        self,
+        index: Index,
+        folder: Path,
+        nodes: Nodes,
+        settings: Sequence[str],
+        environment: dict[str, str] | None = None,
+        tracking_uri: str | None = None,
     ) -> None:
+        """`tracking_uri`: by default a file in the folder."""
         self.folder, self._index = folder, index
-        self._settings = [*SETTINGS, *settings, f"storage={folder / 'runs'}", f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"]
+        self.tracking_uri = tracking_uri or f"sqlite:///{folder / 'mlflow.db'}"
+        self._settings = [*SETTINGS, *settings, f"storage={folder / 'runs'}", f"tracking.uri={self.tracking_uri}"]
         self._environment = nodes.environment | (environment or {})
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -146,11 +155,15 @@ class Training:
         (line,) = [line for line in self.log.splitlines() if line.startswith('{"run_id"')]
         return float(json.loads(line)["final_loss"])
 
-    def finished_steps(self) -> list[tuple[float, int]]:
-        """When each step was done, in seconds of the clock, the replayed ones too; as MLflow has them, over all attempts."""
-        client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
+    def points(self) -> list[Metric]:
+        """Of the loss, as MLflow has them: of every step, and of the replayed ones again."""
         run_id = json.loads((self.run / "run.json").read_text())["tracking_run_id"]
-        return sorted((point.timestamp / 1000, point.step) for point in client.get_metric_history(run_id, "loss"))
+        found: list[Metric] = MlflowClient(self.tracking_uri).get_metric_history(run_id, "loss")
+        return found
+
+    def finished_steps(self) -> list[tuple[float, int]]:
+        """When each step was done, in seconds of the clock, the replayed ones too."""
+        return sorted((point.timestamp / 1000, point.step) for point in self.points())
 
     def consumed(self) -> dict[int, list[tuple[int, int, str]]]:
         """Per step (epoch, position, uid), in the order of the global batch, from the highest attempt."""
