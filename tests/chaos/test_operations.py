@@ -55,7 +55,7 @@ class Terminals:
 
     def run(self, commands: str) -> str:
         done = subprocess.run(
-            ["bash", "-c", self._here(commands)], cwd=self.folder, env=self._environment, capture_output=True, text=True, timeout=900
+            ["bash", "-c", self._here(commands)], cwd=self.folder, env=self._environment, capture_output=True, text=True, timeout=1800
         )
         assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
