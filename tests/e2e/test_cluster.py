@@ -166,15 +166,22 @@ def an_endpoint_answers(shell: Shell) -> None:
     """As a job like the others, until it is stopped."""
     (port,) = free_ports(1)
     job = shell.submit("serve", "models:/clip@champion", "--port", str(port))
-    until, url = time.monotonic() + 300, f"http://127.0.0.1:{port}"
-    while True:
-        try:
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
-                break
-        except httpx.TransportError:
-            pass
-        assert time.monotonic() < until, shell.run("mm", "jobs", "logs", job).stdout
-        time.sleep(0.5)
+    url = f"http://127.0.0.1:{port}"
+    await_status(f"{url}/readyz", 200)
     answer = httpx.post(f"{url}/v1/embeddings", json={"input": ["a red circle", "a blue square"]}, timeout=60).json()
     assert [len(row["embedding"]) for row in answer["data"]] == [128, 128]
     shell.run("mm", "jobs", "stop", job)
+    await_status(f"{url}/readyz", None)
+
+
+def await_status(url: str, wanted: int | None) -> None:
+    """None: nobody answers."""
+    until = time.monotonic() + 300
+    found: int | None = 0
+    while found != wanted:
+        assert time.monotonic() < until, f"{url}: {found}, not {wanted}"
+        try:
+            found = httpx.get(url, timeout=5).status_code
+        except httpx.TransportError:
+            found = None
+        time.sleep(0.5)
