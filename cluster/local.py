@@ -37,7 +37,7 @@ def up(file: Path, nodes: int, cpus: int) -> LocalCluster:
     while len(cluster.nodes) < nodes + 1:
         cluster = cluster.add(room)
         _remember(file, cluster)
-        cluster.wait()  # two that start at once have been seen to take the same ports
+        cluster.wait()  # of two that started at once one has been seen to give up
     return cluster
 
 
