@@ -34,7 +34,7 @@ _POLL_S = 0.5
 _TRIES = 5
 _TAIL_LINES = 15
 _STOP = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
-"""From SIGTERM to SIGKILL. In Ray's three seconds a run is not marked as killed, and an endpoint stays up without its job."""
+"""From SIGTERM to SIGKILL. In Ray's three seconds an endpoint does not end: its proxies stay, and the cluster cannot serve again."""
 _PACKAGES = ("mm_core", "pipelines", "serve", "cluster")
 
 
