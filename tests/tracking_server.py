@@ -12,7 +12,7 @@ from pathlib import Path
 from cluster.nodes import free_ports
 from pipelines.tracking import TrackingConfig, outage
 
-_START_S = 120
+_START_S = 300
 
 
 class TrackingServer:

@@ -34,7 +34,7 @@ from tests.tracking_server import TrackingServer
 pytestmark = pytest.mark.chaos
 OF_EACH = int(os.environ.get("MM_CHAOS_OF_EACH", "2"))
 SEEDS = [int(seed) for seed in os.environ.get("MM_CHAOS_SEEDS", "0,1,2").split(",")]
-STEPS = 200 * OF_EACH
+STEPS = 400 * OF_EACH
 """A fault takes some fifteen; while a notice of preemption runs, training goes on."""
 OUTAGE_S = 60.0
 """Of the MLflow server. The faults that come next fall into it."""
