@@ -52,8 +52,10 @@ class Postgres:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder, **self._user)
         until = time.monotonic() + _START_S
         while subprocess.run([self._programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]).returncode:
-            assert self._process.poll() is None, (self._folder / "log").read_text()
-            assert time.monotonic() < until, (self._folder / "log").read_text()
+            if self._process.poll() is not None or time.monotonic() > until:
+                said = (self._folder / "log").read_text()
+                self.__exit__()
+                raise AssertionError(said)
             time.sleep(0.2)
         self._run("createdb", "--host=127.0.0.1", f"--port={self.port}", "--username=mlflow", "--no-password", "mlflow")
         return self
