@@ -27,6 +27,15 @@ from mm_core.errors import ServiceError
 
 LOOPBACK = "127.0.0.1"
 _START_S, _GRACE_S, _CLOCK_S = 90.0, 3.0, 1.0
+_LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray 2.60 turns 127.0.0.1 into the machine's outer address, and then listens on all interfaces, but where it makes no clusters."""
+_START = """
+from ray._private import ray_constants, services
+ray_constants.ENABLE_RAY_CLUSTER = True  # a node may join, after all
+services.resolve_ip_for_localhost = lambda host: host
+from ray.scripts.scripts import main
+main()
+"""
 _QUIET = {"RAY_LOGGER_LEVEL": "warning", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 """At its usual level Ray writes what jobs are given in variables into its logs."""
 
@@ -111,6 +120,7 @@ class LocalCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": f"{self.folder}/token",
             "RAY_API_SERVER_ADDRESS": self.address,
+            **_LOOPBACK_ALONE,
         }
 
     def add(self, room: Room, environment: Mapping[str, str] | None = None) -> LocalCluster:
@@ -119,7 +129,7 @@ class LocalCluster:
         name = f"node{self.count}" if self.count else "head"
         if environment is None:
             environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", f"--node-name={name}"]
+        command = [sys.executable, "-c", _START, "start", "--block", "--disable-usage-stats", f"--node-name={name}"]
         command += [f"--node-ip-address={LOOPBACK}", f"--temp-dir={self.folder}/{self.count}", *_resources(room)]
         command += [f"--address={self.gcs_address}", "--dashboard-agent-listen-port=0"] if self.count else self._head()
         with (Path(self.folder) / f"{name}.log").open("ab") as log:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
@@ -13,6 +14,9 @@ import pytest
 from cluster.local import down, main, remembered
 from cluster.nodes import LocalCluster, Node, free_ports
 from mm_core.errors import ConfigError, ServiceError
+
+if TYPE_CHECKING:
+    from conftest import RunningHead
 
 
 def family() -> subprocess.Popen[bytes]:
@@ -94,3 +98,10 @@ def test_a_token_is_its_owners_alone() -> None:
     finally:
         cluster.stop()
     assert not Path(cluster.folder).exists()
+
+
+def test_nothing_of_a_head_listens_beyond_loopback(running_head: RunningHead) -> None:
+    own = {process.pid for process in running_head.node.processes()}
+    sockets = [each for each in psutil.net_connections("inet") if each.pid in own and each.status == psutil.CONN_LISTEN]
+    assert len(sockets) > 5
+    assert {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
