@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check audit format chaos long lock clean
+.PHONY: help setup demo test check audit format chaos long cluster-up cluster-down lock clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(READY)  ## make .venv with everything, pinned; `mm` is then .venv/bin/mm
 
@@ -43,8 +43,14 @@ format: $(READY)  ## rewrite files as `make check` wants them
 chaos: $(READY)  ## tests that kill processes for minutes
 	@$(BIN)/python -m pytest -m chaos -rP tests
 
-long: $(READY)  ## tests that take minutes: 120,000 tampered requests, `serve deploy` on a cluster, a compiled model
+long: $(READY)  ## tests that take minutes: 120,000 tampered requests, from shards to an endpoint on three nodes, a compiled model
 	@$(BIN)/python -m pytest -m long -rP tests
+
+cluster-up: $(READY)  ## a Ray cluster of three nodes on this machine, behind a token, until `make cluster-down`
+	@$(BIN)/python -m cluster.local up
+
+cluster-down: $(READY)  ## end it
+	@$(BIN)/python -m cluster.local down
 
 lock: ## write constraints.txt anew from what pyproject.toml allows today
 	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

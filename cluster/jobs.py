@@ -61,7 +61,7 @@ def follow_log(head: Head, job_id: str) -> Iterator[str]:
 
 
 def stop(head: Head, job_id: str) -> bool:
-    """Ask the job to end (SIGTERM, after a few seconds SIGKILL). False: it had ended before."""
+    """Ask the job to end (SIGTERM, half a minute later SIGKILL). False: it had ended before."""
     _known(head, job_id)
     with head.asked():
         return bool(head.client.stop_job(job_id))

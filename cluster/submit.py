@@ -33,6 +33,8 @@ _FAILED = ("FAILED", "STOPPED")
 _POLL_S = 0.5
 _TRIES = 5
 _TAIL_LINES = 15
+_STOP = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
+"""From SIGTERM to SIGKILL. In Ray's three seconds an endpoint does not end: its proxies stay, and the cluster cannot serve again."""
 _PACKAGES = ("mm_core", "pipelines", "serve", "cluster")
 
 
@@ -205,7 +207,7 @@ def _tail(text: str, message: str | None) -> str:
 
 @contextmanager
 def _runtime_env(request: Request) -> Iterator[dict[str, Any]]:
-    env: dict[str, Any] = {"env_vars": dict(request.variables)} if request.variables else {}
+    env: dict[str, Any] = {"env_vars": _STOP | dict(request.variables)}
     env |= {"pip": {"packages": pinned(), "pip_check": False}} if request.install else {}
     match request.place:
         case Here():
@@ -218,7 +220,7 @@ def _runtime_env(request: Request) -> Iterator[dict[str, Any]]:
             with TemporaryDirectory() as staged:
                 _stage(Path(staged))
                 revision = {revisions.VARIABLE: revisions.code_revision()}
-                yield env | {"env_vars": dict(request.variables) | revision, "working_dir": staged}
+                yield env | {"env_vars": env["env_vars"] | revision, "working_dir": staged}
 
 
 def pinned() -> list[str]:

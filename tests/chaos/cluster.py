@@ -9,18 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 from mlflow import MlflowClient
-from ray._raylet import GcsClient
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from mlflow.entities import Metric
 
+from cluster.nodes import LocalCluster, Room
 from mm_core.data.index import Index
 from pipelines.train.audit import read_audit
-
-if TYPE_CHECKING:
-    from ray._private.node import Node
 
 _TOWER = "{width: 32, layers: 1, heads: 2}"
 SETTINGS = (
@@ -33,63 +29,81 @@ SETTINGS = (
 class Nodes:
     """A head with the driver, which has room for no worker, and equal nodes, which have room for some. At first there is one."""
 
-    def __init__(self, *, cpus: float, memory: int) -> None:
-        from ray.cluster_utils import Cluster
-
+    def __init__(self, *, cpus: int, memory: int) -> None:
         small = 200 << 20
-        self._each = {"num_cpus": cpus, "memory": memory, "object_store_memory": 400 << 20}
-        self._cluster = Cluster(True, head_node_args={"num_cpus": 1, "memory": small, "object_store_memory": small})
-        self.address = self._cluster.address
-        self._nodes: list[Node] = []
-        self.add()
+        self._each = Room(cpus, memory, object_store=400 << 20)
+        self._cluster = LocalCluster.new().add(Room(1, small, small))
+        try:
+            self._cluster.wait()
+            self.add()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """In which a command runs on them."""
+        own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        return own | self._cluster.variables | {"RAY_ADDRESS": self._cluster.gcs_address}
 
     def add(self) -> None:
-        self._nodes.append(self._cluster.add_node(**self._each))
+        self._cluster = self._cluster.add(self._each)
+        self._cluster.wait()
+
+    def index(self, shards: Path | str, out: Path | str) -> Index:
+        """Made on them."""
+        command = [sys.executable, "-m", "mm", "data", "index", str(shards), "--out", str(out)]
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
+        return Index.open(str(out))
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Whose title, which Ray gives by what they do, has `name` in it; of the nodes that can be lost."""
+        return [process for node in self._cluster.nodes[1:] for process in node.processes() if name in _title(process)]
 
     def workers(self) -> list[psutil.Process]:
         """The ranks' processes."""
-        return [p for node in self._nodes for p in _raylet(node).children(recursive=True) if _is_rank(p)]
+        return self.processes("RayTrainWorker")
 
     def lose(self) -> None:
         """The newest, with all that runs on it."""
-        node = self._nodes.pop()
-        family = [_raylet(node), *_raylet(node).children(recursive=True)]
-        self._cluster.remove_node(node, allow_graceful=False)
-        psutil.wait_procs(family, timeout=30)
+        self._cluster = self._cluster.lose(self._cluster.nodes[-1])
 
     def announce_loss(self, notice_s: int) -> None:
         """Of the newest, as a cloud does before it takes a spot machine away; returns when the time is over."""
-        deadline = time.time_ns() // 1_000_000 + notice_s * 1000
-        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        accepted, why = GcsClient(address=self.address).drain_node(self._nodes[-1].node_id, reason, "spot", deadline)
-        assert accepted, why
+        node_id = self._cluster.joined()[self._cluster.nodes[-1].name]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self._cluster.gcs_address, "--node-id", node_id]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", str(notice_s)]
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
         time.sleep(notice_s)
 
     def stop(self) -> None:
-        self._cluster.shutdown()
+        self._cluster.stop()
 
 
-def _raylet(node: Node) -> psutil.Process:
-    (info,) = node.all_processes["raylet"]
-    return psutil.Process(info.process.pid)
-
-
-def _is_rank(process: psutil.Process) -> bool:
+def _title(process: psutil.Process) -> str:
     try:
-        return "RayTrainWorker" in " ".join(process.cmdline())
+        return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
-        return False
+        return ""
 
 
 class Training:
     """Started again it goes on."""
 
     def __init__(
-        self, index: Index, folder: Path, address: str, settings: Sequence[str], environment: dict[str, str] | None = None
+        self,
+        index: Index,
+        folder: Path,
+        nodes: Nodes,
+        settings: Sequence[str],
+        environment: dict[str, str] | None = None,
+        tracking_uri: str | None = None,
     ) -> None:
+        """`tracking_uri`: by default a file in the folder."""
         self.folder, self._index = folder, index
-        self._settings = [*SETTINGS, *settings, f"storage={folder / 'runs'}", f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"]
-        self._environment = os.environ | {"RAY_ADDRESS": address} | (environment or {})
+        self.tracking_uri = tracking_uri or f"sqlite:///{folder / 'mlflow.db'}"
+        self._settings = [*SETTINGS, *settings, f"storage={folder / 'runs'}", f"tracking.uri={self.tracking_uri}"]
+        self._environment = nodes.environment | (environment or {})
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, workers: int | str) -> None:
@@ -141,11 +155,15 @@ class Training:
         (line,) = [line for line in self.log.splitlines() if line.startswith('{"run_id"')]
         return float(json.loads(line)["final_loss"])
 
-    def finished_steps(self) -> list[tuple[float, int]]:
-        """When each step was done, in seconds of the clock, the replayed ones too; as MLflow has them, over all attempts."""
-        client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
+    def points(self) -> list[Metric]:
+        """Of the loss, as MLflow has them: of every step, and of the replayed ones again."""
         run_id = json.loads((self.run / "run.json").read_text())["tracking_run_id"]
-        return sorted((point.timestamp / 1000, point.step) for point in client.get_metric_history(run_id, "loss"))
+        found: list[Metric] = MlflowClient(self.tracking_uri).get_metric_history(run_id, "loss")
+        return found
+
+    def finished_steps(self) -> list[tuple[float, int]]:
+        """When each step was done, in seconds of the clock, the replayed ones too."""
+        return sorted((point.timestamp / 1000, point.step) for point in self.points())
 
     def consumed(self) -> dict[int, list[tuple[int, int, str]]]:
         """Per step (epoch, position, uid), in the order of the global batch, from the highest attempt."""

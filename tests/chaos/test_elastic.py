@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from mm_core.data.index import Index
-from pipelines.index import build_index
 from tests.chaos.cluster import Nodes, Training
 
 pytestmark = pytest.mark.chaos
@@ -28,12 +27,8 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.fixture
-def index(corpus: Path, tmp_path: Path, nodes: Nodes) -> Iterator[Index]:
-    import ray
-
-    ray.init(address=nodes.address, log_to_driver=False)
-    yield build_index([str(corpus / "train")], str(tmp_path / "index"))
-    ray.shutdown()
+def index(corpus: Path, tmp_path: Path, nodes: Nodes) -> Index:
+    return nodes.index(corpus / "train", tmp_path / "index")
 
 
 def ranks_by_attempt(training: Training) -> dict[int, int]:
@@ -46,7 +41,7 @@ def ranks_by_attempt(training: Training) -> dict[int, int]:
 
 
 def test_a_run_grows_and_shrinks_with_the_cluster(index: Index, nodes: Nodes, tmp_path: Path) -> None:
-    training = Training(index, tmp_path / "elastic", nodes.address, SETTINGS)
+    training = Training(index, tmp_path / "elastic", nodes, SETTINGS)
     training.folder.mkdir()
     training.start("2..8")
 
@@ -63,7 +58,7 @@ def test_a_run_grows_and_shrinks_with_the_cluster(index: Index, nodes: Nodes, tm
     training.wait(works_with(4))
     training.wait(lambda: training.ended, timeout_s=600)
 
-    undisturbed = Training(index, tmp_path / "undisturbed", nodes.address, SETTINGS)
+    undisturbed = Training(index, tmp_path / "undisturbed", nodes, SETTINGS)
     undisturbed.folder.mkdir()
     undisturbed.start(2)
     undisturbed.wait(lambda: undisturbed.ended, timeout_s=600)

@@ -1,7 +1,8 @@
 """Random faults of every role of a training run: what was consumed is what an undisturbed run consumes, and the loss ends where its does.
 
-Two Ray nodes on this machine: a head with the driver, and one that holds the workers and can be lost. `make chaos` runs three seeds with
-two faults of each role; `MM_CHAOS_OF_EACH=10 make chaos` ten of each. What each role costs is printed as a table.
+Two Ray nodes on this machine: a head with the driver, and one that holds the workers and can be lost; shards and index in an S3 store,
+which is slow and fails 5 % of the reads; an MLflow server. `make chaos` runs three seeds with two faults of each role;
+`MM_CHAOS_OF_EACH=10 make chaos` ten of each, `MM_CHAOS_SEEDS=3,4 make chaos` other seeds. What each role costs is printed as a table.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
 import statistics
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -24,13 +26,20 @@ import pytest
 
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
-from pipelines.index import build_index
+from mm_core.store import open_store
 from tests.chaos.cluster import Nodes, Training
+from tests.object_store import ObjectStore
+from tests.tracking_server import TrackingServer
 
 pytestmark = pytest.mark.chaos
 OF_EACH = int(os.environ.get("MM_CHAOS_OF_EACH", "2"))
-STEPS = 160 * OF_EACH
+SEEDS = [int(seed) for seed in os.environ.get("MM_CHAOS_SEEDS", "0,1,2").split(",")]
+STEPS = 400 * OF_EACH
 """A fault takes some fifteen; while a notice of preemption runs, training goes on."""
+OUTAGE_S = 60.0
+"""Of the MLflow server. The faults that come next fall into it."""
+FAILING, LATENCY_S = 0.05, 0.05
+"""Of the store's reads."""
 GLOBAL_BATCH = 40
 LOSS_TOLERANCE = 1e-2
 """Sums over one and two ranks are rounded differently."""
@@ -47,6 +56,13 @@ class Role(StrEnum):
     RAYLET = "raylet"
     HUNG = "hung worker"
     PREEMPTED = "preempted node"
+    TASK = "read task"
+    TRACKING = "MLflow server"
+
+    @property
+    def ends_workers(self) -> bool:
+        """Whether they begin again; else training goes on as it was."""
+        return self not in (Role.TASK, Role.TRACKING)
 
 
 class Fault(NamedTuple):
@@ -56,7 +72,7 @@ class Fault(NamedTuple):
     at: float
     """Seconds of the clock, as what follows."""
     began_again: float
-    """When workers were there again."""
+    """When workers were there again; as `at` where they were never gone."""
 
 
 class Recovery(NamedTuple):
@@ -74,60 +90,124 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.fixture(scope="module")
-def index(corpus: Path, tmp_path_factory: pytest.TempPathFactory, nodes: Nodes) -> Iterator[Index]:
-    """Made by Ray on the same nodes."""
-    import ray
+def index(corpus: Path, object_store: ObjectStore, nodes: Nodes) -> Index:
+    fs, path = open_store("s3://chaos/train")
+    fs.mkdir("chaos")
+    for shard in (corpus / "train").glob("*.tar"):
+        fs.pipe_file(f"{path}/{shard.name}", shard.read_bytes())
+    return nodes.index("s3://chaos/train", "s3://chaos/index")
 
-    ray.init(address=nodes.address, log_to_driver=False)
-    yield build_index([str(corpus / "train")], str(tmp_path_factory.mktemp("chaos") / "index"))
-    ray.shutdown()
+
+@pytest.fixture
+def failing_store(object_store: ObjectStore) -> Iterator[ObjectStore]:
+    object_store.faults(fail=FAILING, latency_s=LATENCY_S)
+    yield object_store
+    object_store.faults()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[TrackingServer]:
+    server = TrackingServer(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="module")
 def undisturbed(index: Index, nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    training = Training(index, tmp_path_factory.mktemp("undisturbed"), nodes.address, SETTINGS)
+    training = Training(index, tmp_path_factory.mktemp("undisturbed"), nodes, SETTINGS)
     training.start(2)
     training.wait(lambda: training.ended, timeout_s=1200)
     return training
 
 
-def strike(role: Role, training: Training, nodes: Nodes, draw: random.Random) -> float:
-    """Returns when it struck."""
-    if role is Role.PREEMPTED:
-        nodes.announce_loss(NOTICE_S)
-    at = time.time()
-    match role:
-        case Role.WORKER:
-            draw.choice(nodes.workers()).send_signal(signal.SIGKILL)
-        case Role.ALL_WORKERS:
-            for worker in nodes.workers():
-                with suppress(psutil.NoSuchProcess):
-                    worker.send_signal(signal.SIGKILL)
-        case Role.RAYLET | Role.PREEMPTED:
-            nodes.lose()
-            nodes.add()
-        case Role.HUNG:
-            draw.choice(nodes.workers()).send_signal(signal.SIGSTOP)
-        case Role.DRIVER:
-            training.process.kill()
-            training.process.wait()
-            training.start(draw.randint(1, MOST_WORKERS))
-    return at
+class Outage:
+    """Of the MLflow server: it is killed, and started again after OUTAGE_S, while other faults go on."""
+
+    def __init__(self, server: TrackingServer) -> None:
+        self._server, self._end = server, threading.Timer(0, lambda: None)
+
+    def begin(self) -> None:
+        self.wait()
+        self._server.kill()
+        self._end = threading.Timer(OUTAGE_S, self._server.start)
+        self._end.start()
+
+    def wait(self) -> None:
+        if self._end.ident is not None:
+            self._end.join()
 
 
-def struck(training: Training, nodes: Nodes, draw: random.Random, roles: Sequence[Role]) -> Iterator[Fault]:
+@dataclass(frozen=True)
+class Scene:
+    """What can be struck."""
+
+    training: Training
+    nodes: Nodes
+    outage: Outage
+    draw: random.Random
+
+    def strike(self, role: Role) -> float:
+        """Returns when it struck."""
+        nodes, training, draw = self.nodes, self.training, self.draw
+        if role is Role.PREEMPTED:
+            nodes.announce_loss(NOTICE_S)
+        victims = self._reading() if role is Role.TASK else nodes.workers()
+        at = time.time()
+        match role:
+            case Role.WORKER | Role.TASK:
+                draw.choice(victims).kill()
+            case Role.ALL_WORKERS:
+                for worker in victims:
+                    with suppress(psutil.NoSuchProcess):
+                        worker.kill()
+            case Role.RAYLET | Role.PREEMPTED:
+                nodes.lose()
+                nodes.add()
+            case Role.HUNG:
+                draw.choice(victims).suspend()
+            case Role.DRIVER:
+                training.process.kill()
+                training.process.wait()
+                training.start(draw.randint(1, MOST_WORKERS))
+            case Role.TRACKING:
+                self.outage.begin()
+        return at
+
+    def _reading(self) -> list[psutil.Process]:
+        """As soon as one reads."""
+        until = time.monotonic() + TIMEOUT_S
+        while not (found := self.nodes.processes("ReadPlan")):
+            assert time.monotonic() < until, f"no read task was seen in {TIMEOUT_S} s"
+        return found
+
+
+def struck(scene: Scene, roles: Sequence[Role]) -> Iterator[Fault]:
     """One after the other, each at a random moment, as soon as the run goes on after the one before."""
+    training = scene.training
     for role in roles:
-        after = training.step + draw.randint(1, 5)
+        after = training.step + scene.draw.randint(1, 5)
         training.wait(lambda after=after: training.step >= after)
-        time.sleep(draw.uniform(0, 0.5))
-        training.wait(lambda: bool(nodes.workers()))
+        time.sleep(scene.draw.uniform(0, 0.5))
+        training.wait(lambda: bool(scene.nodes.workers()))
         assert not training.ended, f"over before {role} could be struck: raise STEPS"
         attempt, step = training.attempt[0], training.step
-        at = strike(role, training, nodes, draw)
-        training.wait(lambda attempt=attempt: training.attempt[0] > attempt)
-        yield Fault(role, step, at, training.attempt[1])
-        print(f"{role} at {step}: workers are there again after {training.attempt[1] - at:.1f} s", flush=True)
+        at = scene.strike(role)
+        if role.ends_workers:
+            training.wait(lambda attempt=attempt: training.attempt[0] > attempt)
+        began_again = training.attempt[1] if role.ends_workers else at
+        training.wait(lambda step=step: training.step > step)
+        yield Fault(role, step, at, began_again)
+        print(f"{role} at {step}: a checkpoint after {time.time() - at:.1f} s", flush=True)
+
+
+def in_order(draw: random.Random) -> list[Role]:
+    """Every role equally often; an outage begins in the first half, so that it ends before the run does."""
+    roles = [role for role in Role for _ in range(OF_EACH) if role is not Role.TRACKING]
+    draw.shuffle(roles)
+    for _ in range(OF_EACH):
+        roles.insert(draw.randrange(len(roles) // 2), Role.TRACKING)
+    return roles
 
 
 def recovery(fault: Fault, steps: Sequence[tuple[float, int]]) -> Recovery:
@@ -149,17 +229,31 @@ def table(faults: Sequence[Fault], training: Training) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("seed", range(3))
+def each_point_came_once(training: Training) -> None:
+    """A step has a point for each attempt that took it, at most, and no point is there twice."""
+    points = [(point.step, point.timestamp, point.value) for point in training.points()]
+    assert {step for step, _, _ in points} == set(range(1, STEPS + 1))
+    assert len(set(points)) == len(points)
+    assert max(Counter(step for step, _, _ in points).values()) <= training.attempt[0]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_faults_change_nothing_that_is_consumed(
-    seed: int, index: Index, nodes: Nodes, undisturbed: Training, tmp_path: Path
+    seed: int,
+    index: Index,
+    nodes: Nodes,
+    undisturbed: Training,
+    failing_store: ObjectStore,
+    server: TrackingServer,
+    tmp_path: Path,
 ) -> None:
     """Each run meets every role equally often, in random order, at random moments between checkpoints."""
-    draw = random.Random(seed)
-    roles = [role for role in Role for _ in range(OF_EACH)]
-    draw.shuffle(roles)
-    training = Training(index, tmp_path, nodes.address, SETTINGS, ENVIRONMENT)
+    draw, outage = random.Random(seed), Outage(server)
+    training = Training(index, tmp_path, nodes, SETTINGS, ENVIRONMENT, server.config.uri)
     training.start(draw.randint(1, MOST_WORKERS))
-    faults = list(struck(training, nodes, draw, roles))
+    faults = list(struck(Scene(training, nodes, outage, draw), in_order(draw)))
+    outage.wait()
+    assert not training.ended, "over before the MLflow server was back: raise STEPS"
     training.wait(lambda: training.ended, timeout_s=1200)
 
     found = training.consumed()
@@ -171,8 +265,12 @@ def test_random_faults_change_nothing_that_is_consumed(
     whole = STEPS * GLOBAL_BATCH // samples
     assert set(epochs.values()) == {1}
     assert all(sum(e == epoch for e, _ in epochs) == samples for epoch in range(whole))
-    print(f"seed {seed}: {len(faults)} faults: " + ", ".join(f"{fault.role} at {fault.step}" for fault in faults))
+    each_point_came_once(training)
+    failed = failing_store.counts()["failed"]
+    assert failed > 0
+    print(f"seed {seed}: {len(faults)} recoveries: " + ", ".join(f"{fault.role} at {fault.step}" for fault in faults))
     print(f"{STEPS} steps of {GLOBAL_BATCH}, every sample consumed once an epoch, in the batches of the undisturbed run")
+    print(f"{failed} failed reads of the store; no point of MLflow is lost or there twice")
     print(f"final loss {training.final_loss}, undisturbed {undisturbed.final_loss}")
     print(table(faults, training))
     print((training.run / "goodput.json").read_text())

@@ -14,15 +14,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import duckdb
 import psutil
 import pytest
 import requests
 
-from tests.cluster.conftest import _free_ports
+from cluster.nodes import free_ports
+from mm_core.data.index import Index
 
 pytestmark = pytest.mark.chaos
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+(QUERY,) = re.findall(r"^```sql\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 class Terminals:
@@ -30,7 +33,7 @@ class Terminals:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._open = folder, list[subprocess.Popen[bytes]]()
-        gcs, dashboard, client, metrics, agent = _free_ports(5)
+        gcs, dashboard, client, metrics, agent = free_ports(5)
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self._temporary = tempfile.mkdtemp(prefix="mmo")  # short: the paths of Ray's sockets must fit 107 bytes
         beside = f"--dashboard-port {dashboard} --ray-client-server-port {client} --metrics-export-port {metrics}"
@@ -52,7 +55,7 @@ class Terminals:
 
     def run(self, commands: str) -> str:
         done = subprocess.run(
-            ["bash", "-c", self._here(commands)], cwd=self.folder, env=self._environment, capture_output=True, text=True, timeout=400
+            ["bash", "-c", self._here(commands)], cwd=self.folder, env=self._environment, capture_output=True, text=True, timeout=1800
         )
         assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
@@ -112,30 +115,61 @@ def test_the_page_from_top_to_bottom(terminals: Terminals) -> None:
     setting_up, starting = head.splitlines()[:3], head.splitlines()[3:]
     terminals.run("\n".join(setting_up))
     first_head = terminals.open("\n".join(starting))
-    nodes = [terminals.open(node), terminals.open(node)]
-    wait(is_up(terminals, 3), "cluster of three nodes")
+    wait(is_up(terminals, 1), "head")
+    nodes = [joined(terminals, node, 2), joined(terminals, node, 3)]
 
     shown = terminals.run(run_it)
     run = terminals.folder / "runs" / "first"
     assert "job first-1" in shown
-    wait(lambda: bool(list(run.glob("checkpoint_*/__1_0.distcp"))), "checkpoint of two ranks")
+    wait(lambda: on_two_ranks(run), "checkpoint of two ranks")
 
-    before = int((run / "attempt").read_text())
-    terminals.lose(nodes[1])
-    wait(lambda: int((run / "attempt").read_text()) > before, "new attempt after a node was lost")
+    before = attempt(run)
+    terminals.lose(nodes.pop())
+    wait(lambda: attempt(run) > before, "new attempt after a node was lost")
     terminals.run(look)
-    steps = {path.name for path in run.glob("checkpoint_*")}
-    wait(lambda: bool({path.name for path in run.glob("checkpoint_*")} - steps), "checkpoint after a node was lost")
+    wait(lambda: newest(run).exists() and not on_two_ranks(run), "checkpoint of one rank")
+    nodes.append(joined(terminals, node, 3))
+    wait(lambda: on_two_ranks(run), "checkpoint of two ranks again")
 
     record = json.loads((run / "run.json").read_text())
     assert not (run / "bundle").exists(), "the run ended before the head was lost: more steps are needed"
     terminals.lose(first_head)
-    terminals.lose(nodes[0])
+    wait(lambda: all(each.poll() is not None for each in nodes), "end of the nodes by themselves")
     terminals.open("\n".join(starting))
-    terminals.open(node)
-    wait(is_up(terminals, 2), "second cluster")
+    wait(is_up(terminals, 1), "second head")
+    joined(terminals, node, 2)
     shown = terminals.run(go_on)
 
     assert record["tracking_run_id"] in shown
     assert json.loads((run / "bundle" / "mm.json").read_text())["run_id"] == record["tracking_run_id"]
     assert "t2i_r1" in shown
+    assert attempt(run) >= 4
+    each_sample_once(terminals.folder, record["config"]["steps"] * record["config"]["global_batch_size"])
+
+
+def each_sample_once(folder: Path, consumed: int) -> None:
+    """As the page's query shows it, and the index knows how many there are."""
+    samples = Index.open(str(folder / "index")).summary.samples
+    rows = duckdb.sql(QUERY.replace("audit/", f"{folder}/audit/")).fetchall()
+    whole, rest = divmod(consumed, samples)
+    assert rows == [(epoch, count, count) for epoch, count in enumerate([*[samples] * whole, rest])]
+
+
+def joined(terminals: Terminals, node: str, count: int) -> subprocess.Popen[bytes]:
+    """A terminal with one more node, as the `count`th."""
+    terminal = terminals.open(node)
+    wait(is_up(terminals, count), f"cluster of {count} nodes")
+    return terminal
+
+
+def attempt(run: Path) -> int:
+    return int((run / "attempt").read_text())
+
+
+def newest(run: Path) -> Path:
+    """State of the newest whole checkpoint."""
+    return max(run.glob("checkpoint_*/state.json"), default=run / "none")
+
+
+def on_two_ranks(run: Path) -> bool:
+    return (newest(run).parent / "__1_0.distcp").exists()

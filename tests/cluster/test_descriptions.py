@@ -248,3 +248,17 @@ def test_ray_takes_the_guides_commands(command: str) -> None:
     from ray.scripts.scripts import cli
 
     takes(cli, shlex.split(command)[1:])
+
+
+def test_buckets_have_names_that_s3_takes() -> None:
+    """Of 3 to 63 characters: https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html. moto refuses others, too."""
+    pages = [file.read_text() for file in (*FOLDER.rglob("*.yaml"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md")]
+    buckets = {
+        bucket
+        for page in pages
+        for bucket in re.findall(r"s3://([\w.-]+)|create_bucket\(Bucket=\"([^\"]+)", page)
+        for bucket in bucket
+        if bucket
+    }
+    assert "mm-data" in buckets
+    assert [bucket for bucket in buckets if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket)] == []

@@ -22,7 +22,7 @@ from ray.runtime_env import RuntimeEnv
 
 from cluster.head import choose_address, is_this_machine
 from cluster.run_names import named, run_of, submission_id
-from cluster.submit import Elsewhere, Here, InImage, Request, _runtime_env, _stage, entrypoint, passed_variables, pinned, read_labels
+from cluster.submit import _STOP, Elsewhere, Here, InImage, Request, _runtime_env, _stage, entrypoint, passed_variables, pinned, read_labels
 from mm_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def test_what_is_installed_there_is_what_is_here() -> None:
     assert f"torch=={version('torch')}" in pins
     assert not [pin for pin in pins if pin.startswith("ray")]
     with _runtime_env(Request(Here(Path("/")), {"A": "1"}, install=True)) as env:
-        assert env == {"env_vars": {"A": "1"}, "pip": {"packages": pins, "pip_check": False}}
+        assert env == {"env_vars": _STOP | {"A": "1"}, "pip": {"packages": pins, "pip_check": False}}
         RuntimeEnv(**env)  # as Ray looks at it
 
 
@@ -277,7 +277,7 @@ def test_an_image_brings_everything() -> None:
     place = InImage("registry/mm:1")
     assert entrypoint(["train", "x"], place) == "python -m mm doctor --failures && exec python -m mm train x"
     with _runtime_env(Request(place, {"A": "1"})) as env:
-        assert env == {"env_vars": {"A": "1"}, "image_uri": "registry/mm:1"}
+        assert env == {"env_vars": _STOP | {"A": "1"}, "image_uri": "registry/mm:1"}
         RuntimeEnv(**env)
     with pytest.raises(ConfigError, match="leave out --install"), _runtime_env(Request(place, install=True)):
         pass

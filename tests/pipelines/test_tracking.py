@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import textwrap
@@ -35,6 +34,7 @@ from pipelines.tracking import (
     open_client,
     resolve_uri,
 )
+from tests.tracking_server import TrackingServer
 
 
 @pytest.fixture(scope="module")
@@ -300,48 +300,16 @@ def test_the_machine_is_measured_at_the_run_s_step(tracking: TrackingConfig, run
     assert set(steps_of(tracking, run_id, "system/cpu_utilization_percentage")) == {40}
 
 
-class Server:
-    """An MLflow server on loopback that can be killed and started again on its port."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder = folder
-        self.config = TrackingConfig(uri=f"http://127.0.0.1:{self.port}")
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", "artifacts"]
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1", *store]
-        with (self.folder / "server.log").open("ab") as output:
-            self.process = subprocess.Popen(command, cwd=self.folder, stdout=output, stderr=output, start_new_session=True)
-        wait_until(self.answers, timeout_s=60)
-
-    def answers(self) -> bool:
-        try:
-            open_client(self.config)
-        except ServiceError:
-            return False
-        return True
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, 9)
-            self.process.wait()
-            self.process = None
-
-
 @pytest.fixture
-def server(empty_database: Path, tmp_path: Path) -> Iterator[Server]:
+def server(empty_database: Path, tmp_path: Path) -> Iterator[TrackingServer]:
     shutil.copy(empty_database, tmp_path / "mlflow.db")
-    server = Server(tmp_path)
+    server = TrackingServer(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
     yield server
     server.kill()
 
 
 def test_an_outage_delays_points_and_loses_none(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.INFO)
     with pytest.raises(ServiceError, match=r"tracking server http://127\.0\.0\.1:\d+ gives no answer"):
