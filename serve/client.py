@@ -131,6 +131,7 @@ class _Asking:
         return _Call("v1/search", body, lambda r: SearchResponse.model_validate_json(r.content))
 
 
+@dataclass(eq=False)
 class Client(_Asking):
     """
     >>> with Client("http://127.0.0.1:8000") as client:
@@ -230,6 +231,7 @@ class Client(_Asking):
             attempt += 1
 
 
+@dataclass(eq=False)
 class AsyncClient(_Asking):
     """As `Client`, awaited."""
 
