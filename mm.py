@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     import ray.serve
 
     from mm_core.console import Console
+    from serve.client import AsyncClient as AsyncClient
+    from serve.client import Client as Client
+    from serve.client import RefusedError as RefusedError
     from serve.run import Server
 
 app = typer.Typer(

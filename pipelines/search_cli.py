@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,7 +20,7 @@ def attach(app: typer.Typer) -> None:
 def embed(
     model: Annotated[str, typer.Argument(help="A bundle's folder, models:/NAME@ALIAS, or a hub id.")],
     shards: Annotated[list[str], typer.Argument(help="An index, or shards as for mm data index.")],
-    out: Annotated[Path, typer.Option(help="Folder of the vectors.")],
+    out: Annotated[str, typer.Option(help="Folder of the vectors.")],
     ledger: Ledgers = None,
     settings: Settings = None,
     as_json: Json = False,
@@ -30,9 +29,10 @@ def embed(
 
     Example: mm embed models:/clip-demo@champion corpus/heldout --out vectors, then mm search-index vectors
     """
+    from mm_core.search.embeddings import vectors_folder
     from pipelines.embed import embed as embed_samples
 
-    console, store = Console(as_json), model_store(settings)
+    console, store, place = Console(as_json), model_store(settings), vectors_folder(out)
     reference = store.pin(model)
     with console.progress("embed") as tracker:
 
@@ -40,16 +40,16 @@ def embed(
             tracker.total = rows
 
         summary = embed_samples(
-            store.fetch(reference), reference, shards, out, ledgers=ledger or (), on_progress=tracker.advance, on_rows=total
+            store.fetch(reference), reference, shards, place, ledgers=ledger or (), on_progress=tracker.advance, on_rows=total
         )
     if summary.unreadable:
         console.table(("cannot be embedded because", "samples"), list(summary.unreadable.items()))
     console.say(f"{out} holds vectors of {summary.samples:,} samples by {summary.model}; next: mm search-index {out}")
-    console.result({"samples": summary.samples, "out": str(out), "unreadable": summary.unreadable, "dimensions": summary.embed_dim})
+    console.result({"samples": summary.samples, "out": out, "unreadable": summary.unreadable, "dimensions": summary.embed_dim})
 
 
 def search_index(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What mm embed made.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="What mm embed made.")],
     kind: Annotated[str, typer.Option(help="exact, ivf or hnsw; auto is exact below 100,000 vectors, else ivf.")] = "auto",
     codes: Annotated[str, typer.Option(help="fp16, or smaller: int8, pq.")] = "fp16",
     recall: Annotated[float, typer.Option(min=0.1, max=1, help="At 10, that a search is tuned to.")] = 0.95,
@@ -61,6 +61,7 @@ def search_index(
     """
     from typing import get_args
 
+    from mm_core.search.embeddings import vectors_folder
     from mm_core.search.nearest import Codes, Kind
     from pipelines.search_index import SearchOptions, make_searchable, table_rows
 
@@ -74,7 +75,7 @@ def search_index(
         def total(rows: int) -> None:
             tracker.total = rows
 
-        summary = make_searchable(folder, options, on_progress=tracker.advance, on_rows=total, on_note=console.note)
+        summary = make_searchable(vectors_folder(folder), options, on_progress=tracker.advance, on_rows=total, on_note=console.note)
     console.table(("", "vectors", "kind", "probes", "recall@10", "size"), list(table_rows(summary)))
     console.say(f"next: mm serve {summary.model} --search {folder}")
     console.result(summary.model_dump(mode="json"))

@@ -122,7 +122,7 @@ def _attach_embeddings(app: FastAPI, desk: Desk) -> None:
             raise InputError(f"dimensions: this model has {version.facts.embed_dim}, {body.dimensions:,} were asked for")
         given = body.input if isinstance(body.input, list) else [body.input]
         names = [f"input.{i}" for i in range(len(given))]
-        inputs = await desk.checker.inputs(given, names)
+        inputs = await desk.checker.inputs(given, names, request.state.hold)
         request.state.inputs = len(inputs)
         result = await desk.upstream.encode(name, version, inputs, names)
         vectors = shortened(result.features, body.dimensions)
@@ -154,7 +154,7 @@ def _attach_classify(app: FastAPI, desk: Desk) -> None:
         """Zero-shot: which of the labels an image shows."""
         name, version = desk.choose(request, body.model, response)
         labels, templates = wanted(body)
-        image = await desk.checker.image(body.image, "image")
+        image = await desk.checker.image(body.image, "image", request.state.hold)
         result = await desk.upstream.encode(name, version, [image], ["image"])
         found = await classes.of(name, version, labels, templates)
         probabilities = softmax(version.facts.logit_scale * (found @ result.features[0]))
@@ -173,7 +173,7 @@ def _attach_match(app: FastAPI, desk: Desk) -> None:
         images, texts = body.images, body.texts
         given: list[Input] = [*(ImageInput(image=image) for image in images), *(TextInput(text=text) for text in texts)]
         names = [*(f"images.{i}" for i in range(len(images))), *(f"texts.{i}" for i in range(len(texts)))]
-        inputs = await desk.checker.inputs(given, names, "images and texts")
+        inputs = await desk.checker.inputs(given, names, request.state.hold, "images and texts")
         request.state.inputs = len(inputs)
         if version.facts.task in FUSED:
             if (pairs := len(images) * len(texts)) > desk.config.bounds.max_inputs:

@@ -7,12 +7,16 @@ Ray Serve's own bounds answer in plain text and replace any handler the applicat
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.config import Bound
 from serve.problems import full, overloaded, problem
+
+Hold = Callable[[int], None]
+"""Counts bytes that a request keeps until it is answered; raises 429 where all requests together then keep too many."""
 
 
 class Bounds:
@@ -37,20 +41,24 @@ class Bounds:
             await self._bounded(scope, receive, send)
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        received = running = 0
+        received = held = running = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            held += size
+            self._held_bytes += size
+            if self._held_bytes > self._bounds.max_body_bytes:
+                raise full(f"{self._held_bytes:,} bytes of requests are held")
 
         async def counted() -> Message:
             """A body sent in chunks tells no length: it is counted while it arrives. Only whose body is there takes a place: who sends half
             of one, or slowly, keeps nobody out."""
             nonlocal received, running
             message = await receive()
-            size = len(message.get("body", b""))
-            received += size
-            self._held_bytes += size
+            received += len(message.get("body", b""))
             if received > self._bounds.max_request_bytes:
                 raise HTTPException(413, self._too_large())
-            if self._held_bytes > self._bounds.max_body_bytes:
-                raise full(f"{self._held_bytes:,} bytes of requests are held")
+            hold(len(message.get("body", b"")))
             if not running and not message.get("more_body", False):
                 if self._running >= self._bounds.max_requests:
                     raise full(self._all_taken())
@@ -58,11 +66,12 @@ class Bounds:
                 self._running += 1
             return message
 
+        scope.setdefault("state", {})["hold"] = hold
         try:
             await self._timed(scope, counted, send)
         finally:
             self._running -= running
-            self._held_bytes -= received
+            self._held_bytes -= held
 
     async def _timed(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False

@@ -63,8 +63,6 @@ def attach(app: typer.Typer, store: Callable[[], ModelStore], session: Callable[
         """
         from serve.address import check_address
 
-        if write_config is None:
-            check_address(host, port)
         compute = {"replicas": replicas, "gpus_per_replica": gpus, "precision": precision, "compile": compile_model}
         found = {
             "host": host,
@@ -73,12 +71,15 @@ def attach(app: typer.Typer, store: Callable[[], ModelStore], session: Callable[
             "keys": _keys(keys),
             "label_sets": {name: one.model_dump() for name, one in map(_label_set, label_set or ())},
             "fetching": {"hosts": tuple(fetch_from or ())},
-            "search": os.path.abspath(search) if search else None,
+            "search": _folder(search) if search else None,
         }
-        config, wanted = _config(found, settings or ()), wanted_models(models, canary or ())
+        config = _config(found, settings or ())
+        if write_config is None:
+            check_address(config.host, config.port)  # before what takes seconds to import
+        wanted = wanted_models(models, canary or ())
         if config.needs_key and not config.keys:
             raise ConfigError(
-                f"{host} is reachable from elsewhere and there are no API keys: give --keys FILE; `mm serve-key NAME` draws one"
+                f"{config.host} is reachable from elsewhere and there are no API keys: give --keys FILE; `mm serve-key NAME` draws one"
             )
         from serve.run import look_at, plan_of, start
 
@@ -181,6 +182,12 @@ def _keys(path: Path | None) -> dict[str, str]:
     from serve.keys import ENVIRONMENT, parse_keys, read_keys
 
     return (read_keys(path) if path else {}) | parse_keys(os.environ.get(ENVIRONMENT, ""))
+
+
+def _folder(search: str) -> str:
+    from mm_core.search.embeddings import vectors_folder
+
+    return str(vectors_folder(search))
 
 
 def _label_set(text: str) -> tuple[str, LabelSet]:

@@ -1,7 +1,8 @@
 """Asking an endpoint from Python: `mm.Client`, and `mm.AsyncClient` for programs with an event loop.
 
-Many inputs are sent in batches, several at a time. What passes (an overload, a copy that was lost, a connection that broke) is tried
-again, as long as the server asked to wait or a growing random time; what does not is a `RefusedError`.
+Many inputs are sent in batches, several at a time, and pictures are read when their turn comes. What passes (an overload, a copy that was
+lost, a connection that broke) is tried again, as long as the server asked to wait or a growing random time; what does not is a
+`RefusedError`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -55,12 +56,12 @@ class _Call(Generic[T]):
     read: Callable[[httpx.Response], T]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How an endpoint is asked."""
+@dataclass(eq=False)
+class _Asking:
+    """How an endpoint is asked, with event loop or without."""
 
     url: str = "http://127.0.0.1:8000"
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     """An API key."""
     model: str | None = None
     """By default the first that is served."""
@@ -69,15 +70,17 @@ class Settings:
     timeout_s: float = 60
     """Of one try."""
     batch_size: int = 32
-    """Inputs of one request."""
+    """Inputs of one request, at most."""
+    batch_bytes: int = 24 << 20
+    """Of one request, at most, unless one input alone has more."""
     concurrency: int = 4
     """Requests at a time, of one call with many inputs."""
 
-    def httpx_options(self) -> dict[str, Any]:
+    def _httpx_options(self) -> dict[str, Any]:
         headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
         return {"base_url": self.url.rstrip("/") + "/", "headers": headers, "timeout": self.timeout_s, "follow_redirects": False}
 
-    def pause_s(self, attempt: int, answer: httpx.Response | httpx.TransportError) -> float:
+    def _pause_s(self, attempt: int, answer: httpx.Response | httpx.TransportError) -> float:
         """Before the next try, after one that was no success.
 
         Raises:
@@ -91,44 +94,52 @@ class Settings:
             raise failed
         return _wait_s(attempt, asked_s)
 
-    def embed_calls(self, inputs: Sequence[str | Image], dimensions: int | None) -> list[_Call[Float32[np.ndarray, "n d"]]]:
-        given = [{"text": one} if isinstance(one, str) else {"image": data_uri(one)} for one in inputs]
-        more = {"model": self.model, "encoding_format": "base64", "dimensions": dimensions}
-        return [
-            _Call("v1/embeddings", {"input": given[i : i + self.batch_size]} | more, _vectors)
-            for i in range(0, len(given), self.batch_size)
-        ]
+    def _batches(self, inputs: Sequence[str | Image]) -> Iterator[Sequence[str | Image]]:
+        return (inputs[i : i + self.batch_size] for i in range(0, len(inputs), self.batch_size))
 
-    def classify_call(
+    def _embed_calls(self, inputs: Sequence[str | Image], dimensions: int | None) -> Iterator[_Call[Float32[np.ndarray, "n d"]]]:
+        """Of one batch: usually one."""
+        more = {"model": self.model, "encoding_format": "base64", "dimensions": dimensions}
+        given, size = list[dict[str, str]](), 0
+        for one in inputs:
+            spelled = {"text": one} if isinstance(one, str) else {"image": data_uri(one)}
+            length = sum(map(len, spelled.values()))
+            if given and size + length > self.batch_bytes:
+                yield _Call("v1/embeddings", {"input": given} | more, _vectors)
+                given, size = [], 0
+            given.append(spelled)
+            size += length
+        yield _Call("v1/embeddings", {"input": given} | more, _vectors)
+
+    def _classify_call(
         self, image: Image, labels: Sequence[str] | None, templates: Sequence[str] | None, label_set: str | None, top_k: int | None
     ) -> _Call[list[Score]]:
         body = {"image": data_uri(image), "labels": _list(labels), "templates": _list(templates), "label_set": label_set, "top_k": top_k}
         return _Call("v1/classify", body | {"model": self.model}, lambda r: ClassifyResponse.model_validate_json(r.content).scores)
 
-    def match_call(self, images: Sequence[Image], texts: Sequence[str]) -> _Call[Float32[np.ndarray, "n m"]]:
+    def _match_call(self, images: Sequence[Image], texts: Sequence[str]) -> _Call[Float32[np.ndarray, "n m"]]:
         body = {"images": [data_uri(image) for image in images], "texts": list(texts), "model": self.model}
         return _Call("v1/match", body, lambda r: np.array(MatchResponse.model_validate_json(r.content).scores, dtype=np.float32))
 
-    def thumbnail_call(self, found: Found, side: int) -> _Call[PillowImage]:
+    def _thumbnail_call(self, found: Found, side: int) -> _Call[PillowImage]:
         if found.thumbnail is None:
             raise ValueError(f"item {found.item} has no picture")
         return _Call(f"{found.thumbnail}?side={side}", None, _picture)
 
-    def search_call(self, image: Image | None, query: dict[str, Any]) -> _Call[SearchResponse]:
+    def _search_call(self, image: Image | None, query: dict[str, Any]) -> _Call[SearchResponse]:
         body = query | ({"image": data_uri(image)} if image is not None else {})
         return _Call("v1/search", body, lambda r: SearchResponse.model_validate_json(r.content))
 
 
-class Client:
+@dataclass(eq=False)
+class Client(_Asking):
     """
     >>> with Client("http://127.0.0.1:8000") as client:
     ...     vectors = client.embed(["a red circle", Path("photo.jpg")])
     """
 
-    def __init__(self, url: str = Settings.url, **settings: Any) -> None:
-        """`settings`: the fields of `Settings`."""
-        self._settings = Settings(url, **settings)
-        self._http = httpx.Client(**self._settings.httpx_options())
+    def __post_init__(self) -> None:
+        self._http = httpx.Client(**self._httpx_options())
 
     def __enter__(self) -> Client:
         return self
@@ -145,11 +156,15 @@ class Client:
         Raises:
             RefusedError: an input is refused, or the endpoint is not there.
         """
-        calls = self._settings.embed_calls(_several(inputs), dimensions)
-        if len(calls) == 1:
-            return self._send(calls[0])
-        with ThreadPoolExecutor(self._settings.concurrency) as threads:
-            return np.concatenate(list(threads.map(self._send, calls)))
+
+        def one(batch: Sequence[str | Image]) -> Float32[np.ndarray, "n d"]:
+            return np.concatenate([self._send(call) for call in self._embed_calls(batch, dimensions)])
+
+        several = _several(inputs)
+        if len(several) <= self.batch_size:
+            return one(several)
+        with ThreadPoolExecutor(self.concurrency) as threads:
+            return np.concatenate(list(threads.map(one, self._batches(several))))
 
     def classify(
         self,
@@ -161,11 +176,11 @@ class Client:
         top_k: int | None = None,
     ) -> list[Score]:
         """Which of the labels a picture shows, best first."""
-        return self._send(self._settings.classify_call(image, labels, templates, label_set, top_k))
+        return self._send(self._classify_call(image, labels, templates, label_set, top_k))
 
     def match(self, images: Sequence[Image], texts: Sequence[str]) -> Float32[np.ndarray, "n m"]:
         """How well each picture fits each text."""
-        return self._send(self._settings.match_call(images, texts))
+        return self._send(self._match_call(images, texts))
 
     def search(
         self,
@@ -181,7 +196,7 @@ class Client:
     ) -> SearchResponse:
         """The nearest to a text, a picture, both together, or an item of the index: one page."""
         query = _query(text, item, target, filters, text_weight) | {"limit": limit, "offset": offset}
-        return self._send(self._settings.search_call(image, query))
+        return self._send(self._search_call(image, query))
 
     def search_all(self, text: str | None = None, *, limit: int = 100, **query: Any) -> Iterator[Found]:
         """Page after page, as `search`."""
@@ -193,7 +208,7 @@ class Client:
 
     def thumbnail(self, found: Found, side: int = 256) -> PillowImage:
         """The picture of a result, its longer side at most `side` pixels."""
-        return self._send(self._settings.thumbnail_call(found, side))
+        return self._send(self._thumbnail_call(found, side))
 
     def models(self) -> list[ModelCard]:
         return self._send(_MODELS)
@@ -212,17 +227,16 @@ class Client:
                 answer = error
             if isinstance(answer, httpx.Response) and answer.is_success:
                 return call.read(answer)
-            time.sleep(self._settings.pause_s(attempt, answer))
+            time.sleep(self._pause_s(attempt, answer))
             attempt += 1
 
 
-class AsyncClient:
+@dataclass(eq=False)
+class AsyncClient(_Asking):
     """As `Client`, awaited."""
 
-    def __init__(self, url: str = Settings.url, **settings: Any) -> None:
-        """`settings`: the fields of `Settings`."""
-        self._settings = Settings(url, **settings)
-        self._http = httpx.AsyncClient(**self._settings.httpx_options())
+    def __post_init__(self) -> None:
+        self._http = httpx.AsyncClient(**self._httpx_options())
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -235,13 +249,13 @@ class AsyncClient:
 
     async def embed(self, inputs: str | Image | Sequence[str | Image], *, dimensions: int | None = None) -> Float32[np.ndarray, "n d"]:
         """As `Client.embed`."""
-        at_a_time = asyncio.Semaphore(self._settings.concurrency)
+        at_a_time = asyncio.Semaphore(self.concurrency)
 
-        async def one(call: _Call[Float32[np.ndarray, "n d"]]) -> Float32[np.ndarray, "n d"]:
+        async def one(batch: Sequence[str | Image]) -> Float32[np.ndarray, "n d"]:
             async with at_a_time:
-                return await self._send(call)
+                return np.concatenate([await self._send(call) for call in self._embed_calls(batch, dimensions)])
 
-        return np.concatenate(await asyncio.gather(*map(one, self._settings.embed_calls(_several(inputs), dimensions))))
+        return np.concatenate(await asyncio.gather(*map(one, self._batches(_several(inputs)))))
 
     async def classify(
         self,
@@ -253,11 +267,11 @@ class AsyncClient:
         top_k: int | None = None,
     ) -> list[Score]:
         """As `Client.classify`."""
-        return await self._send(self._settings.classify_call(image, labels, templates, label_set, top_k))
+        return await self._send(self._classify_call(image, labels, templates, label_set, top_k))
 
     async def match(self, images: Sequence[Image], texts: Sequence[str]) -> Float32[np.ndarray, "n m"]:
         """As `Client.match`."""
-        return await self._send(self._settings.match_call(images, texts))
+        return await self._send(self._match_call(images, texts))
 
     async def search(
         self,
@@ -273,7 +287,7 @@ class AsyncClient:
     ) -> SearchResponse:
         """As `Client.search`."""
         query = _query(text, item, target, filters, text_weight) | {"limit": limit, "offset": offset}
-        return await self._send(self._settings.search_call(image, query))
+        return await self._send(self._search_call(image, query))
 
     async def search_all(self, text: str | None = None, *, limit: int = 100, **query: Any) -> AsyncIterator[Found]:
         """As `Client.search_all`."""
@@ -286,7 +300,7 @@ class AsyncClient:
 
     async def thumbnail(self, found: Found, side: int = 256) -> PillowImage:
         """As `Client.thumbnail`."""
-        return await self._send(self._settings.thumbnail_call(found, side))
+        return await self._send(self._thumbnail_call(found, side))
 
     async def models(self) -> list[ModelCard]:
         return await self._send(_MODELS)
@@ -305,7 +319,7 @@ class AsyncClient:
                 answer = error
             if isinstance(answer, httpx.Response) and answer.is_success:
                 return call.read(answer)
-            await asyncio.sleep(self._settings.pause_s(attempt, answer))
+            await asyncio.sleep(self._pause_s(attempt, answer))
             attempt += 1
 
 

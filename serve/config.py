@@ -40,6 +40,9 @@ class Compute(Config):
     compile: bool = Field(default=False, description="torch.compile: slower to come up, faster after; needs a C++ compiler on a CPU.")
     max_batch_size: int = Field(default=32, ge=1, description="Inputs that a copy computes at once, in all its streams.")
     batch_wait_timeout_s: float = Field(default=0.005, ge=0, description="How long a batch waits to be filled.")
+    start_timeout_s: float = Field(
+        default=900, gt=0, description="A version that is not up by then, for want of room or of weights, is refused."
+    )
     max_preparers: int = Field(default=4, ge=1, description="Processes that decode and tokenise; as many as are needed, at least one.")
 
 

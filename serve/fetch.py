@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from serve.bounds import Hold
 from serve.config import Fetching
 from serve.problems import InputError
 
@@ -83,11 +84,12 @@ class Fetcher:
         if self._config.hosts and urls > self._config.max_urls:
             raise InputError(f"{name}: {urls:,} URLs in one call, at most {self._config.max_urls:,}", 413)
 
-    async def fetch(self, url: str, name: str) -> bytes:
+    async def fetch(self, url: str, name: str, hold: Hold) -> bytes:
         """The picture's bytes, not decoded.
 
         Raises:
             InputError: fetching is off, the URL is not allowed, or it could not be had.
+            HTTPException: 429: what requests keep is too much with it.
         """
         self._check(url, name)
         timeout = aiohttp.ClientTimeout(total=self._config.timeout_s)
@@ -103,16 +105,17 @@ class Fetcher:
             ):
                 if answer.status != 200:
                     raise InputError(f"{name}: {_short(url)} answers {answer.status}; redirects are not followed")
-                return await self._body(answer, name)
+                return await self._body(answer, name, hold)
         except TimeoutError:
             raise InputError(f"{name}: {_short(url)} did not answer within {self._config.timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             reason = getattr(error, "os_error", error)  # what aiohttp says of a connection leaves the reason out
             raise InputError(f"{name}: {_short(url)} could not be fetched: {reason}") from None
 
-    async def _body(self, answer: aiohttp.ClientResponse, name: str) -> bytes:
+    async def _body(self, answer: aiohttp.ClientResponse, name: str, hold: Hold) -> bytes:
         data = bytearray()
         async for piece in answer.content.iter_chunked(_PIECE_BYTES):
+            hold(len(piece))
             data += piece
             if len(data) > self._max_bytes:
                 raise InputError(f"{name}: a picture above {self._max_bytes:,} bytes", 413)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import ray.serve
+from ray.serve.api import RunTarget
+from ray.serve.schema import ApplicationStatus
 
 from mm_core.errors import MMError, ServiceError
 from serve.config import ServeConfig
@@ -27,6 +29,7 @@ logger = logging.getLogger("ray.serve")
 APPLICATION = "mm"
 """Of the gateway; those of versions begin with it."""
 _PROBE_TIMEOUT_S = 300
+_LOOK_EVERY_S = 0.1
 _TRY_AGAIN_S = 60
 _MAX_REASON = 400
 _ENCODER_CPUS, _PREPARER_CPUS = 0.2, 0.1
@@ -119,12 +122,14 @@ class Fleet:
         if pinned not in self._up and refused is not None and self.clock() < refused.until:
             return before, refused.reason
         if pinned not in self._up:
+            started = self.clock()
             try:
                 self._up[pinned] = bring_up(pinned, self.config, self.store)
             except MMError as error:
                 reason = f"{pinned}: {' '.join(str(error).split())}"[:_MAX_REASON]
                 logger.warning("a version is refused: %s", reason)
-                self._refused[pinned] = _Refused(reason, self.clock() + _TRY_AGAIN_S)
+                took_s = self.clock() - started  # that nothing else was followed: the next try leaves at least as long to the others
+                self._refused[pinned] = _Refused(reason, self.clock() + max(_TRY_AGAIN_S, took_s))
                 return before, reason
         self._refused.pop(pinned, None)
         self._pinned[reference] = pinned
@@ -161,17 +166,35 @@ def bring_up(pinned: str, config: ServeConfig, store: ModelStore) -> Version:
     """A version as an application that has answered the canned query.
 
     Raises:
-        ServiceError: it did not come up, or answered no sense; nothing of it is left.
+        ServiceError: it did not come up, in time or at all, or answered no sense; nothing of it is left.
     """
     application = application_of(pinned)
     try:
-        handle = ray.serve.run(build_version(pinned, config, store), name=application, route_prefix=None)
+        target = RunTarget(build_version(pinned, config, store), name=application, route_prefix=None)
+        (handle,) = ray.serve.run_many([target], wait_for_applications_running=False)
+        _await_running(application, config.compute.start_timeout_s)
         facts = handle.probe.remote().result(timeout_s=_PROBE_TIMEOUT_S)
     except Exception as error:  # whatever a model raises while it loads or answers comes out here, wrapped in Ray's own
         reason = _reason(application) or _last_line(error)
         ray.serve.delete(application)
         raise ServiceError(reason) from None
     return Version(application=application, reference=pinned, facts=facts)
+
+
+def _await_running(application: str, timeout_s: float) -> None:
+    """`ray.serve.run` waits for ever where there is no room, and with it everything else that is to be kept up.
+
+    Raises:
+        ServiceError: it failed, or does not run in time, and what Serve says of that.
+    """
+    give_up = time.monotonic() + timeout_s
+    while (found := ray.serve.status().applications[application]).status is not ApplicationStatus.RUNNING:
+        if found.status is ApplicationStatus.DEPLOY_FAILED:
+            raise ServiceError(found.message)
+        if time.monotonic() >= give_up:
+            told = " ".join(" ".join(one.message.split()) for one in found.deployments.values() if one.message)
+            raise ServiceError(f"not up within {timeout_s:g} s (compute.start_timeout_s): {told or 'Serve does not say why'}")
+        time.sleep(_LOOK_EVERY_S)
 
 
 def application_of(pinned: str) -> str:

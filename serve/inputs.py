@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from mm_core.data.text import TEMPLATE_MARK
+from serve.bounds import Hold
 from serve.config import Bound
 from serve.fetch import Fetcher
 from serve.problems import InputError
@@ -52,11 +53,12 @@ class Checker:
     def __init__(self, bounds: Bound, fetcher: Fetcher) -> None:
         self._bounds, self._fetcher = bounds, fetcher
 
-    async def inputs(self, given: Sequence[Given], names: Sequence[str], field: str = "input") -> list[str | Picture]:
+    async def inputs(self, given: Sequence[Given], names: Sequence[str], hold: Hold, field: str = "input") -> list[str | Picture]:
         """Texts and pictures in order.
 
         Args:
             names: of each, for messages.
+            hold: counts what is fetched among the bytes that requests keep.
 
         Raises:
             InputError: none or too many, or one that `text` or `image` refuses.
@@ -68,17 +70,17 @@ class Checker:
         images = [_image_of(one) for one in given]
         self._fetcher.check_count([image for image in images if image is not None], field)
         return [
-            self.text(_text_of(one), name) if image is None else await self.image(image, name)
+            self.text(_text_of(one), name) if image is None else await self.image(image, name, hold)
             for one, image, name in zip(given, images, names, strict=True)
         ]
 
-    async def image(self, value: str, name: str) -> Picture:
+    async def image(self, value: str, name: str, hold: Hold) -> Picture:
         """
         Raises:
             InputError: neither a base64 data URI nor a URL that may be fetched, or too long.
         """
         if _URL.match(value):
-            return Picture(await self._fetcher.fetch(value, name))
+            return Picture(await self._fetcher.fetch(value, name, hold))
         head, comma, body = value.partition(",")
         if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
             raise InputError(f"{name}: an image is a base64 data URI: data:image/jpeg;base64,…")

@@ -15,17 +15,19 @@ import ray.serve
 from ray.serve.config import HTTPOptions
 
 from mm_core.bundle import look_into
-from mm_core.errors import ServiceError
+from mm_core.errors import BundleError, ConfigError, ServiceError
 from mm_core.search.embeddings import read_search_summary
 from serve.address import check_address
 from serve.application import build
 from serve.config import ServeConfig
 from serve.fleet import APPLICATION, Searched, Wanted
 from serve.store import ModelStore
+from serve.tasks import ENDPOINTS
 
 _PROXY_MARGIN_S = 10
 """That Serve's own limit on a request, which answers in plain text, lies above ours."""
-_SLOWEST_START_S = 900
+_ENDPOINT_START_S = 120
+"""Of what holds no model."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Plan:
     store: ModelStore
     tasks: tuple[str, ...]
     searched: Searched | None
+
+    @property
+    def versions(self) -> int:
+        """That are up at a time, without what the search index was made with."""
+        return sum(len(one.references) for one in self.wanted)
 
 
 @dataclass(frozen=True)
@@ -80,15 +87,22 @@ def plan_of(wanted: Sequence[Wanted], config: ServeConfig, store: ModelStore) ->
     """To serve these models, here or elsewhere: the gateway's routes follow from the models' tasks and the search index.
 
     Raises:
-        BundleError: a model is not there, or damaged.
+        BundleError: a model is not there, damaged, or of a kind that answers nothing.
         DataError: the search index is not there.
     """
-    tasks = [look_into(store.fetch(store.pin(reference))) for one in wanted for reference in one.references]
+    tasks = [_task_of(reference, store) for one in wanted for reference in one.references]
     searched = None
     if config.search is not None:
         summary = read_search_summary(config.search)
         searched = Searched(summary.model, summary.model_digest)
     return Plan(tuple(wanted), config, store, tuple(dict.fromkeys(tasks)), searched)
+
+
+def _task_of(reference: str, store: ModelStore) -> str:
+    task = look_into(store.fetch(store.pin(reference)))
+    if task not in ENDPOINTS:
+        raise BundleError(f"{reference} has the task {task}, for which there is no endpoint; those that have one: {', '.join(ENDPOINTS)}")
+    return task
 
 
 def application(plan: Plan) -> ray.serve.Application:
@@ -99,18 +113,20 @@ def start(plan: Plan) -> Server:
     """Deploy what was looked at and wait until every model answers.
 
     Raises:
-        ServiceError: this Ray serves something already; nothing was started. Or a model did not come up.
+        ConfigError: this Ray has fewer GPUs than the copies ask for.
+        ServiceError: it serves something already; nothing was started. Or a model did not come up.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if ray.is_initialized() and ray.serve.status().proxies:
         raise ServiceError("this Ray cluster serves applications already: stop them first (serve shutdown), or use another cluster")
     config = plan.config
+    check_gpus(plan, ray.cluster_resources().get("GPU", 0))
     server = Server(config.url, tuple(one.name for one in plan.wanted))
     try:
         timeout_s = config.bounds.request_timeout_s + _PROXY_MARGIN_S
         ray.serve.start(http_options=HTTPOptions(host=config.host, port=config.port, request_timeout_s=timeout_s))
         ray.serve.run(application(plan), name=APPLICATION, route_prefix="/")
-        _await_models()
+        _await_models(plan)
         _await_gateways(config)
     except (RuntimeError, ServiceError) as error:
         server.stop()
@@ -119,6 +135,20 @@ def start(plan: Plan) -> Server:
         server.stop()
         raise
     return server
+
+
+def check_gpus(plan: Plan, there: float) -> None:
+    """
+    Raises:
+        ConfigError: `there` are too few.
+    """
+    compute = plan.config.compute
+    wanted = compute.gpus_per_replica * compute.replicas * plan.versions
+    if wanted > there:
+        raise ConfigError(
+            f"{wanted:g} GPUs are asked for ({plan.versions} models × {compute.replicas} copies × {compute.gpus_per_replica:g} each), and"
+            f" this Ray has {there:g}: give fewer --replicas, a part of a GPU each with --gpus 0.5, or --gpus 0 to compute on the processor"
+        )
 
 
 def states() -> dict[str, str]:
@@ -131,14 +161,15 @@ def states() -> dict[str, str]:
     return found
 
 
-def _await_models() -> None:
-    """Until every model has a version that answers.
+def _await_models(plan: Plan) -> None:
+    """Until every model has a version that answers. One after the other is brought up.
 
     Raises:
         ServiceError: one has none, and why.
     """
     keeper = ray.serve.get_deployment_handle("Keeper", APPLICATION)
-    give_up = time.monotonic() + _SLOWEST_START_S
+    longest_s = plan.config.compute.start_timeout_s * (plan.versions + 1) + _ENDPOINT_START_S
+    give_up = time.monotonic() + longest_s
     while time.monotonic() < give_up:
         traffic = keeper.traffic.remote().result()
         if traffic.is_ready:
@@ -146,13 +177,19 @@ def _await_models() -> None:
         if refused := [slot.refused for slot in traffic.slots if slot.refused and not slot.shares]:
             raise ServiceError(refused[0])
         time.sleep(0.1)
-    raise ServiceError(f"no answer after {_SLOWEST_START_S} s")
+    raise ServiceError(f"no answer after {longest_s:g} s")
 
 
 def _await_gateways(config: ServeConfig) -> None:
-    """Until the gateways, which hear of it from the keeper, know too. Which of them answers is the proxy's choice, so several are asked."""
-    give_up, agreed = time.monotonic() + _SLOWEST_START_S, 0
-    while agreed < 3 * config.gateways and time.monotonic() < give_up:
+    """Until the gateways, which hear of it from the keeper, know too. Which of them answers is the proxy's choice, so several are asked.
+
+    Raises:
+        ServiceError: they do not come to.
+    """
+    give_up, agreed = time.monotonic() + _ENDPOINT_START_S, 0
+    while agreed < 3 * config.gateways:
+        if time.monotonic() >= give_up:
+            raise ServiceError(f"{config.url}/readyz does not answer")
         try:
             ready = httpx.get(f"{config.url}/readyz", timeout=10).status_code == 200
         except httpx.HTTPError:

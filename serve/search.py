@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +22,15 @@ if TYPE_CHECKING:
 
 _FOREVER = "private, max-age=86400, immutable"
 _MODEL = "search"
+Asked = Callable[..., Awaitable[Any]]
+"""A method of the searcher, by name, with what it takes."""
 
 
 def attach_search(app: FastAPI, desk: Desk, searcher: DeploymentHandle) -> None:
     bounds = desk.config.bounds
+
+    async def asked(method: str, *about: Any) -> Any:
+        return await desk.upstream.again_if_lost(_MODEL, lambda: getattr(searcher, method).remote(*about))
 
     def version() -> Version:
         found = desk.upstream.traffic.searched
@@ -40,8 +46,8 @@ def attach_search(app: FastAPI, desk: Desk, searcher: DeploymentHandle) -> None:
             raise InputError(f"offset and limit reach {body.offset + body.limit:,} results, at most {bounds.max_results:,}")
         chosen = version()
         request.state.version = response.headers["x-mm-version"] = chosen.reference
-        query = await _vector_of(request, body, chosen, desk, searcher)
-        hits: Hits = _answered(await searcher.search.remote(query, body.target, body.filters, body.offset, body.limit), 422)
+        query = await _vector_of(request, body, chosen, desk, asked)
+        hits: Hits = _answered(await asked("search", query, body.target, body.filters, body.offset, body.limit), 422)
         if hits.rows:
             desk.upstream.measured.top_score(_MODEL, chosen.reference, "search", hits.rows[0].score)
         results = [
@@ -62,13 +68,13 @@ def attach_search(app: FastAPI, desk: Desk, searcher: DeploymentHandle) -> None:
     @app.get("/v1/search", responses=RESPONSES)
     async def about() -> dict[str, Any]:
         """What is searched: how much, by which model, with which recall, and the fields that filters can name."""
-        found: dict[str, Any] = await searcher.about.remote()
+        found: dict[str, Any] = await asked("about")
         return found
 
     @app.get("/v1/search/map", responses=RESPONSES)
     async def embedding_map() -> dict[str, Any]:
         """Some of the pictures on a plane, near to what they are like: `x` and `y` from 0 to 1."""
-        found: dict[str, Any] = await searcher.map.remote()
+        found: dict[str, Any] = await asked("map")
         return found
 
     picture: dict[int | str, dict[str, Any]] = {200: {"content": {"image/jpeg": {}}, "description": "A JPEG."}}
@@ -76,11 +82,11 @@ def attach_search(app: FastAPI, desk: Desk, searcher: DeploymentHandle) -> None:
     @app.get("/v1/search/items/{item}/thumbnail", response_class=Response, responses=RESPONSES | picture)
     async def thumbnail(item: int, side: int = Query(default=256, ge=16, le=1024, description="Of the longer side, pixels.")) -> Response:
         """A picture of the index, read from the shard it lies in."""
-        data: bytes = _answered(await searcher.thumbnail.remote(item, side), 404)
+        data: bytes = _answered(await asked("thumbnail", item, side), 404)
         return Response(data, media_type="image/jpeg", headers={"Cache-Control": _FOREVER})
 
 
-async def _vector_of(request: Request, body: SearchRequest, chosen: Version, desk: Desk, searcher: DeploymentHandle) -> Vector:
+async def _vector_of(request: Request, body: SearchRequest, chosen: Version, desk: Desk, asked: Asked) -> Vector:
     """The query: of text, picture or both their weighted mean."""
     given = [name for name in ("text", "image", "item") if getattr(body, name) is not None]
     if not given:
@@ -88,12 +94,12 @@ async def _vector_of(request: Request, body: SearchRequest, chosen: Version, des
     if "item" in given and len(given) > 1:
         raise InputError("item: comes alone, without text and image")
     if body.item is not None:
-        return _answered(await searcher.vector.remote(body.item), 404)
+        return _answered(await asked("vector", body.item), 404)
     inputs: list[str | Picture] = []
     if body.text is not None:
         inputs.append(desk.checker.text(body.text, "text"))
     if body.image is not None:
-        inputs.append(await desk.checker.image(body.image, "image"))
+        inputs.append(await desk.checker.image(body.image, "image", request.state.hold))
     request.state.inputs = len(inputs)
     features = (await desk.upstream.encode(_MODEL, chosen, inputs, [name for name in given if name != "item"])).features
     return composed(features, body.text_weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import ray.serve
 from ray.serve.handle import DeploymentHandle
@@ -30,6 +30,7 @@ _GROUPS = 2
 Part = Literal["encode", "match"]
 """What is wanted: a method of the encoder."""
 PARTS: tuple[Part, ...] = get_args(Part)
+T = TypeVar("T")
 Ask = Callable[[str, Part, Sequence[str | Picture]], Awaitable[Encoded | Matched | Unreadable]]
 """Of an application: what its model makes of inputs."""
 
@@ -90,17 +91,21 @@ class Upstream:
         self, model: str, version: Version, part: Part, inputs: Sequence[str | Picture], names: Sequence[str]
     ) -> Encoded | Matched:
         with self._counted(len(inputs)):
-            try:
-                result = await self._ask(version.application, part, inputs)
-            except Exception as error:
-                if not is_lost(error):
-                    raise
-                self.measured.lost(model)
-                await asyncio.sleep(_PAUSE_S)
-                result = await self._ask(version.application, part, inputs)
+            result = await self.again_if_lost(model, lambda: self._ask(version.application, part, inputs))
         if isinstance(result, Unreadable):
             raise InputError(f"{names[result.position]}: {result.problem}")
         return result
+
+    async def again_if_lost(self, model: str, ask: Callable[[], Awaitable[T]]) -> T:
+        """What a lost copy was asked is asked of another, once."""
+        try:
+            return await ask()
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            self.measured.lost(model)
+            await asyncio.sleep(_PAUSE_S)
+            return await ask()
 
     @contextmanager
     def _counted(self, inputs: int) -> Iterator[None]:

@@ -21,9 +21,10 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
+from mm_core.address import is_local
 from mm_core.config import Config
 from mm_core.data.side_table import SMALL_CHUNK_ROWS, SideTable
-from mm_core.errors import DataError
+from mm_core.errors import ConfigError, DataError
 
 FORMAT = 1
 _EMBEDDINGS, _SEARCH = "embeddings.json", "search.json"
@@ -84,6 +85,17 @@ class SearchSummary(Config):
     index_fingerprint: str
     images: Searchable | None = None
     texts: Searchable | None = None
+
+
+def vectors_folder(address: str) -> Path:
+    """The folder that an argument names, from the root.
+
+    Raises:
+        ConfigError: it is a URL: what is searched is mapped from a disk.
+    """
+    if not is_local(address):
+        raise ConfigError(f"{address}: vectors are mapped from a disk: give a folder, on a cluster one that every node sees")
+    return Path(address.removeprefix("file://")).absolute()
 
 
 def values_of(folder: Path, summary: EmbeddingsSummary) -> SideTable:

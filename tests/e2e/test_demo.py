@@ -1,11 +1,16 @@
-"""`mm demo` as a user runs it, on shards of their own, with the training cut short."""
+"""`mm demo --keep` as a user runs it, on shards of their own, with the training cut short: its page is up at the end, until Ctrl-C."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +23,43 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def demo(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    """Its JSON, its folder, and what it showed."""
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "mm", "demo", "--data", f"{corpus}/train/*.tar", "--json"]
+    command = [sys.executable, "-m", "mm", "demo", "--data", f"{corpus}/train/*.tar", "--json", "--keep"]
     environment = os.environ | {"MM_SET__STEPS": "30", "MM_SET__CHECKPOINT__EVERY_STEPS": "20"}
-    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
-    assert process.returncode == 0, process.stderr
+    with (folder / "stdout").open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=out, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    with process, watchdog(process, 400):
+        assert process.stderr is not None
+        shown = list[str]()
+        for line in process.stderr:
+            shown.append(line)
+            if line.startswith("The page:"):
+                break
+        assert shown, "it said nothing"
+        (url,) = re.findall(r"The page: +(http://\S+) until Ctrl-C", shown[-1]) or [pytest.fail("".join(shown))]
+        assert "<title>mm</title>" in httpx.get(url).text
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C, which all of its processes get
+        shown += process.stderr
+        process.wait()
+    assert process.returncode == 0, "".join(shown)
     for noise in ("Traceback", "INFO", "Warning", "(raylet)"):
-        assert noise not in process.stderr
-    return json.loads(process.stdout.splitlines()[-1]), folder, process.stderr
+        assert noise not in "".join(shown)
+    return json.loads((folder / "stdout").read_text().splitlines()[-1]), folder, "".join(shown)
+
+
+@contextmanager
+def watchdog(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
+    """Ends a process that hangs, or that a failed test leaves, and whoever waits for a line of it."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        process.kill()
 
 
 def test_every_stage_ran(demo: tuple[dict[str, Any], Path, str]) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+import mm
 from mm_core.bundle import load_bundle
 from mm_core.data.columns import vectors_of
 from mm_core.data.index import Index
@@ -124,6 +126,12 @@ def test_shards_are_indexed_on_the_way_and_only_once(bundle: Path, corpus: Path,
     assert os.stat(tmp_path / "v" / "index" / "index.json").st_mtime_ns == stamp
     with pytest.raises(ConfigError, match="other shards"):
         embed(str(bundle), "m", [str(corpus / "train")], tmp_path / "v", actors=1)
+
+
+@pytest.mark.parametrize("command", ["embed m shards --out s3://bucket/vectors", "search-index s3://bucket/vectors"])
+def test_a_store_is_no_place_to_map_vectors_from(command: str) -> None:
+    with pytest.raises(ConfigError, match=r"s3://bucket/vectors: .* every node sees"):
+        CliRunner().invoke(mm.app, command.split(), catch_exceptions=False)
 
 
 def test_nothing_to_search_is_named(tmp_path: Path) -> None:

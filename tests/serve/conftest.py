@@ -67,7 +67,7 @@ def bundle(bundle_folder: Path) -> Bundle:
 
 
 @pytest.fixture(scope="package")
-def serve_config(searchable: Path) -> ServeConfig:
+def serve_config(searchable: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
     """Small bounds, so that breaking them is cheap; one preparer, so that a process that is gone has died."""
     bounds = Bound(
         max_requests=8,
@@ -85,6 +85,7 @@ def serve_config(searchable: Path) -> ServeConfig:
         label_sets={"shapes": shapes},
         search=str(searchable),
         follow_interval_s=0.5,
+        log_folder=str(tmp_path_factory.mktemp("requests")),
     )
 
 

@@ -39,6 +39,26 @@ def test_many_inputs_go_in_batches_and_come_back_in_order(ours: Any, bundle: Bun
     assert ours.embed("x", dimensions=4).shape == (1, 4)
 
 
+def test_pictures_that_are_much_together_go_in_several_requests(server: Server, bundle: Bundle) -> None:
+    inputs = [*(picture(seed) for seed in range(6)), "x" * 100, picture(6, "PNG")]
+    with mm.Client(server.url, batch_bytes=7000) as client:
+        sent = [call.body["input"] for call in client._embed_calls(inputs, None) if call.body]
+        vectors = client.embed(inputs)
+    sizes = [sum(len(value) for one in some for value in one.values()) for some in sent]
+    assert len(sent) > 2
+    assert all(size <= 7000 or len(some) == 1 for size, some in zip(sizes, sent, strict=True))
+    assert [one for some in sent for one in some] == [{"text": i} if isinstance(i, str) else {"image": data_uri(i)} for i in inputs]
+    np.testing.assert_allclose(vectors, np.stack([expected(bundle, value) for value in inputs]), atol=1e-5)
+
+
+def test_a_client_tells_its_settings_but_for_the_key() -> None:
+    with mm.Client("http://127.0.0.1:1", key="secret", retries=2) as client:
+        assert "retries=2" in repr(client)
+        assert "secret" not in repr(client)
+    with pytest.raises(TypeError, match="retry"):
+        mm.Client(retry=2)  # type: ignore[call-arg]
+
+
 def test_the_other_questions(ours: Any, bundle: Bundle) -> None:
     scores = ours.classify(picture(1), ["red circle", "star"])
     assert sum(score.score for score in scores) == pytest.approx(1, abs=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, CLIPModel
 from mm_core.bundle import Bundle
 from mm_core.data.image import decode_centre
 from mm_core.model_digest import model_digest
+from serve.config import ServeConfig
 from serve.run import Server
 
 TEXTS = ["a red circle", "two blue squares", "ein roter Kreis ✓"]
@@ -233,6 +235,17 @@ def test_a_request_keeps_the_id_its_caller_gave(client: httpx.Client) -> None:
     assert client.get("/v1/models", headers={"x-request-id": "mine-1"}).headers.get_list("x-request-id") == ["mine-1"]
     first, second = (client.get("/v1/models").headers["x-request-id"] for _ in range(2))
     assert first != second
+
+
+def test_every_request_is_a_line_of_json(client: httpx.Client, serve_config: ServeConfig) -> None:
+    """What was asked is not in it."""
+    client.post("/v1/embeddings", json={"input": ["very private", TEXTS[0]]}, headers={"x-request-id": "mine-2"})
+    lines = [line for path in Path(serve_config.log_folder or "").iterdir() for line in path.read_text().splitlines()]
+    (mine,) = (json.loads(line) for line in lines if '"mine-2"' in line)
+    told = {"method": "POST", "path": "/v1/embeddings", "status": 200, "inputs": 2, "model": "tiny", "version": "models:/tiny/1"}
+    assert {name: mine[name] for name in told} == told
+    assert mine["ms"] > 0
+    assert not any("very private" in line for line in lines)
 
 
 def test_openapi_describes_every_route_with_examples_that_work(client: httpx.Client) -> None:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
 
+from serve.bounds import Hold
 from serve.config import Fetching
 from serve.fetch import Fetcher, is_public
-from serve.problems import InputError
+from serve.problems import InputError, full
 from tests.serve.test_endpoints import picture
 
 LIMIT = 20_000
@@ -77,8 +79,8 @@ def site(certificate: Path) -> Iterator[int]:
         server.shutdown()
 
 
-def fetched(url: str, *hosts: str, **options: Any) -> bytes:
-    return asyncio.run(Fetcher(Fetching(hosts=hosts, timeout_s=1), LIMIT, **options).fetch(url, "image"))
+def fetched(url: str, *hosts: str, hold: Hold = lambda size: None, **options: Any) -> bytes:
+    return asyncio.run(Fetcher(Fetching(hosts=hosts, timeout_s=1), LIMIT, **options).fetch(url, "image", hold))
 
 
 def refuses(words: str, url: str, *hosts: str, **options: Any) -> None:
@@ -93,6 +95,18 @@ def lenient(port: int, certificate: Path) -> dict[str, Any]:
 
 def test_a_picture_is_fetched(site: int, certificate: Path) -> None:
     assert fetched(f"https://localhost:{site}/picture", "localhost", **lenient(site, certificate)) == picture(1)
+
+
+def test_its_bytes_are_counted_while_they_arrive(site: int, certificate: Path) -> None:
+    counted: list[int] = []
+    data = fetched(f"https://localhost:{site}/picture", "localhost", hold=counted.append, **lenient(site, certificate))
+    assert sum(counted) == len(data)
+
+    def no_more(size: int) -> None:
+        raise full(f"{size} bytes")
+
+    with pytest.raises(HTTPException, match="429"):
+        fetched(f"https://localhost:{site}/picture", "localhost", hold=no_more, **lenient(site, certificate))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -36,7 +37,13 @@ KINDS = {
 
 
 def processes(kind: str) -> list[int]:
-    return [one.pid for one in psutil.Process().children(recursive=True) if " ".join(one.cmdline()).startswith(KINDS[kind])]
+    """Of this test's Ray, but for those that are gone by the time they are looked at."""
+    found = []
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if " ".join(one.cmdline()).startswith(KINDS[kind]):
+                found.append(one.pid)
+    return found
 
 
 @pytest.mark.chaos

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -72,6 +73,25 @@ def test_copies_lost_twice_are_503(case: str) -> None:
     assert answer.headers["content-type"] == "application/problem+json"
     assert int(answer.headers["retry-after"]) >= 1
     assert "lost" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_a_lost_searcher_is_asked_again(case: str) -> None:
+    failures = [LOST[case]]
+
+    async def about() -> dict[str, int]:
+        if failures:
+            raise failures.pop()
+        return {"items": 3}
+
+    async def request() -> httpx.Response:
+        upstream = Upstream(10, Measured(), lambda *_: asyncio.sleep(0))  # type: ignore[arg-type, return-value]
+        searcher = SimpleNamespace(about=SimpleNamespace(remote=about))
+        app = create_app(ServeConfig(), ["contrastive"], upstream, searcher=searcher)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            return await client.get("/v1/search")
+
+    assert asyncio.run(request()).json() == {"items": 3}
 
 
 def test_a_mistake_of_ours_is_500_and_is_not_asked_again() -> None:

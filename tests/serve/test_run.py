@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mm_core.errors import BundleError, ServiceError
+from mm_core.bundle import write_bundle
+from mm_core.errors import BundleError, ConfigError, ServiceError
+from mm_core.models.dvae import build_codebook, codebook_tiny
 from serve.address import free_port
 from serve.cli import wanted_models
-from serve.config import ServeConfig
-from serve.run import Server, look_at, start
+from serve.config import Compute, ServeConfig
+from serve.fleet import bring_up, versions_there
+from serve.run import Server, check_gpus, look_at, plan_of, start
 from serve.store import Folders
 
 
@@ -32,6 +35,30 @@ def test_an_address_of_another_machine_is_named() -> None:
 def test_a_missing_bundle_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no bundle at"):
         look_at(wanted_models([str(tmp_path / "absent")], ()), ServeConfig(port=free_port()), Folders())
+
+
+def test_a_model_that_answers_nothing_is_named(tmp_path: Path) -> None:
+    config = codebook_tiny()
+    facts = {"recipe": "codebook-tiny", "data_fingerprint": "f" * 32, "metrics": {}}
+    write_bundle(tmp_path / "book", model=build_codebook(config), tokenizer=None, config=config, **facts)
+    with pytest.raises(BundleError, match=r"book has the task codebook.*contrastive, multitask"):
+        look_at(wanted_models([str(tmp_path / "book")], ()), ServeConfig(port=free_port()), Folders())
+
+
+def test_more_gpus_than_there_are_is_told(bundle_folder: Path) -> None:
+    config = ServeConfig(compute=Compute(replicas=2, gpus_per_replica=0.5))
+    plan = plan_of(wanted_models([f"a={bundle_folder}", f"b={bundle_folder}"], ()), config, Folders())
+    check_gpus(plan, 2)
+    with pytest.raises(ConfigError, match=r"2 GPUs .*2 models × 2 copies × 0\.5 each.* has 1: .*--gpus 0"):
+        check_gpus(plan, 1)
+
+
+def test_a_version_that_finds_no_room_is_refused_in_time(server: Server, bundle_folder: Path) -> None:
+    """Else it would keep the others from being followed."""
+    before, compute = versions_there(), Compute(gpus_per_replica=1, start_timeout_s=0.5)
+    with pytest.raises(ServiceError, match=r"not up within 0\.5 s"):
+        bring_up(str(bundle_folder), ServeConfig(compute=compute), Folders())
+    assert versions_there() == before
 
 
 def test_a_second_endpoint_on_the_same_ray_is_refused(server: Server, bundle_folder: Path) -> None:
