@@ -24,7 +24,7 @@ demo: $(READY)  ## the main job, end to end, on this machine; DATA="path/*.tar" 
 	@$(BIN)/mm demo $(if $(DATA),--data "$(DATA)")
 
 test: $(READY)  ## the test suite, in two processes
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2
 
 check: $(READY)  ## format, lint, types, import contracts, cluster descriptions
 	@$(BIN)/ruff format --check .

@@ -10,6 +10,8 @@ from socket import socket
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.object_store import ObjectStore, reserve
 
@@ -18,11 +20,17 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `pytest -n 2 --dist loadgroup` may run beside the rest: heads of their own, which mostly wait; each file without Ray."""
-    for item in items:
-        parts = item.path.relative_to(Path(__file__).parent).parts
-        item.add_marker(pytest.mark.xdist_group({"cluster": "cluster", "mm_core": parts[-1]}.get(parts[0], "ray")))
+class Apart(LoadScopeScheduling):
+    """What `pytest -n 2` runs beside the rest: tests of heads of their own, which mostly wait, and each file that needs no Ray."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        package = file.split("/")[1]
+        return {"cluster": package, "mm_core": file}.get(package, "the rest")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Apart:
+    return Apart(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
