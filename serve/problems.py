@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from starlette.exceptions import HTTPException
 
 from serve.schema import OpenAIError, Problem
@@ -122,7 +122,13 @@ def install(app: FastAPI) -> None:
 
 def is_lost(error: BaseException) -> bool:
     """Whether a copy of a model died or has gone, also where it was one that another copy waited for."""
-    return isinstance(error, LOST) or (isinstance(error, RayTaskError) and isinstance(error.cause, LOST))
+    match error:
+        case RayTaskError():
+            return isinstance(error.cause, LOST)
+        case RayServeException() if error.__cause__:
+            return isinstance(error.__cause__, LOST)
+        case _:
+            return isinstance(error, LOST)
 
 
 def _explained(errors: Sequence[Any]) -> str:

@@ -62,7 +62,7 @@ def test_whatever_is_killed_answers_stay_right(
     expected, counts, done, killed = bundle.text_features([TEXT])[0], Counter[str](), threading.Event(), "nothing"
 
     def ask() -> None:
-        with mm.Client(server.url, retries=10) as asking:
+        with mm.Client(server.url, retries=20) as asking:
             while not done.is_set():
                 try:
                     right = np.abs(asking.embed(TEXT)[0] - expected).max() < 1e-5 and asking.search(TEXT, limit=1).results

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from serve.app import create_app
 from serve.config import ServeConfig
@@ -33,7 +33,9 @@ LOST = {
     "unreachable": ActorUnavailableError("no answer", None),
     "not deployed": DeploymentUnavailableError("Encoder"),
     "died before another": RayTaskError("encode", "traceback", ActorDiedError()),
+    "died before another was asked": RayServeException("an upstream actor died before finishing a dependent task"),
 }
+LOST["died before another was asked"].__cause__ = ActorDiedError()
 
 
 def vectors(count: int) -> Encoded:
