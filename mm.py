@@ -220,7 +220,7 @@ def _searchable(console: Console, reference: str, shards: str, ledgers: tuple[st
 @contextmanager
 def _endpoint(reference: str, vectors: Path) -> Iterator[Server]:
     """What `mm serve` does, on a free port."""
-    from serve.address import free_port
+    from mm_core.ports import free_port
     from serve.cli import wanted_models
     from serve.config import ServeConfig
     from serve.run import look_at, start

@@ -41,12 +41,12 @@ from mm_core.config import resolve
 from mm_core.data.image import decode_centre
 from mm_core.models.family import build_model
 from mm_core.models.tokenizer import special_tokens, train_bpe
+from mm_core.ports import free_port
 from pipelines.embed import vectors
 from pipelines.recipes import recipe
 from pipelines.registry import RegistryModels, register_bundle
 from pipelines.session import ray_session
 from pipelines.tracking import TrackingConfig, open_client
-from serve.address import free_port
 from serve.cli import wanted_models
 from serve.client import AsyncClient, RefusedError, data_uri
 from serve.config import Compute, Precision, ServeConfig

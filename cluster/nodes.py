@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ import psutil
 import requests
 
 from mm_core.errors import ServiceError
+from mm_core.ports import LOOPBACK, free_ports
 
-LOOPBACK = "127.0.0.1"
 _START_S, _GRACE_S, _CLOCK_S = 90.0, 3.0, 1.0
 _LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray 2.60 turns 127.0.0.1 into the machine's outer address, and then listens on all interfaces, but where it makes no clusters."""
@@ -191,15 +190,6 @@ class LocalCluster:
         psutil.wait_procs(leaders, timeout=_GRACE_S)  # `ray start --block` waits long for the workers of jobs that have ended
         _kill([*family, *(process for node in self.nodes for process in node.processes())])
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def free_ports(count: int) -> list[int]:
-    """Of loopback, on which nobody listens now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((LOOPBACK, 0))
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 def _resources(room: Room) -> Iterator[str]:

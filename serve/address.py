@@ -7,13 +7,6 @@ import socket
 from mm_core.errors import ServiceError
 
 
-def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def check_address(host: str, port: int) -> None:
     """
     Raises:

@@ -122,13 +122,8 @@ def install(app: FastAPI) -> None:
 
 def is_lost(error: BaseException) -> bool:
     """Whether a copy of a model died or has gone, also where it was one that another copy waited for."""
-    match error:
-        case RayTaskError():
-            return isinstance(error.cause, LOST)
-        case RayServeException() if error.__cause__:
-            return isinstance(error.__cause__, LOST)
-        case _:
-            return isinstance(error, LOST)
+    waited_for = error.cause if isinstance(error, RayTaskError) else error.__cause__ if isinstance(error, RayServeException) else None
+    return isinstance(error, LOST) or isinstance(waited_for, LOST)
 
 
 def _explained(errors: Sequence[Any]) -> str:

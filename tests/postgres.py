@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.nodes import free_ports
+from mm_core.ports import free_port
 
 _START_S = 60
 _PROGRAMS = ("initdb", "postgres", "pg_isready", "createdb", "psql")
@@ -34,7 +34,7 @@ class Postgres:
     """The server, until the block ends. `uri` names an empty database; who has `variables` knows the password."""
 
     def __init__(self, programs: Path) -> None:
-        self._programs, (self.port,) = programs, free_ports(1)
+        self._programs, self.port = programs, free_port()
         self._folder = Path(tempfile.mkdtemp(prefix="mmp"))  # pytest's own folders are closed to others than their user
         self.uri = f"postgresql+psycopg2://mlflow@127.0.0.1:{self.port}/mlflow"
         password = secrets.token_hex(16)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from cluster.nodes import free_ports
+from mm_core.ports import free_port
 from pipelines.tracking import TrackingConfig, outage
 
 _START_S = 300
@@ -20,7 +20,7 @@ class TrackingServer:
     """Its logs, and what else it writes, lie in `folder`. `store` is where it keeps runs, `artifacts` where it keeps files."""
 
     def __init__(self, folder: Path, store: str, artifacts: str = "artifacts", variables: Mapping[str, str] | None = None) -> None:
-        (port,) = free_ports(1)
+        port = free_port()
         self.folder, self.config = folder, TrackingConfig(uri=f"http://127.0.0.1:{port}")
         # The store in a variable, as cluster/compose has it: no list of processes shows a password in it.
         own = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # else nine processes of 240 MB for jobs

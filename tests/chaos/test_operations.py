@@ -19,8 +19,8 @@ import psutil
 import pytest
 import requests
 
-from cluster.nodes import free_ports
 from mm_core.data.index import Index
+from mm_core.ports import free_ports
 
 pytestmark = pytest.mark.chaos
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"

@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from cluster.local import down, main, remembered
-from cluster.nodes import LocalCluster, Node, free_ports
+from cluster.nodes import LocalCluster, Node
 from mm_core.errors import ConfigError, ServiceError
+from mm_core.ports import free_ports
 
 if TYPE_CHECKING:
     from conftest import RunningHead

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mm_core.bundle import load_bundle
-from serve.address import free_port
+from mm_core.ports import free_port
 from tests.cluster.conftest import RunningHead
 from tests.serve.conftest import make_bundle
 

@@ -19,7 +19,7 @@ import pytest
 from mlflow import MlflowClient
 
 from cluster.local import remembered
-from cluster.nodes import free_ports
+from mm_core.ports import free_port
 from mm_core.store import open_store
 from pipelines.train.audit import read_audit
 from tests.object_store import ObjectStore
@@ -164,7 +164,7 @@ def all_is_in_mlflow(tracking: TrackingServer, postgres: Postgres, run_id: str) 
 
 def an_endpoint_answers(shell: Shell) -> None:
     """As a job like the others, until it is stopped."""
-    (port,) = free_ports(1)
+    port = free_port()
     job = shell.submit("serve", "models:/clip@champion", "--port", str(port))
     url = f"http://127.0.0.1:{port}"
     await_status(f"{url}/readyz", 200)

@@ -15,11 +15,11 @@ from mm_core.bundle import Bundle, load_bundle, write_bundle
 from mm_core.models.clip import ClipConfig, build_clip
 from mm_core.models.sizes import TowerConfig
 from mm_core.models.tokenizer import special_tokens, train_bpe
+from mm_core.ports import free_port
 from pipelines.embed import embed
 from pipelines.registry import RegistryModels, register_bundle
 from pipelines.search_index import SearchOptions, make_searchable
 from pipelines.tracking import TrackingConfig, open_client
-from serve.address import free_port
 from serve.cli import wanted_models
 from serve.config import Bound, Compute, LabelSet, ServeConfig
 from serve.run import Server, look_at, start

@@ -19,7 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 import mm
 from mm_core.errors import ConfigError
-from serve.address import free_port
+from mm_core.ports import free_port
 from serve.cli import wanted_models
 from serve.keys import digest, read_keys
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import mm
 from mm_core.bundle import Bundle
-from serve.address import free_port
+from mm_core.ports import free_port
 from serve.client import RefusedError, data_uri
 from serve.run import Server
 from tests.serve.test_endpoints import TEXTS, expected, picture

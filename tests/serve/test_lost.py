@@ -36,6 +36,7 @@ LOST = {
     "died before another was asked": RayServeException("an upstream actor died before finishing a dependent task"),
 }
 LOST["died before another was asked"].__cause__ = ActorDiedError()
+LOST["not deployed"].__cause__ = KeyError("Encoder")
 
 
 def vectors(count: int) -> Encoded:

@@ -10,7 +10,7 @@ import pytest
 from mm_core.bundle import write_bundle
 from mm_core.errors import BundleError, ConfigError, ServiceError
 from mm_core.models.dvae import build_codebook, codebook_tiny
-from serve.address import free_port
+from mm_core.ports import free_port
 from serve.cli import wanted_models
 from serve.config import Compute, ServeConfig
 from serve.fleet import bring_up, versions_there
