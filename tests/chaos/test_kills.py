@@ -43,7 +43,7 @@ FAILING, LATENCY_S = 0.05, 0.05
 GLOBAL_BATCH = 40
 LOSS_TOLERANCE = 1e-2
 """Sums over one and two ranks are rounded differently."""
-MOST_WORKERS, TIMEOUT_S, NOTICE_S = 2, 20, 3
+MOST_WORKERS, TIMEOUT_S, NOTICE_S = 2, 10, 3
 SETTINGS = (f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}", f"faults.step_timeout_s={TIMEOUT_S}")
 ENVIRONMENT = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(TIMEOUT_S)}
 """A rank alone that is stopped whole cannot tell, and no other waits for it: Ray Train finds it, by default after ten minutes."""
