@@ -26,7 +26,7 @@ class Apart(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::")[0]
         package = file.split("/")[1]
-        return {"cluster": package, "mm_core": file}.get(package, "the rest")
+        return {"cluster": package, "serve": package, "mm_core": file}.get(package, "the rest")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Apart:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mm_core.data.masking import MaskingConfig
@@ -39,7 +41,8 @@ class SampleCost:
     backward_flops: float
     """What checkpointing computes again included."""
     activation_bytes: float
-    """Kept from forward for backward. Attention without its matrix, as fused kernels have it."""
+    """Kept from forward for backward, under autocast on a GPU: inputs of LayerNorm in fp32, attention without its matrix, as fused kernels
+    have it."""
 
 
 def sample_cost(config: AnyModelConfig, *, views: int = 1, captions: int = 1, checkpointing: bool = False) -> SampleCost:
@@ -47,13 +50,14 @@ def sample_cost(config: AnyModelConfig, *, views: int = 1, captions: int = 1, ch
     model, batch = _model_and_batch(config, views, captions)
     if checkpointing:
         model.checkpoint_activations()
-    kept = _Kept(model)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
-            output = model(batch)
+        output = model(batch)
         forward = counter.get_total_flops()
         torch.stack([tensor.float().sum() for tensor in _tensors(output)]).sum().backward()
         total = counter.get_total_flops()
+    kept = _Kept(model)
+    with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor), _AsOnGpu():
+        model(batch)
     return SampleCost(
         parameters=sum(p.numel() for p in model.parameters()),
         block_parameters=max(sum(p.numel() for p in block.parameters()) for block in model.blocks()),
@@ -99,6 +103,47 @@ def _tensors(output: Any) -> list[Tensor]:
     if is_dataclass(output):
         output = {field.name: getattr(output, field.name) for field in fields(output)}
     return [tensor for value in output.values() for tensor in _tensors(value)] if isinstance(output, dict) else []
+
+
+class _AsOnGpu(TorchFunctionMode):
+    """Calls what autocast on a GPU comes to, where the meta device takes something dearer or cheaper: its attention has the whole matrix, in
+    fp32, and its LayerNorm stays in 16 bits."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return _fused_attention(*args, **(kwargs or {}))
+        if func is functional.layer_norm:
+            return _layer_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """
+    Shape:
+        query, key, value: (samples, heads, tokens, width of a head), and so is what comes back.
+    """
+    if attn_mask is None:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return cast(Tensor, flash(query, key, value, dropout_p, is_causal, scale=scale)[0])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    return cast(Tensor, efficient(query, key, value, mask, True, dropout_p, is_causal, scale=scale)[0])
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    weight, bias = (None if t is None else t.float() for t in (weight, bias))
+    return functional.layer_norm(input.float(), normalized_shape, weight, bias, eps).to(input.dtype)
 
 
 def _convolution_backward_flops(

@@ -29,10 +29,11 @@ SETTINGS = (
 class Nodes:
     """A head with the driver, which has room for no worker, and equal nodes, which have room for some. At first there is one."""
 
-    def __init__(self, *, cpus: int, memory: int) -> None:
+    def __init__(self, *, cpus: int, memory: int, variables: dict[str, str] | None = None) -> None:
+        """`variables`: that all processes have, Ray's own and the driver's."""
         small = 200 << 20
-        self._each = Room(cpus, memory, object_store=400 << 20)
-        self._cluster = LocalCluster.new().add(Room(1, small, small))
+        self._each, self._variables = Room(cpus, memory, object_store=400 << 20), variables or {}
+        self._cluster = LocalCluster.new().add(Room(1, small, small), self._own)
         try:
             self._cluster.wait()
             self.add()
@@ -43,11 +44,19 @@ class Nodes:
     @property
     def environment(self) -> dict[str, str]:
         """In which a command runs on them."""
-        own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        return own | self._cluster.variables | {"RAY_ADDRESS": self._cluster.gcs_address}
+        return self._own | self._cluster.variables | {"RAY_ADDRESS": self._cluster.gcs_address}
+
+    @property
+    def _own(self) -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | self._variables
+
+    @property
+    def logs(self) -> str:
+        """Ray's own, of all nodes."""
+        return "".join(file.read_text(errors="replace") for file in Path(self._cluster.folder).glob("*/session_*/logs/*") if file.is_file())
 
     def add(self) -> None:
-        self._cluster = self._cluster.add(self._each)
+        self._cluster = self._cluster.add(self._each, self._own)
         self._cluster.wait()
 
     def index(self, shards: Path | str, out: Path | str) -> Index:
@@ -98,11 +107,13 @@ class Training:
         settings: Sequence[str],
         environment: dict[str, str] | None = None,
         tracking_uri: str | None = None,
+        storage: Path | None = None,
     ) -> None:
-        """`tracking_uri`: by default a file in the folder."""
+        """`tracking_uri`: by default a file in the folder; `storage`, of the run: by default a folder in it."""
         self.folder, self._index = folder, index
+        self.run = (storage or folder / "runs") / "tiny"
         self.tracking_uri = tracking_uri or f"sqlite:///{folder / 'mlflow.db'}"
-        self._settings = [*SETTINGS, *settings, f"storage={folder / 'runs'}", f"tracking.uri={self.tracking_uri}"]
+        self._settings = [*SETTINGS, *settings, f"storage={self.run.parent}", f"tracking.uri={self.tracking_uri}"]
         self._environment = nodes.environment | (environment or {})
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -113,10 +124,6 @@ class Training:
         command += ["--resume"] if (self.run / "run.json").exists() else []
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
-
-    @property
-    def run(self) -> Path:
-        return self.folder / "runs" / "tiny"
 
     @property
     def process(self) -> subprocess.Popen[bytes]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mm_core.models.clip import clip_tiny, clip_vit_b32, clip_vit_l14
-from mm_core.models.family import build_model
+from mm_core.models.clip import clip_tiny, clip_vit_b16, clip_vit_b32, clip_vit_l14
+from mm_core.models.family import ModelConfig, build_model
 from mm_core.models.flava import flava_base
+from mm_core.models.siglip import siglip_vit_b16
 from mm_core.models.sizes import SpecialTokens
 from mm_core.models.two_tower import TwoTower
 from mm_core.optim import OptimizerConfig, OptimizerKind, build_optimizer, kept_numbers
@@ -45,6 +46,18 @@ def test_an_optimizer_keeps_what_is_counted(kind: OptimizerKind) -> None:
 def test_the_published_cost_of_l14() -> None:
     """open_clip's model profile: 175.33 GFLOPs for ViT-L-14."""
     assert sample_cost(clip_vit_l14()).forward_flops == pytest.approx(175.33e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "samples", "gigabytes"),
+    [(clip_vit_l14(), 128, 49.8), (clip_vit_b16(), 512, 59.8), (siglip_vit_b16(), 512, 53.7)],
+    ids=["l14", "b16", "siglip"],
+)
+def test_memory_is_what_an_h200_took(config: ModelConfig, samples: int, gigabytes: float) -> None:
+    """Weights, gradients and AdamW's state in fp32, and what a step keeps, beside benchmarks/RESULTS.md's peaks of uncompiled steps."""
+    cost = sample_cost(config)
+    counted = 16 * cost.parameters + samples * cost.activation_bytes
+    assert counted / 1e9 == pytest.approx(gigabytes, rel=0.1)
 
 
 def test_checkpointing_keeps_little_and_computes_again() -> None:

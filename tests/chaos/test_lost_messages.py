@@ -1,0 +1,46 @@
+"""Messages between Ray's processes that are lost, by the switch that Ray tests itself with: what is consumed is what it was."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.cluster import Nodes, Training
+
+pytestmark = pytest.mark.chaos
+STEPS, GLOBAL_BATCH = 400, 40
+SETTINGS = (f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}")
+CALLS = (
+    "NodeManagerService.grpc_client.RequestWorkerLease", "NodeManagerService.grpc_client.ReturnWorkerLease",
+    "NodeManagerService.grpc_client.PinObjectIDs", "CoreWorkerService.grpc_client.GetObjectStatus",
+    "CoreWorkerService.grpc_client.PushTask",
+)  # fmt: skip
+MOST, PERCENT = 1000, 10
+"""Of each call and process; of the requests, and of the answers."""
+LOST = {"RAY_testing_rpc_failure": ",".join(f"{call}={MOST}:{PERCENT}:{PERCENT}" for call in CALLS)}
+
+
+def trained(corpus: Path, folder: Path, variables: dict[str, str] | None = None) -> tuple[Training, str]:
+    """And what Ray logged."""
+    folder.mkdir()
+    nodes = Nodes(cpus=3, memory=4 << 30, variables=variables)
+    try:
+        index = nodes.index(corpus / "train", folder / "index")
+        training = Training(index, folder, nodes, SETTINGS)
+        training.start(2)
+        training.wait(lambda: training.ended, timeout_s=1200)
+        return training, nodes.logs
+    finally:
+        nodes.stop()
+
+
+def test_lost_messages_change_nothing_that_is_consumed(corpus: Path, tmp_path: Path) -> None:
+    undisturbed, _ = trained(corpus, tmp_path / "undisturbed")
+    training, logs = trained(corpus, tmp_path / "lost", LOST)
+    assert training.consumed() == undisturbed.consumed()
+    assert training.final_loss == pytest.approx(undisturbed.final_loss, rel=1e-5)
+    lost = len(re.findall("Injecting RPC", logs))
+    print(f"{lost} messages lost, {training.attempt[0]} starts of the workers")
+    assert lost > 0
