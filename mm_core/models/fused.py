@@ -49,6 +49,17 @@ class _States(NamedTuple):
     """After it: what heads and projections take."""
 
 
+class _Shown(NamedTuple):
+    """What the fusion is shown of pairs."""
+
+    image: Float[Tensor, "b n d"]
+    text: Float[Tensor, "b l d"]
+    present: Bool[Tensor, "b l"]
+    """Where a text has words."""
+    seen: Bool[Tensor, "b 2"]
+    """Which of image and text it may look at."""
+
+
 class Fused(nn.Module):
     """A model of two towers whose tokens meet in a third transformer."""
 
@@ -117,11 +128,11 @@ class Fused(nn.Module):
 
     def _of_pairs(self, batch: PairBatch) -> FusedOutput:
         """The whole images and the masked ones go through their tower together, and so do the texts."""
-        contrasted = Task.CONTRASTIVE in self._tasks
-        fused = self._tasks & {Task.ITM, Task.MMM_IMAGE, Task.MMM_TEXT}
+        contrasted, whole = Task.CONTRASTIVE in self._tasks, bool(self._tasks & {Task.CONTRASTIVE, Task.ITM})
+        masked = bool(self._tasks & {Task.MMM_IMAGE, Task.MMM_TEXT})
         images, texts = batch.images, batch.texts
-        masks = [torch.zeros_like(images.mask)] * contrasted + [images.mask] * bool(fused)
-        ids = [texts.input_ids] * contrasted + [texts.masked_ids] * bool(fused)
+        masks = [torch.zeros_like(images.mask)] * whole + [images.mask] * masked
+        ids = [texts.input_ids] * whole + [texts.masked_ids] * masked
         if not masks:
             return FusedOutput()
         image = self._image(images.pixels.repeat(len(masks), 1, 1, 1), torch.cat(masks))
@@ -130,31 +141,37 @@ class Fused(nn.Module):
         features: tuple[Tensor, Tensor] | None = None
         if contrasted:
             features = unit(self._image_projected(image.embedded[:count])), unit(self._text_projected(text.embedded[:count]))
-        predictions = self._fused(batch, image.hidden[-count:], text.hidden[-count:], features) if fused else {}
+        predictions = self._fused(batch, image.hidden, text.hidden, features)
         tokens = (image.hidden, text.hidden) if batch.probed else ()
         if features is None:
             return FusedOutput(predictions, tokens=tokens)
         return FusedOutput(predictions, *features, self.logit_scale, tokens=tokens)
 
     def _fused(
-        self, batch: PairBatch, image: Float[Tensor, "b n d"], text: Float[Tensor, "b l d"], features: tuple[Tensor, Tensor] | None
+        self, batch: PairBatch, image: Float[Tensor, "c n d"], text: Float[Tensor, "c l d"], features: tuple[Tensor, Tensor] | None
     ) -> dict[Task, Predictions]:
-        """`image`, `text`: of the masked sides. Pairs and negatives go through the fusion together."""
-        images, texts, count = batch.images, batch.texts, len(image)
-        seen = batch.seen if batch.seen is not None else images.mask.new_ones(count, 2)
-        present = self._is_text(texts.masked_ids)
+        """`image`, `text`: of the whole sides, then of the masked ones, as far as they serve a task. All go through the fusion together."""
+        images, texts, count = batch.images, batch.texts, len(batch.images.pixels)
+        everything = images.mask.new_ones(count, 2)
+        shown: list[_Shown] = []
         negatives = None
         if Task.ITM in self._tasks:
-            negatives, hidden, shown = self._negatives(batch, text, features)
-            image, text, present = image.repeat(2, 1, 1), torch.cat([text, hidden]), torch.cat([present, shown])
-            seen = seen.repeat(2, 1)
-        states = self._fuse(image, text, present & seen[:, 1:], seen[:, 0])
+            negatives, other, other_present = self._negatives(batch, text[:count], features)
+            shown.append(_Shown(image[:count], text[:count], self._is_text(texts.input_ids), everything))
+            shown.append(_Shown(image[:count], other, other_present, everything))
+        if self._tasks & {Task.MMM_IMAGE, Task.MMM_TEXT}:
+            seen = everything if batch.seen is None else batch.seen
+            shown.append(_Shown(image[-count:], text[-count:], self._is_text(texts.masked_ids), seen))
+        if not shown:
+            return {}
+        together = _Shown(*(torch.cat(part) for part in zip(*shown, strict=True)))
+        states = self._fuse(together.image, together.text, together.present & together.seen[:, 1:], together.seen[:, 0])
         found: dict[Task, Predictions] = {}
         if negatives is not None:
             labels = torch.arange(2, device=states.device).flip(0).repeat_interleave(count)
-            counts = torch.cat([torch.ones_like(negatives.found), negatives.found]) & seen.all(dim=1)
-            found[Task.ITM] = Predictions(self.model.itm_head(states), labels, counts)
-        pairs, patches = states[:count], images.mask.shape[1]
+            counts = torch.cat([torch.ones_like(negatives.found), negatives.found])
+            found[Task.ITM] = Predictions(self.model.itm_head(states[: 2 * count]), labels, counts)
+        pairs, patches = states[-count:], images.mask.shape[1]
         if Task.MMM_IMAGE in self._tasks:
             masked = _places(pairs, images.rows, patches, first=_IMAGE_FIRST)
             found[Task.MMM_IMAGE] = Predictions(self.model.mmm_image_head(masked), self._entries(images))
@@ -166,13 +183,15 @@ class Fused(nn.Module):
     def _negatives(
         self, batch: PairBatch, text: Float[Tensor, "b l d"], features: tuple[Tensor, Tensor] | None
     ) -> tuple[Negatives, Float[Tensor, "b l d"], Bool[Tensor, "b l"]]:
-        """A text of the global batch for each image, masked as its own image sees it, encoded.
+        """A text of the global batch for each image, encoded, and where it has words.
 
-        Of another rank its token ids are sent, which are small, and encoded again: the gradient is the same.
+        Args:
+            text: the rank's own texts, whole. Of another rank token ids are sent, which are small, and encoded again: the gradient is
+                the same.
         """
-        whole, ids = batch.whole, batch.texts.masked_ids
+        whole, ids = batch.whole, batch.texts.input_ids
         with torch.no_grad():
-            keys = gather_rows(text_keys(batch.texts.input_ids), whole.counts)
+            keys = gather_rows(text_keys(ids), whole.counts)
             own = torch.arange(whole.first, whole.first + len(ids), device=ids.device)
             negatives = draw_negatives(self._similarities(features, whole, len(ids)), own, keys, batch.draws)
         if not whole.is_divided and not batch.probed:  # what is probed are the pairs' own tokens, on any number of ranks

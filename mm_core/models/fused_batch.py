@@ -23,7 +23,7 @@ class Task(StrEnum):
     MMM_TEXT = "mmm_text"
     """Masked words of such a pair."""
     ITM = "itm"
-    """Whether an image and a text belong together."""
+    """Whether an image and a text, both whole, belong together."""
     CONTRASTIVE = "contrastive"
     """Which image belongs to which text of the global batch."""
 
@@ -75,7 +75,7 @@ class PairBatch:
     """In [0, 1): what a sample's choice of a negative is drawn by."""
     whole: GlobalBatch
     seen: Bool[Tensor, "b 2"] | None = None
-    """Which of image and text the fusion sees of each sample; None for both of all. What is not seen has no rows to predict."""
+    """Which of the masked image and text the fusion sees of each sample; None for both of all. What is not seen has no rows to predict."""
     probed: bool = False
     """Whether the tasks' gradients are to be compared."""
 

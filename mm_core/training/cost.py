@@ -106,8 +106,8 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 class _AsOnGpu(TorchFunctionMode):
-    """Calls what autocast on a GPU comes to, where the meta device takes something dearer or cheaper: its attention has the whole matrix, in
-    fp32, and its LayerNorm stays in 16 bits."""
+    """What autocast on a GPU calls, where the meta device takes something dearer or cheaper: its attention has the whole matrix, in fp32,
+    and its LayerNorm stays in 16 bits."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is functional.scaled_dot_product_attention:
@@ -139,11 +139,9 @@ def _fused_attention(
     return cast(Tensor, efficient(query, key, value, mask, True, dropout_p, is_causal, scale=scale)[0])
 
 
-def _layer_norm(
-    input: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
+def _layer_norm(input: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     weight, bias = (None if t is None else t.float() for t in (weight, bias))
-    return functional.layer_norm(input.float(), normalized_shape, weight, bias, eps).to(input.dtype)
+    return functional.layer_norm(input.float(), shape, weight, bias, eps).to(input.dtype)
 
 
 def _convolution_backward_flops(
