@@ -153,8 +153,9 @@ def measure(work: Path, bundle: Bundle, run: TrainRun, tokenizer: PreTrainedToke
     held = HeldOut(IndexReader(data["heldout"]), compile_kept(data["heldout"]).ordinals, light, masking, run.model.image_size)
     words = {*COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES)}
     row: dict[str, Any] = {"tasks": task_metrics(bundle.towers, held, _CPU)}
-    named = task_metrics(bundle.towers, held, _CPU, hide=hiding(words, light, masking.mask_id))
-    row["colours_and_shapes"] = {key: named[key] for key in ("mlm", "mmm_text", "mmm_text_other_image")}
+    named = task_metrics(bundle.towers, held, _CPU, hide=hiding(words, light, masking.mask_id), whole_images=True)
+    asked = ("mlm", "mmm_text", "mmm_text_other_image", "mmm_text_no_image")
+    row["colours_and_shapes"] = {key: named[key] for key in asked if key in named}
     pairs = decode_samples(held.reader, held.ordinals, run.model.image_size)
     texts = [captions[0] for captions in pairs.captions]
     row["retrieval"] = retrieval_metrics(bundle.image_features(pairs.images), bundle.text_features(texts), np.arange(len(texts)))

@@ -68,9 +68,13 @@ def batch_of(config: FlavaConfig, samples: int, device: torch.device) -> PairBat
     )
 
 
-def ours(config: FlavaConfig, batch: FusedBatch, samples: int, device: torch.device, options: argparse.Namespace) -> Step:
+def ours(
+    config: FlavaConfig, batch: FusedBatch, samples: int, device: torch.device, options: argparse.Namespace, *, compiled: bool = False
+) -> Step:
     model = Fused(build_model(config, tokens_of(config)), mean=config.image_mean, std=config.image_std)
     model.attend_for(device)
+    if compiled:
+        model.compile_blocks()
     if options.checkpointing:
         model.checkpoint_activations()
     clock, optimizer = StepClock(device), OptimizerConfig(lr=_LR)
@@ -157,6 +161,7 @@ def measure(name: str, step: str, samples: int, device: torch.device, options: a
     }
     sides: dict[str, Step] = {
         "mm": ours(config, kinds[step], samples, device, options),
+        "mm_compiled": ours(config, kinds[step], samples, device, options, compiled=True),
         "plain": theirs(config, inputs_of(config, batch, step, False), device, options),
     }
     if step == "pairs":

@@ -1,7 +1,8 @@
 """What a model for several tasks has learned of each, on held-out pairs: its loss and accuracy beside those of the best constant answer,
 and, for masked words, with the right image, another one and none.
 
-Masks and negatives are drawn from the samples' numbers, so that two models are asked the same.
+Masks and negatives are drawn from the samples' numbers, so that two models are asked the same; but for the hard negatives of `itm`, which
+are those that the model itself finds hard.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mm_core.data.text import CaptionTokenizer
 from mm_core.distributed import GlobalBatch
 from mm_core.errors import BundleError
 from mm_core.evaluation.encoded import check_skipped
+from mm_core.losses.negatives import draw_negatives, text_keys
 from mm_core.models.fused import Fused
 from mm_core.models.fused_batch import FusedBatch, ImageBatch, MaskedImages, MaskedTexts, PairBatch, Predictions, Task, TextBatch
 from mm_core.models.tokenizer import caption_tokenizer, mask_token, special_tokens
@@ -94,17 +96,21 @@ def held_out(bundle: Bundle, reader: IndexReader, ordinals: U64) -> HeldOut:
 
 
 @torch.no_grad()
-def task_metrics(model: Fused, held: HeldOut, device: torch.device, *, hide: Hide | None = None) -> dict[str, dict[str, float]]:
-    """By task the figures of `_Score.metrics`; `mmm_text_other_image`: masked words beside the image of another sample.
+def task_metrics(
+    model: Fused, held: HeldOut, device: torch.device, *, hide: Hide | None = None, whole_images: bool = False
+) -> dict[str, dict[str, float]]:
+    """By task the figures of `_Score.metrics`; `itm_uniform`: matching, with any other text of so many; `mmm_text_other_image`,
+    `mmm_text_no_image`: masked words beside the image of another sample, and beside none.
 
     Args:
         hide: which words are hidden; by default as in training.
+        whole_images: no patch is hidden.
 
     Raises:
         DataError: more than a tenth of the samples cannot be decoded.
     """
     scores: dict[str, _Score] = {}
-    for batch in _batches(held, device, hide):
+    for batch in _batches(held, device, hide, whole_images):
         shown: dict[str, FusedBatch] = {
             "": batch,
             "image": ImageBatch(batch.images, batch.whole),
@@ -112,14 +118,33 @@ def task_metrics(model: Fused, held: HeldOut, device: torch.device, *, hide: Hid
         }
         for one in shown.values():
             for task, found in model(one).predictions.items():
-                scores.setdefault(task, _Score()).add(found)
-        other = replace(batch, images=replace(batch.images, pixels=batch.images.pixels.roll(1, 0)))
-        if (found := model(other).predictions.get(Task.MMM_TEXT)) is not None:
-            scores.setdefault("mmm_text_other_image", _Score()).add(found)
+                if len(found.targets):
+                    scores.setdefault(task, _Score()).add(found)
+        scores.setdefault("itm_uniform", _Score()).add(_matched(model, batch))
+        blind = torch.tensor([[False, True]] * len(batch.draws), device=device)
+        others = {
+            "mmm_text_other_image": replace(batch, images=replace(batch.images, pixels=batch.images.pixels.roll(1, 0))),
+            "mmm_text_no_image": replace(batch, images=replace(batch.images, rows=batch.images.rows[:0]), seen=blind),
+        }
+        for name, other in others.items():
+            if (found := model(other).predictions.get(Task.MMM_TEXT)) is not None:
+                scores.setdefault(name, _Score()).add(found)
     return {name: score.metrics() for name, score in scores.items()}
 
 
-def _batches(held: HeldOut, device: torch.device, hide: Hide | None) -> Iterator[PairBatch]:
+def _matched(model: Fused, batch: PairBatch) -> Predictions:
+    """Each image with its own text, then with one that says something else."""
+    pixels, ids = batch.images.pixels, batch.texts.input_ids
+    count = len(ids)
+    own = torch.arange(count, device=ids.device)
+    other = draw_negatives(batch.draws.new_zeros(count, count), own, text_keys(ids), batch.draws)
+    belongs = torch.cat([model.match(pixels, ids), model.match(pixels, ids[other.rows])]).clamp(1e-7, 1 - 1e-7)
+    labels = torch.ones_like(own).repeat(2)
+    labels[count:] = 0
+    return Predictions(torch.stack([1 - belongs, belongs], dim=1).log(), labels, torch.cat([torch.ones_like(other.found), other.found]))
+
+
+def _batches(held: HeldOut, device: torch.device, hide: Hide | None, whole_images: bool) -> Iterator[PairBatch]:
     reasons: list[str] = []
     good = 0
     for start in range(0, len(held.ordinals), _SAMPLES):
@@ -133,7 +158,7 @@ def _batches(held: HeldOut, device: torch.device, hide: Hide | None) -> Iterator
         texts = [captions[0] for captions, there in zip(decoded.captions, decoded.good, strict=True) if there]
         ids, words = held.tokenizer.with_words(texts)
         masked, hidden = hide(ids, words, texts, seeds) if hide else held.masking.texts(ids, words, seeds)
-        patches = held.masking.images(seeds)
+        patches = held.masking.images(seeds) & (not whole_images)
 
         def there(values: np.ndarray) -> Tensor:
             return torch.from_numpy(np.array(values)).to(device)
@@ -148,11 +173,13 @@ def _batches(held: HeldOut, device: torch.device, hide: Hide | None) -> Iterator
 
 
 def hiding(names: Collection[str], tokenizer: CaptionTokenizer, mask_id: int) -> Hide:
-    """Hide every occurrence of the words `names`, and nothing else."""
+    """Hide one of the words `names` in each text that has one, and nothing else."""
 
     def hide(ids: np.ndarray, words: np.ndarray, texts: list[str], seeds: U64) -> tuple[np.ndarray, np.ndarray]:
-        chosen = [{n for n, word in enumerate(tokenizer.words(text)) if word in names} for text in texts]
-        hidden = np.array([[word in some for word in row] for row, some in zip(words.tolist(), chosen, strict=True)])
+        hidden = np.zeros(ids.shape, dtype=bool)
+        for row, (text, draw) in enumerate(zip(texts, uniform(seeds, _DRAW), strict=True)):
+            if places := [n for n, word in enumerate(tokenizer.words(text)) if word in names]:
+                hidden[row] = words[row] == places[int(draw * len(places))]
         return np.where(hidden, mask_id, ids).astype(np.int32), hidden
 
     return hide

@@ -131,6 +131,11 @@ def build_flava(config: FlavaConfig, tokens: SpecialTokens) -> FlavaForPreTraini
     return model
 
 
+def _spread(tower: TowerConfig) -> dict[str, float]:
+    """Of initial weights: FLAVA's own at its width, and more where narrower, so that attention's scores begin as far apart."""
+    return {"initializer_range": 0.02 * (768 / tower.width) ** 0.5}
+
+
 def hf_config(config: FlavaConfig, tokens: SpecialTokens) -> HFFlavaConfig:
     """The same sizes as transformers' configuration."""
     from transformers import FlavaConfig as HFFlavaConfig
@@ -138,9 +143,9 @@ def hf_config(config: FlavaConfig, tokens: SpecialTokens) -> HFFlavaConfig:
     image = {"image_size": config.image_size, "patch_size": config.patch_size, "vocab_size": config.codebook.entries}
     text = {"vocab_size": config.vocab_size, "max_position_embeddings": config.text_positions, "pad_token_id": tokens.pad}
     return HFFlavaConfig(
-        image_config=tower_settings(config.vision) | image,
-        text_config=tower_settings(config.text) | text,
-        multimodal_config=tower_settings(config.fusion),
+        image_config=tower_settings(config.vision) | image | _spread(config.vision),
+        text_config=tower_settings(config.text) | text | _spread(config.text),
+        multimodal_config=tower_settings(config.fusion) | _spread(config.fusion),
         image_codebook_config=codebook_settings(config.codebook),
         hidden_size=config.fusion.width,
         projection_dim=config.embed_dim,

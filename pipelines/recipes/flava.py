@@ -28,9 +28,9 @@ def flava_tiny() -> TrainRun:
             augment=AugmentConfig(crop_area=(0.9, 1.0)),
             masking=MaskingConfig(min_block=2, text_share=0.3),
         ),
-        optimizer=OptimizerConfig(lr=1e-3, beta2=0.999, weight_decay=0.1),
+        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.1),
         schedule=ScheduleConfig(warmup_steps=100),
-        steps=2000,
+        steps=1500,
         global_batch_size=64,
         checkpoint=CheckpointConfig(every_steps=250),
     )

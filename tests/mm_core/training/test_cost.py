@@ -74,8 +74,8 @@ def test_views_and_texts_cost_their_towers_again() -> None:
 
 
 def test_flavas_pairs_cost_their_encoders_and_a_codebook() -> None:
-    """Whole and masked sides through both towers, pairs, masked pairs and negatives through the fusion: 171 of 226 GFLOP; the rest is the heads and
-    DALL-E's encoder, 51 of them."""
+    """Whole and masked sides through both towers, pairs, masked pairs and negatives through the fusion: 171 of 226 GFLOP; the rest is the
+    heads and DALL-E's encoder, 51 of them."""
     cost = sample_cost(flava_base())
     encoders = 2 * sum(transformer_flops(tokens, 768, 12) for tokens in (197, 77)) + 3 * transformer_flops(275, 768, 6)
     assert encoders == pytest.approx(170.6e9, rel=1e-3)
