@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mm_core.errors import TrainingError
+from mm_core.errors import MMError, TrainingError
 
 
 class Ranks:
@@ -38,7 +38,8 @@ class Ranks:
 
         Raises:
             BaseException: `error`, on the rank it is of.
-            TrainingError: of the first rank that has one, on the others.
+            TrainingError: of the first rank that has one, on the others; RuntimeError, if it is not one of mm's own, which a new start
+                may mend.
         """
         if self.size > 1:
             seen = torch.tensor([error is not None, count], device=self.device)
@@ -67,8 +68,10 @@ class Ranks:
         return shared[0]
 
     def _raise_theirs(self, own: BaseException | None) -> None:
-        words: list[str | None] = [None] * self.size
-        dist.all_gather_object(words, None if own is None else f"{type(own).__name__}: {own}", group=self._group)
+        errors: list[tuple[str, bool] | None] = [None] * self.size
+        dist.all_gather_object(
+            errors, None if own is None else (f"{type(own).__name__}: {own}", isinstance(own, MMError)), group=self._group
+        )
         if own is None:
-            rank, word = next((rank, word) for rank, word in enumerate(words) if word is not None)
-            raise TrainingError(f"{self._work} stopped on rank {rank}: {word}")
+            rank, (word, is_ours) = next((rank, error) for rank, error in enumerate(errors) if error is not None)
+            raise (TrainingError if is_ours else RuntimeError)(f"{self._work} stopped on rank {rank}: {word}")

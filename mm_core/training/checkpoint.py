@@ -22,7 +22,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+from torch.distributed.checkpoint.storage import StorageWriter
 
 from mm_core.address import is_local
 from mm_core.config import Config
@@ -66,6 +66,7 @@ def load_checkpoint(url: str, model: nn.Module, optimizer: torch.optim.Optimizer
 
     Raises:
         CheckpointError: the checkpoint is of another model, or damaged.
+        Exception: as the store or the process group raised it, which may do better next time.
     """
     state = whole_state(model, optimizer, mean)
     _load(state, url)
@@ -91,7 +92,7 @@ def read_state(url: str) -> CheckpointState:
     try:
         with open_file(f"{url}/{STATE}", "rt") as file:
             values = json.load(file)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise CheckpointError(f"{url} is no checkpoint of mm: {error}") from None
     if values.get("format") != FORMAT:
         raise CheckpointError(f"the checkpoint {url} has format {values.get('format')!r}, this mm reads {FORMAT}")
@@ -108,7 +109,7 @@ def checkpoint_writer(url: str) -> StorageWriter:
     return FileSystemWriter(open_store(url)[1]) if is_local(url) else FsspecWriter(url, **store_options(url))
 
 
-def _reader(url: str) -> StorageReader:
+def _reader(url: str) -> GuardedReader | GuardedFsspecReader:
     return GuardedReader(open_store(url)[1]) if is_local(url) else GuardedFsspecReader(url, **store_options(url))
 
 
@@ -117,11 +118,15 @@ def _mean_state(mean: WeightMean | None) -> dict[str, Any]:
 
 
 def _load(state: dict[str, Any], url: str, *, alone: bool = False) -> None:
+    reader = _reader(url)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as `alone` says
-            state_dict_loader.load(state, storage_reader=_reader(url), planner=GuardedPlanner(), no_dist=alone)
-    except (Exception, CheckpointException) as error:  # CheckpointException, what each rank met, is no Exception
+            state_dict_loader.load(state, storage_reader=reader, planner=GuardedPlanner(), no_dist=alone)
+    except CheckpointException as error:  # what each rank met; no Exception
+        causes = [reader.unread] if reader.unread else [cause for cause, _ in error.failures.values()]
+        if causes and all(isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) for cause in causes):
+            raise OSError(f"the checkpoint {url} could not be read: {cause_of(causes[0])}") from None
         raise CheckpointError(f"the checkpoint {url} is damaged or of another model: {cause_of(error)}") from None
 
 

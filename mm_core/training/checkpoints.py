@@ -11,7 +11,7 @@ import logging
 import posixpath
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -160,7 +160,7 @@ class CheckpointWriter:
         """Seconds that the thread took for the last one."""
 
     def save(self, state: CheckpointState, metrics: Mapping[str, float], *, wait: bool = False) -> None:
-        """Begin to write the state as it is now; with `wait`, until it is there.
+        """Begin to write the state as it is now; with `wait`, until it is there, which is tried twice: there may be no next one.
 
         Raises:
             CheckpointError: two in a row could not be written.
@@ -171,6 +171,9 @@ class CheckpointWriter:
         self._under_way = self._thread.submit(self._write, staged, state, dict(metrics))
         if wait:
             self.finish()
+            if self._failures:
+                self._under_way = self._thread.submit(self._write, staged, state, dict(metrics))
+                self.finish()
 
     def finish(self) -> None:
         """Wait for the one that is under way.
@@ -186,8 +189,8 @@ class CheckpointWriter:
             self._failures += 1
             said = f"a checkpoint could not be written to {self._folder.url}: {cause_of(error)}"
             if self._failures == _FAILURES_IN_A_ROW:
-                raise CheckpointError(f"{said}; so could not the one before it: look at the store") from None
-            logger.warning("%s; the one before it stays, and the next is tried", said)
+                raise CheckpointError(f"{said}, twice in a row: look at the store") from None
+            logger.warning("%s; the one before it stays, and it is tried again", said)
         finally:
             self._under_way = None
 
@@ -197,24 +200,29 @@ class CheckpointWriter:
 
     def _write(self, staged: dict[str, Any], state: CheckpointState, metrics: dict[str, float]) -> float:
         began = time.monotonic()
-        self._make_room(state.step)
+        self._first_alone(lambda: self._folder.remove(state.step))  # what a killed attempt has left there
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process
             state_dict_saver.save(staged, storage_writer=checkpoint_writer(self._folder.at(state.step)), process_group=self._group)
-        if self._ranks.rank == 0:
-            if metrics:
-                self._folder.add_metrics(state.step, metrics)
-            write_whole(f"{self._folder.at(state.step)}/{STATE}", state.model_dump_json(indent=1).encode())
-            self._prune()
+        self._first_alone(lambda: self._complete(state, metrics))
         return time.monotonic() - began
 
-    def _make_room(self, step: int) -> None:
-        """What a killed attempt has left at `step` goes, before any rank writes there. If that fails it fails on all ranks: one that gave
-        up alone would be a checkpoint ahead of the others from then on, and its part would get in between theirs."""
+    def _complete(self, state: CheckpointState, metrics: dict[str, float]) -> None:
+        if metrics:
+            self._folder.add_metrics(state.step, metrics)
+        write_whole(f"{self._folder.at(state.step)}/{STATE}", state.model_dump_json(indent=1).encode())
+        try:
+            self._prune()
+        except Exception as error:  # whatever a store raises; this one is whole
+            logger.warning("what is old in %s could not be removed, and is tried again: %s", self._folder.url, cause_of(error))
+
+    def _first_alone(self, act: Callable[[], None]) -> None:
+        """Rank 0 acts. If that fails it fails on all ranks: one that gave up alone would be a checkpoint ahead of the others from then on,
+        and its part would get in between theirs."""
         error = None
         if self._ranks.rank == 0:
             try:
-                self._folder.remove(step)
+                act()
             except Exception as caught:  # whatever a store raises
                 error = caught
         self._ranks.agree(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
@@ -47,18 +47,24 @@ def _metadata(reader: FileSystemReader, rank: int | None) -> Metadata:
     return metadata
 
 
-class GuardedReader(FileSystemReader):
+class _Guarded:
+    unread: OSError | None = None
+    """Why the metadata could not be read, where the store is to blame; torch says no more than that it has none."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            return _metadata(cast(FileSystemReader, self), kwargs.get("rank"))
+        except OSError as error:
+            self.unread = None if isinstance(error, FileNotFoundError) else error
+            raise
+
+
+class GuardedReader(_Guarded, FileSystemReader):
     """Of a folder on this machine."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return _metadata(self, kwargs.get("rank"))
 
-
-class GuardedFsspecReader(FsspecReader):
+class GuardedFsspecReader(_Guarded, FsspecReader):
     """Of a folder in any store."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return _metadata(self, kwargs.get("rank"))
 
 
 class GuardedPlanner(DefaultLoadPlanner):

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from mm_core.errors import CheckpointError
-from mm_core.store import open_store
+from mm_core.store import open_store, write_whole
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, load_weights, read_state
 from mm_core.training.checkpoints import BestIs, CheckpointFolder, CheckpointWriter, Retention
 from mm_core.training.ema import WeightMean
@@ -193,7 +193,8 @@ def test_what_was_measured_is_read_only_where_something_is_chosen_by_it(tmp_path
         writer.save(state_at(1), {}, wait=True)
         Path(folder.at(1), "metrics.json").mkdir()
         writer.save(state_at(2), {}, wait=True)
-        assert ("could not be written" in caplog.text) is warned
+        assert folder.steps() == [1, 2]
+        assert ("could not be removed" in caplog.text) is warned
 
 
 def test_one_is_old_enough_to_go_back_to() -> None:
@@ -227,12 +228,47 @@ def test_a_store_that_fails_once_is_borne_and_twice_ends_it(
     with monkeypatch.context() as patched:
         patched.setattr("mm_core.training.checkpoints.write_whole", _no_space)
         with caplog.at_level(logging.WARNING):
-            writer.save(state_at(2), {}, wait=True)
+            writer.save(state_at(2), {})
+            writer.finish()
         assert "could not be written" in caplog.text
         assert folder.steps() == [1]
-        with pytest.raises(CheckpointError, match=r"No space left.*; so could not the one before it: look at the store"):
-            writer.save(state_at(3), {}, wait=True)
+        writer.save(state_at(3), {})
+        with pytest.raises(CheckpointError, match=r"No space left.*, twice in a row: look at the store"):
+            writer.finish()
     assert folder.steps() == [1]
+
+
+def test_the_last_one_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After it there is no next one: without it an older model would be exported as if it were this one."""
+    folder = CheckpointFolder(str(tmp_path / "run"))
+    writer, fails = writer_of(folder), [True]
+
+    def fail_once(url: str, data: bytes) -> None:
+        if fails:
+            fails.clear()
+            _no_space(url, data)
+        write_whole(url, data)
+
+    monkeypatch.setattr("mm_core.training.checkpoints.write_whole", fail_once)
+    writer.save(state_at(1), {}, wait=True)
+    assert folder.steps() == [1]
+    monkeypatch.setattr("mm_core.training.checkpoints.write_whole", _no_space)
+    with pytest.raises(CheckpointError, match="twice in a row"):
+        writer.save(state_at(2), {}, wait=True)
+    assert folder.steps() == [1]
+
+
+def test_a_store_that_does_not_answer_is_no_damage(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that starts again may find it well."""
+    url = saved(folder)
+
+    def refuse(*arguments: Any, **named: Any) -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr("mm_core.training.guarded_read._metadata", refuse)
+    with pytest.raises(OSError, match="could not be read: ConnectionResetError") as caught:
+        load_checkpoint(url, *trained())
+    assert not isinstance(caught.value, CheckpointError)
 
 
 class Stubborn(CheckpointFolder):
@@ -253,7 +289,8 @@ def _save_four(rank: int, folder: str, rendezvous: str) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(step)
-        writer.save(state_at(step), {}, wait=True)
+        writer.save(state_at(step), {})
+        writer.finish()
     writer.close()
     dist.destroy_process_group()
 
