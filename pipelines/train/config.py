@@ -205,6 +205,8 @@ class TrainRun(Config):
     def _measures_what_there_is(self) -> Self:
         if self.evaluation.every_steps is not None and not self.model.reads_text:
             raise ValueError("evaluation compares images with texts, and a codebook reads none: set evaluation.every_steps=null")
+        if (self.checkpoint.best_metric or "").startswith("eval/") and self.evaluation.every_steps is None:
+            raise ValueError(f"checkpoint.best_metric={self.checkpoint.best_metric} is measured by evaluation: set evaluation.every_steps")
         return self
 
     @property

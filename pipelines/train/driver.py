@@ -100,6 +100,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     else:
         if request.run.tracking == TrackingConfig():  # nobody named another store than the one it began in
             run = run.model_copy(update={"tracking": TrackingConfig.model_validate(record.config["tracking"])})
+        check_parts(run.model_copy(update={"model": TrainRun.model_validate(record.config).model}))
         if folder.is_finished(run.steps):
             console.note(f"{folder.url} has taken all of its {run.steps:,} steps: there is nothing to continue")
             return _result(run, folder, record, run.steps, final_metrics(run.tracking, record.tracking_run_id, ""))
@@ -143,6 +144,9 @@ def _train(
         log_data(run, record.tracking_run_id, outcome)
         if outcome.failure:
             raise TrainingError(outcome.failure)
+        best = run.checkpoint.best_metric
+        if best and run.checkpoint.best(folder.checkpoints.metrics()) is None:
+            console.note(f"no checkpoint has checkpoint.best_metric={best}: the newest is exported")
         export_bundle(folder, {name: value for name, value in outcome.metrics.items() if name in _BUNDLE_METRICS})
         log_results(run, folder, record.tracking_run_id, data, outcome.metrics)
         status = RunStatus.FINISHED

@@ -20,6 +20,7 @@ from mm_core.models.tokenizer import load_tokenizer, mask_token, special_tokens
 from mm_core.models.two_tower import TwoTower
 from mm_core.models.warm_start import WarmStart, take_over
 from mm_core.training.parallel import Parallelism
+from mm_core.training.precision import Precision, check_fp8_installed
 from pipelines.train.config import TrainRun
 from pipelines.train.parts import masking_of
 from pipelines.train.run_data import RunData
@@ -28,11 +29,13 @@ from pipelines.train.run_data import RunData
 def check_run(run: TrainRun, data: RunData) -> None:
     """
     Raises:
-        ConfigError: data without pairs; a batch, chunk, mix or number of workers that do not fit one another.
+        ConfigError: data without pairs; a batch, chunk, mix or number of workers that do not fit one another; fp8 without torchao.
     """
     data.check_modalities(run)
     data.plan(run)
-    check_parallel(run, run.resources.workers)
+    check_parallel(run, run.resources.min_workers or run.resources.workers)
+    if run.precision is Precision.FP8:
+        check_fp8_installed()
 
 
 def check_parallel(run: TrainRun, ranks: int) -> None:
@@ -42,8 +45,8 @@ def check_parallel(run: TrainRun, ranks: int) -> None:
     """
     if run.parallel.kind is Parallelism.FSDP and ranks == 1:
         raise ConfigError(
-            "parallel.kind=fsdp divides the model among ranks, and there is one: give more with --workers, or leave it at ddp, which can"
-            " continue the same run"
+            "parallel.kind=fsdp divides the model among ranks, and there is one, or may be: give more with --workers, or leave it at ddp,"
+            " which can continue the same run"
         )
 
 

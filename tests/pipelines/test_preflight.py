@@ -57,7 +57,7 @@ BATCH = [
 PARALLEL = [
     (
         "--set parallel.kind=fsdp",
-        "parallel.kind=fsdp divides the model among ranks, and there is one: give more with --workers, or leave it",
+        "parallel.kind=fsdp divides the model among ranks, and there is one, or may be: give more with --workers, or leave it",
     ),
     ("--set parallel.kind=fsdp --workers 1", "parallel.kind=fsdp divides the model among ranks, and there is one"),
 ]
