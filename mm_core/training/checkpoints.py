@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from threading import Lock
 from typing import Any
 
 import torch
@@ -124,6 +125,31 @@ class CheckpointFolder:
         for begun in self.begun():
             if begun > step:
                 self.remove(begun)
+
+
+class LateMetrics:
+    """What was measured of steps, for their checkpoints, which may still be under way: writing begins by removing what is at a step."""
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self._folder, self._lock = folder, Lock()
+        self._waiting: dict[int, Mapping[str, float]] = {}
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """From any thread."""
+        with self._lock:
+            self._waiting[step] = metrics
+        self.hand_on()
+
+    def hand_on(self) -> None:
+        """To the checkpoints that are whole by now. To be called from time to time; reads the store only where something waits."""
+        with self._lock:
+            if not self._waiting:
+                return
+            steps = self._folder.steps()
+            for step in sorted(self._waiting.keys() & {*steps}):
+                self._folder.add_metrics(step, self._waiting.pop(step))
+            newest = max(steps, default=0)
+            self._waiting = {step: metrics for step, metrics in self._waiting.items() if step > newest}  # the rest have none
 
 
 class CheckpointWriter:

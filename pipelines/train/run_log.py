@@ -13,7 +13,7 @@ import ray.train
 import torch.distributed as dist
 
 from mm_core.store import write_whole
-from mm_core.training.checkpoints import CheckpointFolder
+from mm_core.training.checkpoints import CheckpointFolder, LateMetrics
 from mm_core.training.clock import StepClock
 from mm_core.training.watchdog import Standstill, Watchdog
 from pipelines.exported import RunGauges
@@ -34,6 +34,7 @@ class RunLog:
         self._stack = ExitStack()
         self._log: MetricLog | None = None
         self._gauges = RunGauges(posixpath.basename(task.folder))
+        self._measured = LateMetrics(CheckpointFolder(task.folder))
 
     def __enter__(self) -> RunLog:
         if self._rank == 0:
@@ -56,15 +57,14 @@ class RunLog:
             self._log.log(step, metrics)
             self._gauges.update(step, metrics)
             self._task.board.update.remote(step, metrics)
+            self._measured.hand_on()
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """What was measured of the model of a step, now or, in the background, later; from any thread. Its checkpoint is told too."""
         if self._log is not None:
             self._log.log(step, metrics)
             self._task.board.say.remote(evaluation_line(step, metrics))
-            checkpoints = CheckpointFolder(self._task.folder)
-            if step in checkpoints.steps():
-                checkpoints.add_metrics(step, metrics)
+            self._measured.add(step, metrics)
 
     def say(self, text: str) -> None:
         if self._log is not None:
@@ -75,6 +75,7 @@ class RunLog:
         self.say(text)
 
     def __exit__(self, *error: object) -> None:
+        self._stack.callback(self._measured.hand_on)
         self._stack.close()
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from mm_core.errors import CheckpointError
 from mm_core.store import open_store, write_whole
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, load_weights, read_state
-from mm_core.training.checkpoints import BestIs, CheckpointFolder, CheckpointWriter, Retention
+from mm_core.training.checkpoints import BestIs, CheckpointFolder, CheckpointWriter, LateMetrics, Retention
 from mm_core.training.ema import WeightMean
 
 
@@ -209,6 +209,18 @@ def test_the_best_is_by_the_metric_and_the_later_of_equals() -> None:
     assert Retention(best_metric="r", best_is=BestIs.LOWEST).best(metrics) == 1
     assert Retention(best_metric="other").best(metrics) is None
     assert Retention().best(metrics) is None
+
+
+def test_what_is_measured_before_a_checkpoint_is_whole_reaches_it(folder: CheckpointFolder) -> None:
+    writer, late = writer_of(folder, keep=9), LateMetrics(folder)
+    late.add(2, {"eval/loss": 2.0})
+    late.add(3, {"eval/loss": 3.0})
+    for step in (1, 2):
+        writer.save(state_at(step), {"loss": 1.0}, wait=True)
+    late.hand_on()
+    writer.save(state_at(4), {}, wait=True)
+    late.hand_on()  # no checkpoint will be of step 3
+    assert folder.metrics() == {1: {"loss": 1.0}, 2: {"loss": 1.0, "eval/loss": 2.0}, 4: {}}
 
 
 def test_going_back_removes_what_is_newer(folder: CheckpointFolder) -> None:
