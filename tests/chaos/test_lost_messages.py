@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
 
 import pytest
@@ -17,9 +17,9 @@ CALLS = (
     "NodeManagerService.grpc_client.PinObjectIDs", "CoreWorkerService.grpc_client.GetObjectStatus",
     "CoreWorkerService.grpc_client.PushTask",
 )  # fmt: skip
-MOST, PERCENT = 1000, 10
-"""Of each call and process; of the requests, and of the answers."""
-LOST = {"RAY_testing_rpc_failure": ",".join(f"{call}={MOST}:{PERCENT}:{PERCENT}" for call in CALLS)}
+EACH = {"num_failures": 1000, "req_failure_prob": 10, "resp_failure_prob": 10, "num_lower_bound_req_failures": 2}
+"""Of each call and process: two requests at least, a tenth of them and of the answers, so many at most."""
+LOST = {"RAY_testing_rpc_failure": json.dumps(dict.fromkeys(CALLS, EACH))}
 
 
 def trained(corpus: Path, folder: Path, variables: dict[str, str] | None = None) -> tuple[Training, str]:
@@ -41,6 +41,6 @@ def test_lost_messages_change_nothing_that_is_consumed(corpus: Path, tmp_path: P
     training, logs = trained(corpus, tmp_path / "lost", LOST)
     assert training.consumed() == undisturbed.consumed()
     assert training.final_loss == pytest.approx(undisturbed.final_loss, rel=1e-5)
-    lost = len(re.findall("Injecting RPC", logs))
-    print(f"{lost} messages lost, {training.attempt[0]} starts of the workers")
-    assert lost > 0
+    dropping = logs.count("RpcFailureManager seed")
+    print(f"{dropping} processes lost messages, {training.attempt[0]} starts of the workers")
+    assert dropping > 0
