@@ -164,9 +164,21 @@ class Training:
 
     def points(self) -> list[Metric]:
         """Of the loss, as MLflow has them: of every step, and of the replayed ones again."""
-        run_id = json.loads((self.run / "run.json").read_text())["tracking_run_id"]
-        found: list[Metric] = MlflowClient(self.tracking_uri).get_metric_history(run_id, "loss")
+        found: list[Metric] = MlflowClient(self.tracking_uri).get_metric_history(self._tracked, "loss")
         return found
+
+    def artifacts(self) -> set[str]:
+        """What MLflow keeps of the run beside its metrics."""
+        client, found = MlflowClient(self.tracking_uri), set()
+        folders: list[str | None] = [None]
+        while folders:
+            for item in client.list_artifacts(self._tracked, folders.pop()):
+                (folders.append if item.is_dir else found.add)(item.path)
+        return found
+
+    @property
+    def _tracked(self) -> str:
+        return str(json.loads((self.run / "run.json").read_text())["tracking_run_id"])
 
     def finished_steps(self) -> list[tuple[float, int]]:
         """When each step was done, in seconds of the clock, the replayed ones too."""

@@ -1,8 +1,9 @@
 """Random faults of every role of a training run: what was consumed is what an undisturbed run consumes, and the loss ends where its does.
 
 Two Ray nodes on this machine: a head with the driver, and one that holds the workers and can be lost; shards and index in an S3 store,
-which is slow and fails 5 % of the reads; an MLflow server. `make chaos` runs three seeds with two faults of each role;
-`MM_CHAOS_OF_EACH=10 make chaos` ten of each, `MM_CHAOS_SEEDS=3,4 make chaos` other seeds. What each role costs is printed as a table.
+which is slow and fails 5 % of the reads; an MLflow server. `make chaos` runs three seeds with five faults of each role, three quarters of
+an hour; `MM_CHAOS_OF_EACH=1 make chaos` one of each, `MM_CHAOS_SEEDS=3,4 make chaos` other seeds. What each role costs is printed as a
+table.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from mm_core.bundle import load_bundle
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
 from mm_core.store import open_store
@@ -32,17 +34,17 @@ from tests.object_store import ObjectStore
 from tests.tracking_server import TrackingServer
 
 pytestmark = pytest.mark.chaos
-OF_EACH = int(os.environ.get("MM_CHAOS_OF_EACH", "2"))
+OF_EACH = int(os.environ.get("MM_CHAOS_OF_EACH", "5"))
 SEEDS = [int(seed) for seed in os.environ.get("MM_CHAOS_SEEDS", "0,1,2").split(",")]
 STEPS = 400 * OF_EACH
 """A fault takes some fifteen; while a notice of preemption runs, training goes on."""
-OUTAGE_S = 60.0
+OUTAGE_S = 120.0
 """Of the MLflow server. The faults that come next fall into it."""
 FAILING, LATENCY_S = 0.05, 0.05
 """Of the store's reads."""
 GLOBAL_BATCH = 40
-LOSS_TOLERANCE = 1e-2
-"""Sums over one and two ranks are rounded differently."""
+LOSS_TOLERANCE = 1e-5
+"""Relative: sums over one and two ranks are rounded differently."""
 MOST_WORKERS, TIMEOUT_S, NOTICE_S = 2, 10, 3
 SETTINGS = (f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}", f"faults.step_timeout_s={TIMEOUT_S}")
 ENVIRONMENT = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(TIMEOUT_S)}
@@ -259,7 +261,9 @@ def test_random_faults_change_nothing_that_is_consumed(
     found = training.consumed()
     assert sorted(found) == list(range(STEPS))
     assert found == undisturbed.consumed()
-    assert abs(training.final_loss - undisturbed.final_loss) < LOSS_TOLERANCE
+    assert training.final_loss == pytest.approx(undisturbed.final_loss, rel=LOSS_TOLERANCE)
+    assert training.artifacts() == undisturbed.artifacts()
+    load_bundle(str(training.run / "bundle"))
     epochs = Counter((epoch, uid) for step in found.values() for epoch, _, uid in step)
     samples = len(compile_kept(index))
     whole = STEPS * GLOBAL_BATCH // samples
