@@ -159,6 +159,39 @@ def test_the_network_denies_what_it_does_not_name() -> None:
     assert {port["port"] for name in ("ray-operator", "endpoint") for rule in incoming[name] for port in rule["ports"]} == {8265, 8000}
 
 
+def covers(wide: dict[str, Any], narrow: dict[str, Any]) -> bool:
+    """Whether every pod that the second selector of labels takes is one of the first's."""
+    return wide.get("matchLabels", {}).items() <= narrow.get("matchLabels", {}).items()
+
+
+def lets_in(spec: dict[str, Any], asks: dict[str, Any], asked: dict[str, Any], ports: list[Any] | None) -> bool:
+    """Whether a policy lets pods of one selector ask those of another at these ports; None is all of them."""
+    return covers(spec["podSelector"], asked) and any(
+        any("namespaceSelector" not in peer and covers(peer.get("podSelector", {}), asks) for peer in rule["from"])
+        and ("ports" not in rule or (ports is not None and all(port in rule["ports"] for port in ports)))
+        for rule in spec.get("ingress", ())
+    )
+
+
+def test_who_may_ask_a_pod_of_the_namespace_is_let_in_there() -> None:
+    policies = [each["spec"] for each in objects("network.yaml") if each["kind"] == "NetworkPolicy"]
+    within = [
+        (spec["podSelector"], peer["podSelector"], rule.get("ports"))
+        for spec in policies
+        for rule in spec.get("egress", ())
+        for peer in rule.get("to", ())
+        if "namespaceSelector" not in peer
+    ]
+    assert {"matchLabels": {"app.kubernetes.io/name": "mlflow"}} in [asked for _, asked, _ in within]
+    for asks, asked, ports in within:
+        assert any(lets_in(spec, asks, asked, ports) for spec in policies), f"{asks} may ask {asked}, which does not let it in"
+
+
+def test_mlflow_reaches_its_stores() -> None:
+    (mlflow,) = [each["spec"] for each in objects("network.yaml") if each["metadata"]["name"] == "mlflow"]
+    assert {port["port"] for rule in mlflow["egress"] for port in rule["ports"]} == {443, 5432}
+
+
 def test_the_job_runs_a_command_that_can_be_started_again() -> None:
     (job,) = objects("train.yaml")
     words = shlex.split(job["spec"]["entrypoint"])
