@@ -22,6 +22,8 @@ import yaml
 import mm
 from cluster import validate
 from cluster.machine import FLOORS
+from mm_core.config import resolve
+from pipelines.recipes import recipe
 from serve.config import ServeConfig
 from serve.fleet import Wanted
 
@@ -138,6 +140,14 @@ def test_gpu_workers_come_and_go_and_wait_in_a_queue() -> None:
         assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
     for each in (cluster, *objects("train.yaml"), *objects("serve.yaml")):
         assert each["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "mm"
+
+
+@pytest.mark.parametrize("name", ["cluster", "train"])
+def test_a_run_asks_for_gpus_that_are_not_there_yet(name: str) -> None:
+    (ray,) = ray_clusters()[name]["headGroupSpec"]["template"]["spec"]["containers"]
+    environment = {entry["name"]: entry["value"] for entry in ray["env"] if entry["name"].startswith("MM_SET__")}
+    run, _ = resolve(recipe("clip-vit-b32"), environment=environment)
+    assert run.resources.gpus_per_worker == 1
 
 
 def test_spot_workers_give_notice_before_they_go() -> None:
