@@ -279,11 +279,13 @@ def test_the_image_holds_every_package_and_leaves_the_rest_out() -> None:
     assert {f"!{name}" for name in copied} == {line for line in ignored if line.startswith("!")}
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def ray_commands() -> list[str]:
-    """Lines of the guides' blocks that begin with `ray`."""
-    pages = sorted((ROOT / "docs").glob("*.md"))
-    found = [re.findall(r"^(?:\.venv/bin/)?(ray \w[^\n#]*)", page.read_text(encoding="utf-8"), re.MULTILINE) for page in pages]
-    return sorted({line.strip() for lines in found for line in lines})
+    """Of the guides' blocks, what begins with `ray` at the start of a line or behind `&&`."""
+    command = re.compile(r"(?:^(?:    )?|&& )(?:\.venv/bin/)?(ray \w[^\n#&]*)", re.MULTILINE)
+    return sorted({found.strip() for page in PAGES for found in command.findall(page.read_text(encoding="utf-8"))})
 
 
 @pytest.mark.parametrize("command", ray_commands())
@@ -291,6 +293,13 @@ def test_ray_takes_the_guides_commands(command: str) -> None:
     from ray.scripts.scripts import cli
 
     takes(cli, shlex.split(command)[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_that_starts_a_head_draws_a_token_before(page: Path) -> None:
+    before, starts, _ = page.read_text(encoding="utf-8").partition("ray start --head")
+    for wanted in ("ray get-auth-token --generate", "chmod 600 ~/.ray/auth_token", "RAY_AUTH_MODE=token") if starts else ():
+        assert wanted in before
 
 
 def test_buckets_have_names_that_s3_takes() -> None:
