@@ -248,8 +248,9 @@ def test_compose_starts_programs_by_options_they_have() -> None:
 
 
 def test_secrets_are_drawn_once_and_are_their_owners_alone(tmp_path: Path) -> None:
-    command = ["sh", str(FOLDER / "compose" / "make-secrets.sh"), str(tmp_path / "secrets")]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = ["sh", str(FOLDER / "compose" / "make-secrets.sh"), "secrets"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert f"export RAY_AUTH_TOKEN_PATH={tmp_path.resolve()}/secrets/ray_token\n" in shown
     drawn = {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()}
     assert drawn.keys() == COMPOSE["secrets"].keys()
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "secrets").iterdir()} == {0o600}
@@ -260,7 +261,7 @@ def test_secrets_are_drawn_once_and_are_their_owners_alone(tmp_path: Path) -> No
     secrets = {drawn["ray_token"], drawn["postgres"], credentials["secretKey"]}
     assert [len(secret) for secret in secrets] == [64, 64, 64]
     assert not [secret for secret in secrets if secret in shown]
-    subprocess.run(command, capture_output=True, check=True)
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
     assert {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()} == drawn
 
 
