@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -92,7 +92,7 @@ def make_node(authority: Path, out: Path, names: Sequence[str] = (), *, days: in
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer_key.public_key()), critical=False)
     )
     _write(out, "tls.crt", "tls.key", _signed(node, signer_key), key)
-    (out / _CERTIFICATE).write_bytes((authority / _CERTIFICATE).read_bytes())
+    _replace({out / _CERTIFICATE: ((authority / _CERTIFICATE).read_bytes(), 0o644)})
     return NodeFiles(out / "tls.crt", out / "tls.key", out / _CERTIFICATE)
 
 
@@ -183,11 +183,20 @@ def _signed(builder: x509.CertificateBuilder, key: EllipticCurvePrivateKey) -> x
 
 
 def _write(folder: Path, certificate_name: str, key_name: str, certificate: x509.Certificate, key: EllipticCurvePrivateKey) -> None:
-    """The key is its owner's alone from its first byte on."""
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / key_name).unlink(missing_ok=True)
-    with os.fdopen(os.open(folder / key_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    (folder / certificate_name).write_bytes(certificate.public_bytes(Encoding.PEM))
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    _replace({folder / key_name: (private, 0o600), folder / certificate_name: (certificate.public_bytes(Encoding.PEM), 0o644)})
+
+
+def _replace(files: Mapping[Path, tuple[bytes, int]]) -> None:
+    """Write files of these contents and modes beside their places, then move them there: a node may be reading what was there before.
+    A key is its owner's alone from its first byte on."""
+    beside = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
+    for path, (content, mode) in files.items():
+        beside[path].unlink(missing_ok=True)
+        with os.fdopen(os.open(beside[path], os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content)
+    for path, new in beside.items():
+        os.replace(new, path)

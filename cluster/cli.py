@@ -50,11 +50,10 @@ def doctor(
     found = checks(address)
     if failures:
         found = [check for check in found if check.state is State.FAIL]
-        if not found:
-            return
-    console.table(("check", "", "found", "what to do"), [(check.name, check.state, check.evidence, check.remedy) for check in found])
     counts = {state: sum(check.state is state for check in found) for state in State}
-    console.say(", ".join(f"{count} {state}" for state, count in counts.items()))
+    if found:
+        console.table(("check", "", "found", "what to do"), [(check.name, check.state, check.evidence, check.remedy) for check in found])
+        console.say(", ".join(f"{count} {state}" for state, count in counts.items()))
     console.result({"checks": [asdict(check) for check in found]} | {state.value: count for state, count in counts.items()})
     raise typer.Exit(1 if counts[State.FAIL] else 0)
 

@@ -4,8 +4,9 @@ then what it talks to."""
 from __future__ import annotations
 
 from cluster import machine, services, target
-from cluster.check import Check, State
+from cluster.check import Check, State, fail
 from cluster.head import connect
+from mm_core.errors import ServiceError
 
 __all__ = ["Check", "State", "checks"]
 
@@ -15,10 +16,10 @@ def checks(address: str | None = None) -> list[Check]:
     three seconds for a host that does not answer.
 
     Raises:
-        ServiceError, ConfigError: the head at `address` does not answer, or refuses.
+        ConfigError: `address` is not that of a job service.
     """
     return [
-        *(target.checks(connect(address)) if address else ()),
+        *(_cluster(address) if address else ()),
         machine.python(),
         *machine.packages(),
         machine.cpus(),
@@ -33,3 +34,11 @@ def checks(address: str | None = None) -> list[Check]:
         *services.object_storage(),
         services.hugging_face(),
     ]
+
+
+def _cluster(address: str) -> list[Check]:
+    try:
+        return target.checks(connect(address))
+    except ServiceError as error:
+        reason, _, remedy = str(error).partition(": ")  # what to do stands behind the colon
+        return [fail("the cluster", reason, remedy)]

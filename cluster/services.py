@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cluster.check import Check, fail, ok, warn
+from mm_core.address import without_password
 
 _TIMEOUT_S = 3.0
 _PORTS = {
@@ -75,12 +76,12 @@ def ray_head() -> Check:
 def tracking() -> Check:
     """The store of runs and models: a writable place for sqlite, a server that answers for others."""
     name, uri = "tracking store", os.environ.get("MM_SET__TRACKING__URI", _DEFAULT_TRACKING)
+    if without_password(uri) != uri:
+        remedy = "take it out, and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSFILE for PostgreSQL"
+        return fail(name, f"MM_SET__TRACKING__URI={without_password(uri)} carries a password, which runs would keep", remedy)
     if uri.startswith("sqlite:///"):
         return _sqlite(name, Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute())
     parts = urlsplit(uri)
-    if parts.password is not None:
-        remedy = "take it out, and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSFILE for PostgreSQL"
-        return fail(name, f"MM_SET__TRACKING__URI carries a password for {parts.hostname}, which runs would keep", remedy)
     scheme, shown = parts.scheme.partition("+")[0], f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}"
     if scheme in ("http", "https"):
         reason = _no_answer(f"{uri.rstrip('/')}/health")

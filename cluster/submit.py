@@ -25,6 +25,7 @@ from cluster.jobs import LIVE, list_jobs
 from cluster.machine import required
 from cluster.run_names import LABEL, run_of, submission_id
 from mm_core import revision as revisions
+from mm_core.address import without_password
 from mm_core.errors import ConfigError, ServiceError
 
 RUN_LINE = re.compile(r"mlflow run ([0-9a-f]{32})")
@@ -148,9 +149,10 @@ def submit(head: Head, arguments: Sequence[str], request: Request) -> Started:
     """Start a job, unless one of the same run has not ended yet.
 
     Raises:
-        ConfigError: no arguments.
+        ConfigError: no arguments, or one with a password in it.
         ServiceError: the head does not answer or refuses.
     """
+    _refuse_passwords(arguments)
     if not arguments:
         raise ConfigError("nothing to submit: put the command behind two dashes, for example mm submit -- train clip-tiny --data INDEX")
     if (run := run_of(arguments)) is None:
@@ -167,6 +169,15 @@ def submit(head: Head, arguments: Sequence[str], request: Request) -> Started:
                 raise
             time.sleep(_POLL_S)  # somebody else submitted it at the same moment: theirs is seen now
     raise ServiceError(f"another job at {head.address} has the name {own_id!r}: give the run another --name")
+
+
+def _refuse_passwords(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        if (shown := without_password(argument)) != argument:
+            raise ConfigError(
+                f"{shown} carries a password, which Ray keeps with the job and every list of processes shows: take it out, and pass it on"
+                " in a variable with --env NAME (MLFLOW_TRACKING_PASSWORD, PGPASSWORD, AWS_SECRET_ACCESS_KEY)"
+            )
 
 
 def _start(head: Head, arguments: Sequence[str], request: Request, labels: dict[str, str], job_id: str | None = None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+@")
+_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)|([?&](?:password|passwd|pwd|token)=)[^&#\s'\"]+", re.IGNORECASE)
 
 
 def absolute(address: str) -> str:
@@ -18,5 +18,5 @@ def is_local(address: str) -> bool:
 
 
 def without_password(text: str) -> str:
-    """`text` with the password of every URL in it replaced by stars."""
-    return _PASSWORD.sub(r"\1***@", text)
+    """`text` with the password of every URL in it replaced by stars, before the host and among the options behind `?`."""
+    return _PASSWORD.sub(r"\1\2***", text)

@@ -50,6 +50,11 @@ def ray_session(*, cpus: int | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
+def may_grow() -> bool:
+    """Whether nodes may join while a command runs: a cluster that was there before may have an autoscaler, an embedded Ray has none."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
 def connect(*, cpus: int | None = None) -> None:
     """`ray.init`: `address="local"` unless `RAY_ADDRESS` says otherwise, as a stale cluster file makes a bare init join or fail."""
     import ray

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import click
@@ -41,6 +43,26 @@ def test_the_program_takes_every_command(page: Path) -> None:
         except click.UsageError as error:
             if not isinstance(error, click.MissingParameter) or line in {f"mm {command.name}"}:
                 pytest.fail(f"{page.name}: {line}: {error.format_message()}")
+
+
+STARTS = [
+    pytest.param(block, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
+    if "mm tls node" in block
+]
+
+
+@pytest.mark.parametrize("block", STARTS)
+@pytest.mark.parametrize("fails", [True, False])
+def test_no_node_starts_without_its_certificate(block: str, fails: bool, tmp_path: Path) -> None:
+    """With programs in place of `mm` and `ray`, line by line as in a terminal."""
+    for name, does in (("mm", f"test $2 != node || exit {int(fails)}"), ("ray", "test $1 != start || touch started")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    subprocess.run(["bash", "-c", block], cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+    assert (tmp_path / "started").exists() is not fails
 
 
 def test_there_are_commands_to_look_at() -> None:

@@ -5,6 +5,7 @@ set -eu
 umask 077
 folder=${1:-$(dirname "$0")/secrets}
 mkdir -p "$folder"
+folder=$(cd "$folder" > /dev/null && pwd)
 
 draw() {
     od -An -N32 -tx1 /dev/urandom | tr -d ' \n'

@@ -143,7 +143,7 @@ class ResourceConfig(Config):
     resize_every_s: float = Field(
         default=60.0, ge=0, description="With min_workers: seconds between looks for room for more. A change starts the workers again."
     )
-    gpus_per_worker: float | None = Field(default=None, ge=0, description="By default 1 where the cluster has that many GPUs, else 0.")
+    gpus_per_worker: float | None = Field(default=None, ge=0, description="By default 1 where the cluster has that many GPUs now, else 0.")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:

@@ -120,7 +120,7 @@ def _train(
 ) -> TrainResult:
     # 2. The data as it was indexed, a cluster that is large enough; then a new folder and tracking run, or the ones it began with.
     check_shards(data.indexes)
-    check_resources(run)
+    check_resources(run, console)
     resumed = record is not None
     with nullcontext() if heldout is None else heldout.index() as zeroshot_index:
         if record is None:

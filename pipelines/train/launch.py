@@ -21,6 +21,7 @@ from mm_core.errors import ConfigError, MMError, TrainingError
 from mm_core.store import open_store
 from mm_core.training.precision import Precision, check_fp8_installed
 from pipelines.causes import own_error
+from pipelines.session import may_grow
 from pipelines.train.board import SHARE, News
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import WorkerTask, train_worker
@@ -151,17 +152,19 @@ class _Trainer(TorchTrainer):
                 ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
 
 
-def check_resources(run: TrainRun) -> None:
-    """
+def check_resources(run: TrainRun, console: Console) -> None:
+    """A cluster that may grow can be asked for more GPUs than it has now, which is said: Ray Train waits for them.
+
     Raises:
-        ConfigError: the cluster has fewer GPUs than the workers ask for, or none that compute in the run's precision.
+        ConfigError: this machine has fewer GPUs than the workers ask for, or the cluster none that compute in the run's precision.
     """
     wanted = (run.resources.gpus_per_worker or 0) * (run.resources.min_workers or run.resources.workers)
     there = ray.cluster_resources().get("GPU", 0)
     if wanted > there:
-        raise ConfigError(
-            f"resources: {run.resources.workers} workers with {run.resources.gpus_per_worker} GPUs each, but the cluster has {there:g}"
-        )
+        lack = f"{run.resources.workers} workers with {run.resources.gpus_per_worker:g} GPUs each, but the cluster has {there:g}"
+        if not may_grow():
+            raise ConfigError(f"resources: {lack}")
+        console.note(f"{lack}: training waits until nodes with more join it, an autoscaler's or yours")
     if run.precision is Precision.FP8:
         check_fp8_installed()
         _check_fp8(run)
@@ -179,7 +182,7 @@ def _check_fp8(run: TrainRun) -> None:
 
 
 def gpus_per_worker(run: TrainRun) -> float:
-    """As configured, or as the cluster has them."""
+    """As configured, or as the cluster has them now: one that makes its GPU nodes when they are asked for must be told."""
     if run.resources.gpus_per_worker is not None:
         return run.resources.gpus_per_worker
     return 1 if ray.cluster_resources().get("GPU", 0) >= (run.resources.min_workers or run.resources.workers) else 0

@@ -100,6 +100,26 @@ def test_keys_are_their_owners_alone(authority: Path, tmp_path: Path) -> None:
     assert [stat.S_IMODE(path.stat().st_mode) for path in (authority / "ca.key", node.key)] == [0o600, 0o600]
 
 
+def test_files_that_a_node_reads_stay_whole_while_they_are_replaced(
+    authority: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = make_node(authority, tmp_path)
+    files = (node.certificate, node.key, node.authority)
+    before = [file.read_bytes() for file in files]
+    with node.certificate.open("rb") as certificate, node.key.open("rb") as key, node.authority.open("rb") as signer:
+        make_node(authority, tmp_path)
+        assert [file.read() for file in (certificate, key, signer)] == before
+    assert sorted(tmp_path.iterdir()) == sorted(files)
+    handshake(node, node, "localhost")
+
+    now = [file.read_bytes() for file in files]
+    assert now[:2] != before[:2]
+    monkeypatch.delattr("os.replace")  # as a process that is killed before
+    with pytest.raises(AttributeError):
+        make_node(authority, tmp_path)
+    assert [file.read_bytes() for file in files] == now
+
+
 def test_an_authority_is_not_replaced_and_must_be_there(authority: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ca\.key exists"):
         make_authority(authority)

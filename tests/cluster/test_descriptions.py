@@ -22,6 +22,8 @@ import yaml
 import mm
 from cluster import validate
 from cluster.machine import FLOORS
+from mm_core.config import resolve
+from pipelines.recipes import recipe
 from serve.config import ServeConfig
 from serve.fleet import Wanted
 
@@ -140,6 +142,14 @@ def test_gpu_workers_come_and_go_and_wait_in_a_queue() -> None:
         assert each["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "mm"
 
 
+@pytest.mark.parametrize("name", ["cluster", "train"])
+def test_a_run_asks_for_gpus_that_are_not_there_yet(name: str) -> None:
+    (ray,) = ray_clusters()[name]["headGroupSpec"]["template"]["spec"]["containers"]
+    environment = {entry["name"]: entry["value"] for entry in ray["env"] if entry["name"].startswith("MM_SET__")}
+    run, _ = resolve(recipe("clip-vit-b32"), environment=environment)
+    assert run.resources.gpus_per_worker == 1
+
+
 def test_spot_workers_give_notice_before_they_go() -> None:
     from ray.scripts.scripts import cli
 
@@ -157,6 +167,39 @@ def test_the_network_denies_what_it_does_not_name() -> None:
     incoming = {name: spec["ingress"] for name, spec in policies.items() if "ingress" in spec}
     assert all(rule["from"] for rules in incoming.values() for rule in rules)
     assert {port["port"] for name in ("ray-operator", "endpoint") for rule in incoming[name] for port in rule["ports"]} == {8265, 8000}
+
+
+def covers(wide: dict[str, Any], narrow: dict[str, Any]) -> bool:
+    """Whether every pod that the second selector of labels takes is one of the first's."""
+    return wide.get("matchLabels", {}).items() <= narrow.get("matchLabels", {}).items()
+
+
+def lets_in(spec: dict[str, Any], asks: dict[str, Any], asked: dict[str, Any], ports: list[Any] | None) -> bool:
+    """Whether a policy lets pods of one selector ask those of another at these ports; None is all of them."""
+    return covers(spec["podSelector"], asked) and any(
+        any("namespaceSelector" not in peer and covers(peer.get("podSelector", {}), asks) for peer in rule["from"])
+        and ("ports" not in rule or (ports is not None and all(port in rule["ports"] for port in ports)))
+        for rule in spec.get("ingress", ())
+    )
+
+
+def test_who_may_ask_a_pod_of_the_namespace_is_let_in_there() -> None:
+    policies = [each["spec"] for each in objects("network.yaml") if each["kind"] == "NetworkPolicy"]
+    within = [
+        (spec["podSelector"], peer["podSelector"], rule.get("ports"))
+        for spec in policies
+        for rule in spec.get("egress", ())
+        for peer in rule.get("to", ())
+        if "namespaceSelector" not in peer
+    ]
+    assert {"matchLabels": {"app.kubernetes.io/name": "mlflow"}} in [asked for _, asked, _ in within]
+    for asks, asked, ports in within:
+        assert any(lets_in(spec, asks, asked, ports) for spec in policies), f"{asks} may ask {asked}, which does not let it in"
+
+
+def test_mlflow_reaches_its_stores() -> None:
+    (mlflow,) = [each["spec"] for each in objects("network.yaml") if each["metadata"]["name"] == "mlflow"]
+    assert {port["port"] for rule in mlflow["egress"] for port in rule["ports"]} == {443, 5432}
 
 
 def test_the_job_runs_a_command_that_can_be_started_again() -> None:
@@ -205,8 +248,9 @@ def test_compose_starts_programs_by_options_they_have() -> None:
 
 
 def test_secrets_are_drawn_once_and_are_their_owners_alone(tmp_path: Path) -> None:
-    command = ["sh", str(FOLDER / "compose" / "make-secrets.sh"), str(tmp_path / "secrets")]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = ["sh", str(FOLDER / "compose" / "make-secrets.sh"), "secrets"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert f"export RAY_AUTH_TOKEN_PATH={tmp_path.resolve()}/secrets/ray_token\n" in shown
     drawn = {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()}
     assert drawn.keys() == COMPOSE["secrets"].keys()
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "secrets").iterdir()} == {0o600}
@@ -217,7 +261,7 @@ def test_secrets_are_drawn_once_and_are_their_owners_alone(tmp_path: Path) -> No
     secrets = {drawn["ray_token"], drawn["postgres"], credentials["secretKey"]}
     assert [len(secret) for secret in secrets] == [64, 64, 64]
     assert not [secret for secret in secrets if secret in shown]
-    subprocess.run(command, capture_output=True, check=True)
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
     assert {file.name: file.read_text() for file in (tmp_path / "secrets").iterdir()} == drawn
 
 
@@ -236,11 +280,13 @@ def test_the_image_holds_every_package_and_leaves_the_rest_out() -> None:
     assert {f"!{name}" for name in copied} == {line for line in ignored if line.startswith("!")}
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def ray_commands() -> list[str]:
-    """Lines of the guides' blocks that begin with `ray`."""
-    pages = sorted((ROOT / "docs").glob("*.md"))
-    found = [re.findall(r"^(?:\.venv/bin/)?(ray \w[^\n#]*)", page.read_text(encoding="utf-8"), re.MULTILINE) for page in pages]
-    return sorted({line.strip() for lines in found for line in lines})
+    """Of the guides' blocks, what begins with `ray` at the start of a line or behind `&&`."""
+    command = re.compile(r"(?:^(?:    )?|&& )(?:\.venv/bin/)?(ray \w[^\n#&]*)", re.MULTILINE)
+    return sorted({found.strip() for page in PAGES for found in command.findall(page.read_text(encoding="utf-8"))})
 
 
 @pytest.mark.parametrize("command", ray_commands())
@@ -248,6 +294,13 @@ def test_ray_takes_the_guides_commands(command: str) -> None:
     from ray.scripts.scripts import cli
 
     takes(cli, shlex.split(command)[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_that_starts_a_head_draws_a_token_before(page: Path) -> None:
+    before, starts, _ = page.read_text(encoding="utf-8").partition("ray start --head")
+    for wanted in ("ray get-auth-token --generate", "chmod 600 ~/.ray/auth_token", "RAY_AUTH_MODE=token") if starts else ():
+        assert wanted in before
 
 
 def test_buckets_have_names_that_s3_takes() -> None:

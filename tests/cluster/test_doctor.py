@@ -123,12 +123,20 @@ def test_tracking_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert "absent does not exist" in check.evidence
 
 
-@pytest.mark.parametrize("uri", [f"http://me:geheim@{NOBODY}", f"postgresql+psycopg2://me:geheim@{NOBODY}/runs", "geheim", "file:geheim"])
+@pytest.mark.parametrize("form", ["http://me:{}@host", "postgresql+psycopg2://me:{}@db/runs", "postgresql://db/runs?user=me&password={}"])
+def test_a_tracking_store_with_a_password_fails_and_is_not_shown(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    monkeypatch.setenv("MM_SET__TRACKING__URI", form.format("geheim"))
+    check = services.tracking()
+    assert (check.state, "carries a password" in check.evidence) == (State.FAIL, True)
+    assert "geheim" not in f"{check}"
+
+
+@pytest.mark.parametrize("uri", [f"http://{NOBODY}", f"postgresql+psycopg2://me@{NOBODY}/runs", "geheim", "file:geheim"])
 def test_tracking_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     monkeypatch.setenv("MM_SET__TRACKING__URI", uri)
     check = services.tracking()
     assert check.state is State.FAIL
-    assert "me:geheim" not in f"{check}"
+    assert "carries a password" not in check.evidence
 
 
 def test_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:

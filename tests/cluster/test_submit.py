@@ -14,15 +14,28 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import pytest
 from ray.runtime_env import RuntimeEnv
 
-from cluster.head import choose_address, is_this_machine
+from cluster.head import Head, choose_address, is_this_machine
 from cluster.run_names import named, run_of, submission_id
-from cluster.submit import _STOP, Elsewhere, Here, InImage, Request, _runtime_env, _stage, entrypoint, passed_variables, pinned, read_labels
+from cluster.submit import (
+    _STOP,
+    Elsewhere,
+    Here,
+    InImage,
+    Request,
+    _runtime_env,
+    _stage,
+    entrypoint,
+    passed_variables,
+    pinned,
+    read_labels,
+    submit,
+)
 from mm_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -281,6 +294,14 @@ def test_an_image_brings_everything() -> None:
         RuntimeEnv(**env)
     with pytest.raises(ConfigError, match="leave out --install"), _runtime_env(Request(place, install=True)):
         pass
+
+
+@pytest.mark.parametrize("form", ["postgresql://me:{}@db/x", "postgresql://db/x?user=me&password={}"])
+def test_a_command_with_a_password_is_not_submitted_and_the_password_not_shown(form: str) -> None:
+    nobody = Head("http://127.0.0.1:9", cast(Any, None))  # it is not asked
+    with pytest.raises(ConfigError, match=r"tracking\.uri=.*\*\*\*.* carries a password.*--env NAME") as error:
+        submit(nobody, ["train", "clip-tiny", "--set", f"tracking.uri={form.format('geheim')}"], Request(Here(Path("/"))))
+    assert "geheim" not in str(error.value)
 
 
 def test_variables_are_passed_by_name_only() -> None:

@@ -69,6 +69,15 @@ def test_doctor_looks_at_a_cluster_too(running_head: RunningHead) -> None:
     assert found["the cluster's nodes"]["evidence"].startswith("1 nodes, 2 CPUs, 0 GPUs, ")
 
 
+def test_a_head_that_does_not_answer_is_a_failed_check() -> None:
+    done = CliRunner().invoke(mm.app, ["doctor", "--address", "http://127.0.0.1:9", "--json"])
+    first, *others = json.loads(done.stdout.splitlines()[-1])["checks"]
+    assert (done.exit_code, first["name"], first["state"]) == (1, "the cluster", "fail")
+    assert first["evidence"].startswith("no Ray head answers at http://127.0.0.1:9 (")
+    assert first["remedy"].startswith("start one with `ray start --head`")
+    assert "Python" in [check["name"] for check in others]
+
+
 def test_an_old_cluster_gets_no_job(running_head: RunningHead) -> None:
     old = "from cluster.machine import FLOORS; FLOORS['ray'] = '99'"
     command = ["submit", "--address", running_head.address, "--", "doctor"]
@@ -113,6 +122,8 @@ def test_only_failures_are_shown_where_only_they_are_wanted(monkeypatch: pytest.
     for name in [name for name in os.environ if name.startswith(("AWS_", "RAY_"))]:
         monkeypatch.delenv(name)
     assert CliRunner().invoke(mm.app, ["doctor", "--failures"]).output == ""
+    shown = CliRunner().invoke(mm.app, ["doctor", "--failures", "--json"])
+    assert (json.loads(shown.output), shown.exit_code) == ({"checks": [], "ok": 0, "warn": 0, "fail": 0}, 0)
     monkeypatch.setenv("MM_SET__TRACKING__URI", "sqlite:///absent/mlflow.db")
     done = CliRunner().invoke(mm.app, ["doctor", "--failures"])
     assert done.exit_code == 1

@@ -23,7 +23,6 @@ from mm_core.data.index import Index
 from mm_core.data.ledger import Source
 from mm_core.data.reader import IndexReader
 from mm_core.data.sample import Sample
-from mm_core.errors import TrainingError
 from mm_core.evaluation.evaluator import EvaluationSpec, Evaluator, ZeroShot
 from mm_core.models.clip import build_clip
 from mm_core.models.tokenizer import caption_tokenizer, special_tokens, train_bpe
@@ -171,7 +170,7 @@ class Broken:
 def ended(evaluator: Evaluator, towers: Any) -> str:
     try:
         evaluator(towers)
-    except (OSError, TrainingError) as error:
+    except (OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 

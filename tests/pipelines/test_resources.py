@@ -6,25 +6,67 @@ import pytest
 import ray
 
 from mm_core.config import resolve
+from mm_core.console import Console
 from mm_core.errors import ConfigError
 from pipelines.recipes import recipe
 from pipelines.train.config import TrainRun
-from pipelines.train.launch import check_resources
+from pipelines.train.launch import check_resources, gpus_per_worker
 
 
 def run_with(*overrides: str) -> TrainRun:
     return resolve(recipe("clip-tiny"), environment={}, overrides=overrides)[0]
 
 
-def test_gpus_that_are_not_there(ray_cluster: None) -> None:
-    with pytest.raises(ConfigError, match=r"2 workers with 1.0 GPUs each, but the cluster has 0"):
-        check_resources(run_with("resources.workers=2", "resources.gpus_per_worker=1"))
+class Notes(Console):
+    """What a person is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
 
 
-def test_fp8_on_processors(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+GPUS = ("resources.workers=2", "resources.gpus_per_worker=1")
+
+
+@pytest.fixture(autouse=True)
+def _one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.parametrize("address", [None, "", "local"])
+def test_gpus_that_this_machine_does_not_have(address: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=r"2 workers with 1 GPUs each, but the cluster has 1$"):
+        check_resources(run_with(*GPUS), Console())
+
+
+@pytest.mark.parametrize(("gpus", "noted"), [(0.0, True), (1.0, True), (2.0, False)])
+def test_gpus_that_a_cluster_may_still_get_are_waited_for(gpus: float, noted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": gpus})
+    console = Notes()
+    check_resources(run_with(*GPUS), console)
+    assert [f"the cluster has {gpus:g}: training waits" in text for text in console.said] == [True] * noted
+    assert gpus_per_worker(run_with(*GPUS)) == 1
+
+
+@pytest.mark.parametrize(("gpus", "taken"), [(0.0, 0), (2.0, 1)])
+def test_unless_told_a_run_takes_the_gpus_there_are(gpus: float, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": gpus})
+    assert gpus_per_worker(run_with("resources.workers=2")) == taken
+
+
+def test_fp8_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.train.launch.check_fp8_installed", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     with pytest.raises(ConfigError, match="the workers have none: set precision=bf16"):
-        check_resources(run_with("precision=fp8"))
+        check_resources(run_with("precision=fp8"), Console())
 
 
 @pytest.mark.parametrize(("types", "refused"), [(["A100"], True), (["A100", "H100"], False), (["H200"], False), ([], False)])
@@ -33,6 +75,6 @@ def test_fp8_on_gpus_of_a_type(types: list[str], refused: bool, monkeypatch: pyt
     monkeypatch.setattr("pipelines.train.launch.check_fp8_installed", lambda: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8.0} | {f"accelerator_type:{name}": 1.0 for name in types})
     if not refused:
-        return check_resources(run_with("precision=fp8"))
+        return check_resources(run_with("precision=fp8"), Console())
     with pytest.raises(ConfigError, match=r"the cluster's GPUs \(A100\) do not multiply fp8"):
-        check_resources(run_with("precision=fp8"))
+        check_resources(run_with("precision=fp8"), Console())

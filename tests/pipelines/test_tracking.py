@@ -162,7 +162,14 @@ def test_an_unusable_store_is_one_clear_error(tmp_path: Path) -> None:
         open_client(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
 
 
-@pytest.mark.parametrize("uri", ["https://me:geheim@mlflow.example.org", "postgresql+psycopg2://me:geheim@db/mlflow"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://me:geheim@mlflow.example.org",
+        "postgresql+psycopg2://me:geheim@db/mlflow",
+        "postgresql+psycopg2://db/mlflow?user=me&password=geheim",
+    ],
+)
 def test_a_store_with_a_password_is_refused_without_showing_it(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"tracking\.uri.*carries a password.*MLFLOW_TRACKING_PASSWORD") as error:
         resolve_run("clip-tiny", [f"tracking.uri={uri}"])
@@ -171,6 +178,8 @@ def test_a_store_with_a_password_is_refused_without_showing_it(uri: str) -> None
 
 def test_passwords_are_not_shown() -> None:
     assert without_password("at http://me:pw@host/x and http://host") == "at http://me:***@host/x and http://host"
+    assert without_password('{"a": "pg://db/x?Password=pw&user=me", "b": 1}') == '{"a": "pg://db/x?Password=***&user=me", "b": 1}'
+    assert without_password("x?max_tokens=5&passwords=no") == "x?max_tokens=5&passwords=no"
 
 
 def test_metrics_arrive_with_their_steps(tracking: TrackingConfig, run_id: str, tmp_path: Path) -> None:
