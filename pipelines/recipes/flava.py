@@ -37,7 +37,13 @@ def flava_tiny() -> TrainRun:
 
 
 def flava_base() -> TrainRun:
-    """The paper's: 8,192 samples a step, 150,000 steps; BERT's tokenizer, DALL-E's codebook."""
+    """The paper's: 8,192 samples a step, 150,000 steps; BERT's tokenizer, DALL-E's codebook.
+
+    What differs: towers begin fresh, where the paper's last model begins from ones trained on images and on texts alone; sources are mixed
+    by their sizes unless `data.mix.weights` says otherwise; 78 of 196 patches are hidden at most, BEiT's 0.4, where its code stops at 75;
+    matching looks at whole sides. Nothing cuts a step into pieces: it takes GPUs for 8,192 pairs, or fewer with
+    `parallel.activation_checkpointing` and fsdp.
+    """
     return TrainRun(
         recipe="flava-base",
         model=models.flava_base(),

@@ -64,3 +64,14 @@ def test_a_jump_of_the_loss_is_not_looked_for_where_steps_differ() -> None:
     with pytest.raises(ConfigError, match=r"faults\.spike .*several tasks"):
         check_parts(run_of("flava-tiny", "faults.spike=skip"))
     check_parts(run_of("codebook-tiny", "faults.spike=skip"))
+
+
+def test_flava_base_is_trained_as_the_paper_says() -> None:
+    """Singh et al. 2022, section 3.4 and its appendix."""
+    run = run_of("flava-base")
+    assert (run.global_batch_size, run.steps, run.schedule.warmup_steps) == (8_192, 150_000, 10_000)
+    optimizer = run.optimizer
+    assert (optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.weight_decay) == (1e-3, 0.9, 0.999, 1e-8, 0.1)
+    assert run.data.masking is not None
+    assert (run.data.masking.image_share, run.data.masking.min_block, run.data.masking.text_share) == (0.4, 16, 0.15)
+    assert run.tokenizer.source == "google-bert/bert-base-uncased"
