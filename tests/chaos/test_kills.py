@@ -11,77 +11,34 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import statistics
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
 
-import psutil
 import pytest
 
 from mm_core.bundle import load_bundle
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
 from mm_core.store import open_store
+from tests.chaos import faults
 from tests.chaos.cluster import Nodes, Training
+from tests.chaos.faults import ENVIRONMENT, MOST_WORKERS, Fault, Outage, Role, Scene, table
 from tests.object_store import ObjectStore
 from tests.tracking_server import TrackingServer
 
 pytestmark = pytest.mark.chaos
 OF_EACH = int(os.environ.get("MM_CHAOS_OF_EACH", "5"))
 SEEDS = [int(seed) for seed in os.environ.get("MM_CHAOS_SEEDS", "0,1,2").split(",")]
-STEPS = 400 * OF_EACH
-"""A fault takes some fifteen; while a notice of preemption runs, training goes on."""
-OUTAGE_S = 120.0
-"""Of the MLflow server. The faults that come next fall into it."""
+STEPS = 800 * OF_EACH
+"""A fault takes some ten; while a notice of preemption runs, or an outage waits for the one before, training goes on, at 40 a second."""
 FAILING, LATENCY_S = 0.05, 0.05
 """Of the store's reads."""
 GLOBAL_BATCH = 40
 LOSS_TOLERANCE = 1e-5
 """Relative: sums over one and two ranks are rounded differently."""
-MOST_WORKERS, TIMEOUT_S, NOTICE_S = 2, 10, 3
-SETTINGS = (f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}", f"faults.step_timeout_s={TIMEOUT_S}")
-ENVIRONMENT = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(TIMEOUT_S)}
-"""A rank alone that is stopped whole cannot tell, and no other waits for it: Ray Train finds it, by default after ten minutes."""
-
-
-class Role(StrEnum):
-    WORKER = "worker"
-    ALL_WORKERS = "all workers"
-    DRIVER = "driver"
-    RAYLET = "raylet"
-    HUNG = "hung worker"
-    PREEMPTED = "preempted node"
-    TASK = "read task"
-    TRACKING = "MLflow server"
-
-    @property
-    def ends_workers(self) -> bool:
-        """Whether they begin again; else training goes on as it was."""
-        return self not in (Role.TASK, Role.TRACKING)
-
-
-class Fault(NamedTuple):
-    role: Role
-    step: int
-    """Of the newest checkpoint before it."""
-    at: float
-    """Seconds of the clock, as what follows."""
-    began_again: float
-    """When workers were there again; as `at` where they were never gone."""
-
-
-class Recovery(NamedTuple):
-    seconds: float
-    """From the fault to the end of the first step after it."""
-    replayed: int
-    """Steps that were done and had to be taken again."""
+SETTINGS = (*faults.SETTINGS, f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}")
 
 
 @pytest.fixture(scope="module")
@@ -123,67 +80,6 @@ def undisturbed(index: Index, nodes: Nodes, tmp_path_factory: pytest.TempPathFac
     return training
 
 
-class Outage:
-    """Of the MLflow server: it is killed, and started again after OUTAGE_S, while other faults go on."""
-
-    def __init__(self, server: TrackingServer) -> None:
-        self._server, self._end = server, threading.Timer(0, lambda: None)
-
-    def begin(self) -> None:
-        self.wait()
-        self._server.kill()
-        self._end = threading.Timer(OUTAGE_S, self._server.start)
-        self._end.start()
-
-    def wait(self) -> None:
-        if self._end.ident is not None:
-            self._end.join()
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What can be struck."""
-
-    training: Training
-    nodes: Nodes
-    outage: Outage
-    draw: random.Random
-
-    def strike(self, role: Role) -> float:
-        """Returns when it struck."""
-        nodes, training, draw = self.nodes, self.training, self.draw
-        if role is Role.PREEMPTED:
-            nodes.announce_loss(NOTICE_S)
-        victims = self._reading() if role is Role.TASK else nodes.workers()
-        at = time.time()
-        match role:
-            case Role.WORKER | Role.TASK:
-                draw.choice(victims).kill()
-            case Role.ALL_WORKERS:
-                for worker in victims:
-                    with suppress(psutil.NoSuchProcess):
-                        worker.kill()
-            case Role.RAYLET | Role.PREEMPTED:
-                nodes.lose()
-                nodes.add()
-            case Role.HUNG:
-                draw.choice(victims).suspend()
-            case Role.DRIVER:
-                training.process.kill()
-                training.process.wait()
-                training.start(draw.randint(1, MOST_WORKERS))
-            case Role.TRACKING:
-                self.outage.begin()
-        return at
-
-    def _reading(self) -> list[psutil.Process]:
-        """As soon as one reads."""
-        until = time.monotonic() + TIMEOUT_S
-        while not (found := self.nodes.processes("ReadPlan")):
-            assert time.monotonic() < until, f"no read task was seen in {TIMEOUT_S} s"
-        return found
-
-
 def struck(scene: Scene, roles: Sequence[Role]) -> Iterator[Fault]:
     """One after the other, each at a random moment, as soon as the run goes on after the one before."""
     training = scene.training
@@ -204,31 +100,15 @@ def struck(scene: Scene, roles: Sequence[Role]) -> Iterator[Fault]:
 
 
 def in_order(draw: random.Random) -> list[Role]:
-    """Every role equally often; an outage begins in the first half, so that it ends before the run does."""
-    roles = [role for role in Role for _ in range(OF_EACH) if role is not Role.TRACKING]
+    """Every role equally often; outages in as many stretches of equally many faults, in the first half of each, so that one is over
+    before the next, and the last before the run is."""
+    others = [role for role in Role if role is not Role.TRACKING]
+    roles = others * OF_EACH
     draw.shuffle(roles)
-    for _ in range(OF_EACH):
-        roles.insert(draw.randrange(len(roles) // 2), Role.TRACKING)
-    return roles
-
-
-def recovery(fault: Fault, steps: Sequence[tuple[float, int]]) -> Recovery:
-    before = max(done for done in steps if done[0] < fault.began_again)
-    first = min(done for done in steps if done[0] >= fault.began_again)
-    return Recovery(first[0] - fault.at, before[1] - (first[1] - 1))
-
-
-def table(faults: Sequence[Fault], training: Training) -> str:
-    """What each role cost, in Markdown."""
-    steps = training.finished_steps()
-    lines = ["| what is struck | faults | s to the next step, median | p90 | longest | steps replayed, median | most |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for role in Role:
-        seconds, replayed = zip(*(recovery(fault, steps) for fault in faults if fault.role is role), strict=True)
-        p90 = statistics.quantiles(seconds, n=10, method="inclusive")[8] if len(seconds) > 1 else seconds[0]
-        figures = (f"{statistics.median(seconds):.1f}", f"{p90:.1f}", f"{max(seconds):.1f}", f"{statistics.median(replayed):g}")
-        lines.append(f"| {' | '.join((role, str(len(seconds)), *figures, str(max(replayed))))} |")
-    return "\n".join(lines)
+    stretches = [roles[start : start + len(others)] for start in range(0, len(roles), len(others))]
+    for stretch in stretches:
+        stretch.insert(draw.randrange(len(others) // 2), Role.TRACKING)
+    return [role for stretch in stretches for role in stretch]
 
 
 def each_point_came_once(training: Training) -> None:
@@ -253,7 +133,7 @@ def test_random_faults_change_nothing_that_is_consumed(
     draw, outage = random.Random(seed), Outage(server)
     training = Training(index, tmp_path, nodes, SETTINGS, ENVIRONMENT, server.config.uri)
     training.start(draw.randint(1, MOST_WORKERS))
-    faults = list(struck(Scene(training, nodes, outage, draw), in_order(draw)))
+    met = list(struck(Scene(training, nodes, outage, draw), in_order(draw)))
     outage.wait()
     assert not training.ended, "over before the MLflow server was back: raise STEPS"
     training.wait(lambda: training.ended, timeout_s=1200)
@@ -272,10 +152,10 @@ def test_random_faults_change_nothing_that_is_consumed(
     each_point_came_once(training)
     failed = failing_store.counts()["failed"]
     assert failed > 0
-    print(f"seed {seed}: {len(faults)} recoveries: " + ", ".join(f"{fault.role} at {fault.step}" for fault in faults))
+    print(f"seed {seed}: {len(met)} recoveries: " + ", ".join(f"{fault.role} at {fault.step}" for fault in met))
     print(f"{STEPS} steps of {GLOBAL_BATCH}, every sample consumed once an epoch, in the batches of the undisturbed run")
     print(f"{failed} failed reads of the store; no point of MLflow is lost or there twice")
     print(f"final loss {training.final_loss}, undisturbed {undisturbed.final_loss}")
-    print(table(faults, training))
+    print(table(met, training))
     print((training.run / "goodput.json").read_text())
     shutil.rmtree(tmp_path / "runs")

@@ -1,0 +1,82 @@
+"""How much of its time a run trains where something is struck every few minutes (ETTR): `MM_SOAK_MINUTES=60 MM_SOAK_EVERY_S=600 python -m
+pytest -m chaos -s tests/chaos/test_soak.py`. Other intervals give the curve of ETTR by the time between failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mm_core.data.index import Index
+from mm_core.data.ledger import compile_kept
+from tests.chaos import faults
+from tests.chaos.cluster import Nodes, Training
+from tests.chaos.faults import ENVIRONMENT, Fault, Outage, Role, Scene, table
+from tests.tracking_server import TrackingServer
+
+MINUTES = float(os.environ.get("MM_SOAK_MINUTES", "0"))
+EVERY_S = float(os.environ.get("MM_SOAK_EVERY_S", "600"))
+pytestmark = [pytest.mark.chaos, pytest.mark.skipif(not MINUTES, reason="takes as long as it is told to: MM_SOAK_MINUTES=60")]
+SETTINGS = (*faults.SETTINGS, "steps=10000000", "global_batch_size=40", "log_every_steps=20", "checkpoint.every_steps=100")
+LOST = ("start_up", "restart", "replayed", "checkpoint")
+"""Parts of the wall time in which nothing new is learned."""
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    nodes = Nodes(cpus=3, memory=4 << 30)
+    yield nodes
+    nodes.stop()
+
+
+def test_a_run_trains_nearly_all_of_the_time(corpus: Path, nodes: Nodes, tmp_path: Path) -> None:
+    index = nodes.index(corpus / "train", tmp_path / "index")
+    server = TrackingServer(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
+    server.start()
+    try:
+        training = Training(index, tmp_path, nodes, SETTINGS, ENVIRONMENT, server.config.uri)
+        struck, wall_s = soak(training, nodes, Outage(server))
+        seconds = json.loads((training.run / "goodput.json").read_text())["seconds"]
+        ettr = sum(value for part, value in seconds.items() if part not in LOST) / wall_s
+        print(f"{wall_s / 60:.1f} minutes, {len(struck)} faults, one each {EVERY_S:g} s: ETTR {ettr:.3f}")
+        print(table(struck, training))
+        each_sample_came_once(training, index)
+    finally:
+        server.kill()
+
+
+def soak(training: Training, nodes: Nodes, outage: Outage) -> tuple[list[Fault], float]:
+    """The faults, and the wall time from the command on."""
+    draw, struck = random.Random(0), list[Fault]()
+    scene, began = Scene(training, nodes, outage, draw), time.monotonic()
+    training.start(2)
+    training.wait(lambda: training.step > 0)
+    while (left_s := began + 60 * MINUTES - time.monotonic()) > EVERY_S:
+        time.sleep(EVERY_S)
+        role = draw.choice([role for role in Role if role.ends_workers])
+        attempt, step = training.attempt[0], training.step
+        at = scene.strike(role)
+        training.wait(lambda attempt=attempt: training.attempt[0] > attempt)
+        struck.append(Fault(role, step, at, training.attempt[1]))
+        training.wait(lambda step=step: training.step > step)
+        print(f"{role} at {step}: a checkpoint after {time.time() - at:.1f} s", flush=True)
+    time.sleep(max(0.0, left_s))
+    training.process.send_signal(signal.SIGINT)
+    training.process.wait(timeout=60)
+    return struck, time.monotonic() - began
+
+
+def each_sample_came_once(training: Training, index: Index) -> None:
+    """In every epoch that is over."""
+    found = Counter((epoch, uid) for step in training.consumed().values() for epoch, _, uid in step)
+    assert set(found.values()) == {1}
+    last = max(epoch for epoch, _ in found)
+    samples = len(compile_kept(index))
+    assert all(count == samples for epoch, count in Counter(epoch for epoch, _ in found).items() if epoch < last)
