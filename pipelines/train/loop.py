@@ -33,8 +33,9 @@ from mm_core.training.ema import WeightMean
 from mm_core.training.gpus import gpu_of
 from mm_core.training.guard import StepGuard
 from mm_core.training.parallel import parallelise
-from mm_core.training.precision import prepare_blocks
+from mm_core.training.precision import autocast, prepare_blocks
 from mm_core.training.step import StepResult, TrainStep
+from mm_core.training.teacher import Teacher
 from mm_core.training.transfer import Transfer
 from mm_core.training.watchdog import Watchdog
 from pipelines.stream import Share, StepBatch, stream
@@ -145,7 +146,11 @@ def build_step(run: TrainRun, model: Model, clock: StepClock, teacher: TwoTower 
     prepare_blocks(model.blocks(), run.precision, device)
     parallel = parallelise(model, run.parallel.kind, device, clock, blocks=model.blocks(), in_parts=model.trains_in_parts)
     around = partial(clock.phase, Phase.COLLECTIVE)
-    objective = objective_of(run, rank=rank, teacher=None if teacher is None else teacher.to(device), around=around)
+    teaching = None
+    if teacher is not None:
+        forward = partial(autocast, run.precision, device)
+        teaching = Teacher(teacher.to(device), forward=forward, micro_batch_size=run.parallel.micro_batch_size)
+    objective = objective_of(run, rank=rank, teacher=teaching, around=around)
     optimizer = build_optimizer(model, run.optimizer, blocks=model.blocks())
     if model.trains_in_parts:
         lay_out_state(optimizer)
