@@ -6,6 +6,7 @@ batches; every rank takes the same number of steps; nothing that is not finite r
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -90,15 +91,28 @@ def _train(task: WorkerTask) -> Outcome:
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # batches are views of shared memory
     clock = StepClock(ray.train.torch.get_device())
     with RunLog(task, rank) as log, watching(task, clock) as watchdog:
-        remedies = Remedies(run.faults, log.say)
-        left_out: LeftOut = ()
-        while True:
-            with closing(_Attempt(task, clock, left_out, log)) as attempt:
-                ended = attempt.steps(watchdog, Preemption(task.preemption_watched), remedies)
-                if isinstance(ended, Outcome):
-                    attempt.checkpoints.finish()
-                    return ended
-                left_out = attempt.checkpoints.roll_back(ended)
+        return _attempts(task, clock, log, watchdog, Remedies(run.faults, log.say))
+
+
+def _attempts(task: WorkerTask, clock: StepClock, log: RunLog, watchdog: Watchdog, remedies: Remedies) -> Outcome:
+    left_out: LeftOut = ()
+    while not isinstance(ended := _attempt(task, clock, left_out, log, watchdog, remedies), Outcome):
+        left_out = ended
+        gc.collect()  # a model is in cycles of references, and the next one needs its memory
+        torch.cuda.empty_cache()
+    return ended
+
+
+def _attempt(
+    task: WorkerTask, clock: StepClock, left_out: LeftOut, log: RunLog, watchdog: Watchdog, remedies: Remedies
+) -> Outcome | LeftOut:
+    """How the run ended, or what the next attempt leaves out. Nothing here outlives it."""
+    with closing(_Attempt(task, clock, left_out, log)) as attempt:
+        ended = attempt.steps(watchdog, Preemption(task.preemption_watched), remedies)
+        if not isinstance(ended, Outcome):
+            return attempt.checkpoints.roll_back(ended)
+        attempt.checkpoints.finish()
+        return ended
 
 
 class _Attempt:
