@@ -29,7 +29,6 @@ from mm_core.optim import build_optimizer, lay_out_state
 from mm_core.ranks import Ranks
 from mm_core.training.checkpoint import seed_step
 from mm_core.training.clock import Phase, StepClock
-from mm_core.training.cost import sample_cost
 from mm_core.training.ema import WeightMean
 from mm_core.training.gpus import gpu_of
 from mm_core.training.guard import StepGuard
@@ -43,6 +42,7 @@ from pipelines.stream import Share, StepBatch, stream
 from pipelines.train.audit import Audit
 from pipelines.train.board import fatal_errors
 from pipelines.train.config import TrainRun
+from pipelines.train.cost import cost_of
 from pipelines.train.evaluation import EvaluationTask, evaluation_of
 from pipelines.train.meter import Meter
 from pipelines.train.outcome import Outcome
@@ -280,7 +280,7 @@ def _flops_per_sample(run: TrainRun, train_step: TrainStep) -> float | None:
     """Of the model's forward and backward pass, on a GPU that there is a data sheet of, where every step takes the same."""
     if gpu_of(train_step.device) is None or train_step.model.module.trains_in_parts:
         return None
-    cost = sample_cost(run.model, views=run.data.augment.views, captions=run.data.captions)
+    cost = cost_of(run)
     return cost.forward_flops + cost.backward_flops
 
 
