@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm_core.distributed import Around, exchange_in_ring, gather_features
 from mm_core.errors import ConfigError
@@ -27,19 +27,21 @@ from mm_core.objectives.config import ObjectiveConfig, ObjectiveKind
 from mm_core.objectives.output import LossOutput, Objective
 
 Gather = Callable[[Tensor, Sequence[int]], Tensor]
+Teaching = Callable[[ImageTextBatch], TwoTowerOutput]
+"""A teacher's features, without gradients."""
 
 
 def build_objective(
     config: ObjectiveConfig,
     *,
     rank: int = 0,
-    teacher: nn.Module | None = None,
+    teacher: Teaching | None = None,
     around: Around = nullcontext,
     block_bytes: int = BLOCK_BYTES,
 ) -> Objective:
     """
     Args:
-        teacher: of distillation, a `TwoTower` on the batch's device.
+        teacher: of distillation.
         around: entered for the messages between ranks; for a clock.
         block_bytes: the largest part of a similarity matrix that is held at a time.
     """
@@ -141,7 +143,7 @@ class DistillationObjective:
     def __init__(
         self,
         config: ObjectiveConfig,
-        teacher: nn.Module,
+        teacher: Teaching,
         *,
         rank: int = 0,
         gather: Gather = gather_features,
@@ -149,13 +151,12 @@ class DistillationObjective:
     ) -> None:
         self._contrastive = partial(contrastive_loss, label_smoothing=config.label_smoothing, block_bytes=block_bytes)
         self._distillation = partial(distillation_loss, block_bytes=block_bytes)
-        self._weight, self._teacher = config.teacher_weight, teacher.eval().requires_grad_(False)
+        self._weight, self._teacher = config.teacher_weight, teacher
         self._rank, self._gather = rank, gather
 
     def __call__(self, output: TwoTowerOutput, batch: ImageTextBatch, counts: Sequence[int]) -> LossOutput:
-        with torch.no_grad():
-            teacher: TwoTowerOutput = self._teacher(batch)
-            all_teacher = _gather(teacher, counts, self._gather)
+        teacher = self._teacher(batch)
+        all_teacher = _gather(teacher, counts, self._gather)
         everyone, first = _gather(output, counts, self._gather), sum(counts[: self._rank])
         shares: dict[str, list[Tensor]] = {"contrastive": [], "distillation": []}
         for view, (image, all_image) in enumerate(zip(output.image_features.unbind(1), everyone.images.unbind(1), strict=True)):

@@ -221,8 +221,10 @@ class CheckpointWriter:
             self._under_way = None
 
     def close(self) -> None:
-        """What is under way is given up where it stands. No collective."""
+        """What is under way is given up where it stands, and its process group left to it. No collective."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._group is not None and self._under_way is None:
+            dist.destroy_process_group(self._group)
 
     def _write(self, staged: dict[str, Any], state: CheckpointState, metrics: dict[str, float]) -> float:
         began = time.monotonic()

@@ -20,7 +20,7 @@ from mm_core.models.family import AnyModelConfig, outline
 from mm_core.models.flava import FlavaConfig
 from mm_core.models.fused import Fused
 from mm_core.models.fused_batch import MaskedImages, MaskedTexts, PairBatch
-from mm_core.models.two_tower import ImageTextBatch, TwoTower
+from mm_core.models.two_tower import ImageTextBatch, Tower, TwoTower
 from mm_core.optim import matrices_of
 
 _SAMPLES = 8
@@ -33,10 +33,12 @@ class SampleCost:
 
     parameters: int
     """Of the whole model."""
+    trained_parameters: int
+    """Those that have gradients."""
     block_parameters: int
     """Of its largest block, which sharding gathers at a time."""
     matrix_parameters: int
-    """In the matrices of its blocks, which Muon updates."""
+    """Trained ones in the matrices of its blocks, which Muon updates."""
     forward_flops: float
     backward_flops: float
     """What checkpointing computes again included."""
@@ -45,9 +47,26 @@ class SampleCost:
     have it."""
 
 
-def sample_cost(config: AnyModelConfig, *, views: int = 1, captions: int = 1, checkpointing: bool = False) -> SampleCost:
-    """Products of matrices and convolutions, as `torch.utils.flop_counter` counts them, two operations for each multiply-add."""
+def sample_cost(
+    config: AnyModelConfig,
+    *,
+    views: int = 1,
+    captions: int = 1,
+    frozen: Tower | None = None,
+    patch_dropout: float = 0.0,
+    checkpointing: bool = False,
+) -> SampleCost:
+    """Products of matrices and convolutions, as `torch.utils.flop_counter` counts them, two operations for each multiply-add.
+
+    Args:
+        frozen: of two towers one that is not trained.
+        patch_dropout: share of an image's patches that two towers leave out.
+    """
     model, batch = _model_and_batch(config, views, captions)
+    if frozen is not None:
+        model.freeze(frozen)
+    if patch_dropout:
+        model.drop_patches(patch_dropout)
     if checkpointing:
         model.checkpoint_activations()
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}) as counter:
@@ -60,8 +79,9 @@ def sample_cost(config: AnyModelConfig, *, views: int = 1, captions: int = 1, ch
         model(batch)
     return SampleCost(
         parameters=sum(p.numel() for p in model.parameters()),
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         block_parameters=max(sum(p.numel() for p in block.parameters()) for block in model.blocks()),
-        matrix_parameters=sum(p.numel() for p in matrices_of(model.blocks())),
+        matrix_parameters=sum(p.numel() for p in matrices_of(model.blocks()) if p.requires_grad),
         forward_flops=forward / _SAMPLES,
         backward_flops=(total - forward) / _SAMPLES,
         activation_bytes=kept.bytes / _SAMPLES,

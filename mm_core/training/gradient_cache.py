@@ -41,16 +41,16 @@ def cached_backward(
         objective: of the model's output, a dataclass of tensors: scalars, or with the samples as first axis.
         forward: entered around each call of the model; for autocast.
     """
-    parts = _split(batch, pieces)
+    parts = split_batch(batch, pieces)
     states, outputs = [], []
     with torch.no_grad():
         for part in parts:
             states.append(_random_state())
             with forward():
                 outputs.append(model(part))
-    whole = _joined(outputs)
-    leaves = _tensors(whole)
-    loss = objective(whole)
+    whole = joined_output(outputs)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in _tensors(whole).items()}
+    loss = objective(replace(whole, **leaves))
     gradients = torch.autograd.grad(loss.total, [*leaves.values()], allow_unused=True)
     by_part = _shared_out({name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}, [*map(_samples, outputs)])
     for number, (part, state, wanted) in enumerate(zip(parts, states, by_part, strict=True), 1):
@@ -63,7 +63,8 @@ def cached_backward(
     return loss
 
 
-def _split(batch: Batch, pieces: int) -> list[Batch]:
+def split_batch(batch: Batch, pieces: int) -> list[Batch]:
+    """A dataclass of tensors whose first axis is the samples, in so many parts."""
     divided = {name: tensor.tensor_split(pieces) for name, tensor in _tensors(batch).items()}
     return [replace(batch, **{name: parts[i] for name, parts in divided.items()}) for i in range(pieces)]  # type: ignore[type-var]
 
@@ -76,11 +77,11 @@ def _samples(output: Any) -> int:
     return next(len(tensor) for tensor in _tensors(output).values() if tensor.ndim)
 
 
-def _joined(outputs: Sequence[Any]) -> Any:
-    """One output of all pieces, from which gradients are asked; what has no samples is the same in each."""
+def joined_output(outputs: Sequence[Any]) -> Any:
+    """One output of all pieces; what has no samples is the same in each."""
     parts = [_tensors(output) for output in outputs]
     whole = {name: torch.cat([part[name] for part in parts]) if first.ndim else first for name, first in parts[0].items()}
-    return replace(outputs[0], **{name: tensor.detach().requires_grad_() for name, tensor in whole.items()})
+    return replace(outputs[0], **whole)
 
 
 def _shared_out(gradients: dict[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:

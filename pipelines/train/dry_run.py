@@ -8,15 +8,12 @@ from typing import Any
 from mm_core.data.ledger import Source
 from mm_core.data.plan import chunks_per_step
 from mm_core.models.family import resolved
-from mm_core.optim import kept_numbers
-from mm_core.training.cost import sample_cost
 from pipelines.train.config import TrainRun
+from pipelines.train.cost import cost_of, state_bytes
 from pipelines.train.parts import check_parts
 from pipelines.train.preflight import check_run, start_of
 from pipelines.train.read_cost import Prices, read_cost
 from pipelines.train.run_data import RunData
-
-_FP32 = 4
 
 
 def describe(
@@ -38,10 +35,9 @@ def describe(
     seen = data.plan(run).consumed(run.steps * chunks)
     epochs = {str(source): round(n / len(kept), 3) for source, kept, n in zip(data.sources, data.kept, seen, strict=True)}
     rank_batch = -(-chunks // workers) * run.data.chunk
-    checkpointing = run.parallel.activation_checkpointing
-    cost = sample_cost(run.model, views=run.data.augment.views, captions=run.data.captions, checkpointing=checkpointing)
-    moments = kept_numbers(run.optimizer.kind, parameters=cost.parameters, matrices=cost.matrix_parameters)
-    state = (2 * cost.parameters + moments) * _FP32  # weights and gradients
+    cost = cost_of(run, checkpointing=run.parallel.activation_checkpointing)
+    state = state_bytes(run, cost)
+    held = sum(state.values())
     activations = min(rank_batch, run.parallel.micro_batch_size or rank_batch) * cost.activation_bytes
     samples = run.steps * run.global_batch_size
     reads = read_cost(data, run)
@@ -53,8 +49,9 @@ def describe(
         "samples_seen": samples,
         "samples_kept": sum(len(kept) for kept in data.kept),
         "epochs": epochs if len(epochs) > 1 else next(iter(epochs.values())),
-        "memory_per_worker_mb": round((state + activations) / 1e6),
-        "memory_weights_and_optimizer_mb": round(state / 1e6),
+        "memory_per_worker_mb": round((held + activations) / 1e6),
+        "memory_weights_and_optimizer_mb": round((held - state["mean"]) / 1e6),
+        "memory_mean_mb": round(state["mean"] / 1e6),
         "memory_activations_mb": round(activations / 1e6),
         **(reads.report(samples, prices or Prices(), samples_per_s) if reads else {}),
     }

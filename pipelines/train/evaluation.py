@@ -106,17 +106,18 @@ class InBackground:
     def _start(self, step: int, snapshot: ray.ObjectRef) -> Future[Metrics | None]:
         """Done once its metrics are logged; None where there are none, as whatever goes wrong there, training goes on."""
         ended: Future[Metrics | None] = Future()
+        log, warn = self._log, self._warn  # not self, which has the model: a rollback may come first
 
-        def log(done: Future[Metrics]) -> None:  # in a thread of Ray's
+        def tell(done: Future[Metrics]) -> None:  # in a thread of Ray's
             metrics = None
             if (error := done.exception()) is None:
                 metrics = done.result()
-                self._log(step, metrics)
+                log(step, metrics)
             else:
-                self._warn(f"the evaluation of step {step:,} in the background failed, training goes on: {_line(error)}")
+                warn(f"the evaluation of step {step:,} in the background failed, training goes on: {_line(error)}")
             ended.set_result(metrics)
 
-        self._actor.evaluate.remote(snapshot).future().add_done_callback(log)
+        self._actor.evaluate.remote(snapshot).future().add_done_callback(tell)
         return ended
 
     def _finished(self) -> Metrics | None:

@@ -6,6 +6,7 @@ batches; every rank takes the same number of steps; nothing that is not finite r
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,19 +29,20 @@ from mm_core.optim import build_optimizer, lay_out_state
 from mm_core.ranks import Ranks
 from mm_core.training.checkpoint import seed_step
 from mm_core.training.clock import Phase, StepClock
-from mm_core.training.cost import sample_cost
 from mm_core.training.ema import WeightMean
 from mm_core.training.gpus import gpu_of
 from mm_core.training.guard import StepGuard
 from mm_core.training.parallel import parallelise
-from mm_core.training.precision import prepare_blocks
+from mm_core.training.precision import autocast, prepare_blocks
 from mm_core.training.step import StepResult, TrainStep
+from mm_core.training.teacher import Teacher
 from mm_core.training.transfer import Transfer
 from mm_core.training.watchdog import Watchdog
 from pipelines.stream import Share, StepBatch, stream
 from pipelines.train.audit import Audit
 from pipelines.train.board import fatal_errors
 from pipelines.train.config import TrainRun
+from pipelines.train.cost import cost_of
 from pipelines.train.evaluation import EvaluationTask, evaluation_of
 from pipelines.train.meter import Meter
 from pipelines.train.outcome import Outcome
@@ -89,15 +91,28 @@ def _train(task: WorkerTask) -> Outcome:
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # batches are views of shared memory
     clock = StepClock(ray.train.torch.get_device())
     with RunLog(task, rank) as log, watching(task, clock) as watchdog:
-        remedies = Remedies(run.faults, log.say)
-        left_out: LeftOut = ()
-        while True:
-            with closing(_Attempt(task, clock, left_out, log)) as attempt:
-                ended = attempt.steps(watchdog, Preemption(task.preemption_watched), remedies)
-                if isinstance(ended, Outcome):
-                    attempt.checkpoints.finish()
-                    return ended
-                left_out = attempt.checkpoints.roll_back(ended)
+        return _attempts(task, clock, log, watchdog, Remedies(run.faults, log.say))
+
+
+def _attempts(task: WorkerTask, clock: StepClock, log: RunLog, watchdog: Watchdog, remedies: Remedies) -> Outcome:
+    left_out: LeftOut = ()
+    while not isinstance(ended := _attempt(task, clock, left_out, log, watchdog, remedies), Outcome):
+        left_out = ended
+        gc.collect()  # a model is in cycles of references, and the next one needs its memory
+        torch.cuda.empty_cache()
+    return ended
+
+
+def _attempt(
+    task: WorkerTask, clock: StepClock, left_out: LeftOut, log: RunLog, watchdog: Watchdog, remedies: Remedies
+) -> Outcome | LeftOut:
+    """How the run ended, or what the next attempt leaves out. Nothing here outlives it."""
+    with closing(_Attempt(task, clock, left_out, log)) as attempt:
+        ended = attempt.steps(watchdog, Preemption(task.preemption_watched), remedies)
+        if not isinstance(ended, Outcome):
+            return attempt.checkpoints.roll_back(ended)
+        attempt.checkpoints.finish()
+        return ended
 
 
 class _Attempt:
@@ -145,7 +160,11 @@ def build_step(run: TrainRun, model: Model, clock: StepClock, teacher: TwoTower 
     prepare_blocks(model.blocks(), run.precision, device)
     parallel = parallelise(model, run.parallel.kind, device, clock, blocks=model.blocks(), in_parts=model.trains_in_parts)
     around = partial(clock.phase, Phase.COLLECTIVE)
-    objective = objective_of(run, rank=rank, teacher=None if teacher is None else teacher.to(device), around=around)
+    teaching = None
+    if teacher is not None:
+        forward = partial(autocast, run.precision, device)
+        teaching = Teacher(teacher.to(device), forward=forward, micro_batch_size=run.parallel.micro_batch_size)
+    objective = objective_of(run, rank=rank, teacher=teaching, around=around)
     optimizer = build_optimizer(model, run.optimizer, blocks=model.blocks())
     if model.trains_in_parts:
         lay_out_state(optimizer)
@@ -261,7 +280,7 @@ def _flops_per_sample(run: TrainRun, train_step: TrainStep) -> float | None:
     """Of the model's forward and backward pass, on a GPU that there is a data sheet of, where every step takes the same."""
     if gpu_of(train_step.device) is None or train_step.model.module.trains_in_parts:
         return None
-    cost = sample_cost(run.model, views=run.data.augment.views, captions=run.data.captions)
+    cost = cost_of(run)
     return cost.forward_flops + cost.backward_flops
 
 

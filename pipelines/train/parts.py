@@ -23,7 +23,7 @@ from mm_core.models.fused_batch import FusedBatch, ImageBatch, MaskedImages, Mas
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
 from mm_core.objectives.codebook import CodebookObjective, CodebookObjectiveConfig
 from mm_core.objectives.config import ObjectiveConfig
-from mm_core.objectives.contrastive import build_objective
+from mm_core.objectives.contrastive import Teaching, build_objective
 from mm_core.objectives.multitask import MultitaskConfig, MultitaskObjective, NegativesKind
 from mm_core.objectives.output import Objective
 from mm_core.training.transfer import Transfer
@@ -126,7 +126,7 @@ def check_parts(run: TrainRun) -> None:
         raise ConfigError("data.masking hides parts of one view and one text of a sample: leave data.augment.views and data.captions at 1")
 
 
-def objective_of(run: TrainRun, *, rank: int, teacher: TwoTower | None = None, around: Around = nullcontext) -> Objective:
+def objective_of(run: TrainRun, *, rank: int, teacher: Teaching | None = None, around: Around = nullcontext) -> Objective:
     """`around`: entered for the messages between ranks; for a clock."""
     block_bytes = run.parallel.logit_block_mb << 20
     match run.objective:

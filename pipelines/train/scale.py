@@ -10,15 +10,15 @@ from typing import Any
 
 from mm_core.data.plan import chunks_per_step
 from mm_core.models.family import resolved
-from mm_core.optim import kept_numbers
-from mm_core.training.cost import SampleCost, sample_cost
+from mm_core.training.cost import SampleCost
 from mm_core.training.gpus import gpu_named
 from mm_core.training.parallel import Parallelism
 from pipelines.train.config import TrainRun
+from pipelines.train.cost import FP32, cost_of, state_bytes
 from pipelines.train.parts import check_parts
 from pipelines.train.preflight import check_parallel
 
-_FP32, _BF16 = 4, 2
+_BF16 = 2
 _RESERVED_BYTES = 2.0e9
 """The CUDA context, NCCL's buffers and what the allocator loses in fragments."""
 
@@ -36,12 +36,7 @@ def describe_scale(run: TrainRun, gpus: int, gpu_type: str, *, mfu: float = 0.3)
     check_parallel(run, gpus)
     check_parts(run)
     gpu, chunks = gpu_named(gpu_type), chunks_per_step(run.global_batch_size, run.data.chunk, gpus)
-    cost = sample_cost(
-        run.model,
-        views=run.data.augment.views,
-        captions=run.data.captions,
-        checkpointing=run.parallel.activation_checkpointing,
-    )
+    cost = cost_of(run, checkpointing=run.parallel.activation_checkpointing)
     rank_batch = -(-chunks // gpus) * run.data.chunk
     at_a_time = min(rank_batch, run.parallel.micro_batch_size or rank_batch)
     memory = _memory(run, cost, gpus, at_a_time)
@@ -73,14 +68,12 @@ def _memory(run: TrainRun, cost: SampleCost, gpus: int, at_a_time: int) -> dict[
     """Bytes of one GPU, by part."""
     sharded = run.parallel.kind is Parallelism.FSDP
     divided = gpus if sharded else 1
-    state = cost.parameters * _FP32 / divided
-    moments = kept_numbers(run.optimizer.kind, parameters=cost.parameters, matrices=cost.matrix_parameters)
-    features = run.global_batch_size * run.joint_model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
+    state = {part: size / divided for part, size in state_bytes(run, cost).items()}
+    features = run.global_batch_size * run.joint_model.embed_dim * FP32 * (run.data.augment.views + run.data.captions)
     return {
-        "weights": state + (2 * cost.block_parameters * _FP32 if sharded else 0),
-        "gradients": state,
-        "optimizer": moments * _FP32 / divided,
-        "weights_in_bf16": cost.parameters * _BF16 if not sharded else 2 * cost.block_parameters * _BF16,
+        **state,
+        "weights": state["weights"] + (2 * cost.block_parameters * FP32 if sharded else 0),
+        "weights_in_bf16": cost.trained_parameters * _BF16 if not sharded else 2 * cost.block_parameters * _BF16,
         "activations": at_a_time * cost.activation_bytes,
         "features_of_all": 2 * features,
         "similarities": 3 * (run.parallel.logit_block_mb << 20),
@@ -103,11 +96,12 @@ def _flops(run: TrainRun, cost: SampleCost, rank_batch: int, at_a_time: int) -> 
 
 def _sent(run: TrainRun, cost: SampleCost, gpus: int, rank_batch: int, at_a_time: int) -> dict[str, float]:
     """Bytes that one GPU sends in a step, by rings: an all-gather and a reduce-scatter each send (n - 1)/n of the whole."""
-    share, weights = (gpus - 1) / gpus, cost.parameters * _FP32
-    features = run.global_batch_size * run.joint_model.embed_dim * _FP32 * (run.data.augment.views + run.data.captions)
+    share, weights, trained = (gpus - 1) / gpus, cost.parameters * FP32, cost.trained_parameters * FP32
+    features = run.global_batch_size * run.joint_model.embed_dim * FP32 * (run.data.augment.views + run.data.captions)
     pieces = -(-rank_batch // at_a_time)
-    passes = {
-        Parallelism.DDP: 2,  # one all-reduce
-        Parallelism.FSDP: pieces * 3 + (pieces if pieces > 1 else 0),  # gathered in forward, again in backward, and gradients scattered
+    forwards = pieces * (2 if pieces > 1 else 1)
+    state = {
+        Parallelism.DDP: 2 * trained,  # one all-reduce
+        Parallelism.FSDP: forwards * weights + pieces * 2 * trained,  # gathered in each pass, and gradients scattered
     }[run.parallel.kind]
-    return {"weights_and_gradients": passes * share * weights, "features": 2 * share * features}
+    return {"weights_and_gradients": share * state, "features": 2 * share * features}

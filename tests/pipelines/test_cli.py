@@ -78,9 +78,11 @@ def test_recipes_are_complete_and_listed() -> None:
 
 def test_dry_run_starts_nothing(index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    report = json.loads(run("train", "clip-tiny", "--data", index, "--workers", "3", "--dry-run", "--json").splitlines()[-1])
+    asked = ("--workers", "3", "--set", "mean_decay=0.99", "--dry-run", "--json")
+    report = json.loads(run("train", "clip-tiny", "--data", index, *asked).splitlines()[-1])
     assert (report["steps"], report["samples_kept"], report["global_batch_size"]) == (400, 330, 128)
     assert report["samples_per_rank_and_step"] == 48
+    assert report["memory_mean_mb"] == round(4 * report["parameters"] / 1e6)
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -26,6 +27,7 @@ from mm_core.training.guard import StepGuard
 from mm_core.training.step import TrainStep
 from pipelines.recipes import recipe
 from pipelines.stream import StepBatch
+from pipelines.train import loop
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import LoopTools, build_step, run_steps
 from pipelines.train.outcome import Outcome
@@ -199,6 +201,33 @@ def test_a_rollback_undoes_the_last_updates_and_leaves_their_batches_out(
     again = checkpoints_of(other, tmp_path / "run").restore()
     assert (again.step, again.left_out) == (STEPS, (left_out,))
     torch.testing.assert_close(other.weights(), trained.weights())
+
+
+def test_a_rollback_lets_go_of_a_model_before_it_makes_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of("faults.not_finite=rollback", "faults.rollback_steps=4")
+    models: list[weakref.ref[TwoTower]] = []
+
+    class Attempt:
+        """As the loop's own, from batches that are here."""
+
+        def __init__(self, task: Any, clock: StepClock, left_out: LeftOut, log: Any) -> None:
+            assert [model() for model in models] == [None] * len(models)
+            self.trained = Trained(run, {BAD: float("inf")})
+            models.append(weakref.ref(self.trained.model))
+            self.checkpoints = checkpoints_of(self.trained, tmp_path / "run")
+            self.start = self.checkpoints.restore(left_out)
+
+        def steps(self, *told: Any) -> Outcome | Rollback:
+            return self.trained.steps(self.start.step, self.start.left_out, self.checkpoints.save)
+
+        def close(self) -> None:
+            self.checkpoints.close()
+
+    monkeypatch.setattr(loop, "_Attempt", Attempt)
+    anything: Any = SimpleNamespace(preemption_watched=False)
+    ended = loop._attempts(anything, StepClock(torch.device("cpu")), anything, anything, Remedies(run.faults))
+    assert ended.failure is None
+    assert len(models) == 2
 
 
 def test_a_run_killed_after_a_rollback_and_before_its_next_checkpoint_goes_back_again(tmp_path: Path) -> None:

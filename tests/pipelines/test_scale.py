@@ -36,6 +36,18 @@ def test_muon_keeps_less_than_adamw() -> None:
     assert {k: v for k, v in adamw.items() if k.startswith("memory_gb_w")} == {k: v for k, v in muon.items() if k.startswith("memory_gb_w")}
 
 
+def test_a_locked_tower_has_weights_alone_and_a_mean_is_of_what_is_trained() -> None:
+    whole, locked = described(), described("towers.frozen=vision", "init=a bundle", "mean_decay=0.999")
+    trained = locked["memory_gb_gradients"]
+    assert locked["memory_gb_weights"] == whole["memory_gb_weights"]
+    assert trained < 0.45 * whole["memory_gb_gradients"]
+    assert locked["memory_gb_optimizer"] == pytest.approx(2 * trained, abs=0.011)
+    assert (whole["memory_gb_mean"], locked["memory_gb_mean"]) == (0, trained)
+    assert locked["sent_mb_weights_and_gradients"] == pytest.approx(2 * 63 / 64 * 1e3 * trained, rel=0.03)
+    assert locked["tflop_backward"] < 0.5 * whole["tflop_backward"]
+    assert described("towers.patch_dropout=0.5")["tflop_forward"] < 0.8 * whole["tflop_forward"]
+
+
 def test_pieces_take_less_memory_and_a_second_forward() -> None:
     whole, pieces = described(), described("parallel.micro_batch_size=64")
     assert pieces["memory_gb_activations"] == pytest.approx(whole["memory_gb_activations"] * 64 / 512, rel=0.01)

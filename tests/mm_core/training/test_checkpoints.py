@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.distributed_c10d import _world
 
 from mm_core.errors import CheckpointError
 from mm_core.store import open_store, write_whole
@@ -229,6 +231,19 @@ def test_going_back_removes_what_is_newer(folder: CheckpointFolder) -> None:
         writer.save(state_at(step), {}, wait=True)
     folder.remove_after(1)
     assert folder.steps() == [1]
+
+
+def test_a_closed_writer_leaves_no_process_group_but_one_in_use(folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, going_on = len(_world.pg_map), Event()
+    saved(folder)
+    assert len(_world.pg_map) == before
+    monkeypatch.setattr("mm_core.training.checkpoints.write_whole", lambda url, data: going_on.wait())
+    writer = writer_of(folder)
+    writer.save(state_at(4), {})
+    writer.close()
+    assert len(_world.pg_map) == before + 1
+    going_on.set()
+    writer.finish()
 
 
 def test_a_store_that_fails_once_is_borne_and_twice_ends_it(

@@ -10,7 +10,7 @@ from mm_core.models.family import ModelConfig, build_model
 from mm_core.models.flava import flava_base
 from mm_core.models.siglip import siglip_vit_b16
 from mm_core.models.sizes import SpecialTokens
-from mm_core.models.two_tower import TwoTower
+from mm_core.models.two_tower import Tower, TwoTower
 from mm_core.optim import OptimizerConfig, OptimizerKind, build_optimizer, kept_numbers
 from mm_core.training.cost import sample_cost
 
@@ -71,6 +71,24 @@ def test_views_and_texts_cost_their_towers_again() -> None:
     one, more = sample_cost(clip_vit_b32()), sample_cost(clip_vit_b32(), views=2, captions=3)
     vision, text = transformer_flops(50, 768, 12), transformer_flops(77, 512, 12)
     assert more.forward_flops - one.forward_flops == pytest.approx(vision + 2 * text, rel=0.02)
+
+
+def test_a_frozen_tower_costs_its_forward_pass_alone() -> None:
+    """LiT: of the image tower no gradients, no moments, nothing kept for backward."""
+    whole, locked = sample_cost(clip_vit_b32()), sample_cost(clip_vit_b32(), frozen=Tower.VISION)
+    assert locked.forward_flops == whole.forward_flops
+    assert locked.backward_flops == pytest.approx(2 * transformer_flops(77, 512, 12), rel=0.01)
+    assert locked.parameters - locked.trained_parameters == pytest.approx(87.85e6, rel=1e-3)  # open_clip's profile of the image tower
+    assert whole.matrix_parameters - locked.matrix_parameters == 12 * 12 * 768**2
+    assert locked.activation_bytes == pytest.approx(whole.activation_bytes * 77 * 512 / (77 * 512 + 50 * 768), rel=0.1)
+
+
+def test_patches_that_are_left_out_are_not_computed() -> None:
+    """FLIP's half: the class token and 24 of 49 patches; all are embedded."""
+    whole, half = sample_cost(clip_vit_b32()), sample_cost(clip_vit_b32(), patch_dropout=0.5)
+    spared = transformer_flops(50, 768, 12) - transformer_flops(1 + 24, 768, 12)
+    assert whole.forward_flops - half.forward_flops == pytest.approx(spared, rel=0.01)
+    assert half.activation_bytes < 0.8 * whole.activation_bytes
 
 
 def test_flavas_pairs_cost_their_encoders_and_a_codebook() -> None:

@@ -30,6 +30,7 @@ from mm_core.objectives.output import Objective
 from mm_core.training.clock import StepClock
 from mm_core.training.gradient_cache import cached_backward, pieces_for
 from mm_core.training.parallel import Parallelism, clip_gradients, parallelise
+from mm_core.training.teacher import Teacher
 
 TOWER = TowerConfig(width=16, layers=2, heads=2)
 SIZES: dict[str, Any] = {"image_size": 16, "patch_size": 8, "context_length": 6, "vocab_size": 20, "vision": TOWER, "text": TOWER}
@@ -86,8 +87,10 @@ def config_of(objective: str) -> ModelConfig:
     return {"siglip": SIGLIP, "align": ALIGN}.get(objective, CLIP)
 
 
-def objective_of(name: str, dtype: torch.dtype, rank: int = 0, block_bytes: int = 1 << 20) -> Objective:
-    teacher = model_of(name, dtype, seed=5) if name == "distillation" else None
+def objective_of(name: str, dtype: torch.dtype, rank: int = 0, block_bytes: int = 1 << 20, at_a_time: int | None = None) -> Objective:
+    teacher = None
+    if name == "distillation":
+        teacher = Teacher(model_of(name, dtype, seed=5), forward=nullcontext, micro_batch_size=at_a_time)
     return build_objective(OBJECTIVES[name], rank=rank, teacher=teacher, block_bytes=block_bytes)
 
 
@@ -128,7 +131,7 @@ def _compute(case: Case, rank: int, counts: list[int]) -> dict[str, Any]:
         inner.checkpoint_activations()  # the messages of batch normalisation come in backward too
     model = parallelise(inner, case.parallelism, device, StepClock(device), blocks=inner.blocks())
     batch = batch_of(case.objective, sum(counts[:rank]), counts[rank])
-    objective = objective_of(case.objective, case.dtype, rank, SMALL_BLOCK)
+    objective = objective_of(case.objective, case.dtype, rank, SMALL_BLOCK, at_a_time=1 if case.cached else None)
     if case.cached:
         loss = cached_backward(model, batch, lambda output: objective(output, batch, counts), pieces_for(counts, 1), forward=nullcontext)
     else:

@@ -1,0 +1,33 @@
+"""What a step of a run costs, as its own settings have it."""
+
+from __future__ import annotations
+
+from mm_core.optim import kept_numbers
+from mm_core.training.cost import SampleCost, sample_cost
+from pipelines.train.config import TrainRun
+
+FP32 = 4
+"""Bytes of a number."""
+
+
+def cost_of(run: TrainRun, *, checkpointing: bool = False) -> SampleCost:
+    """`checkpointing`: count what is computed again, and not what is not kept."""
+    return sample_cost(
+        run.model,
+        views=run.data.augment.views,
+        captions=run.data.captions,
+        frozen=run.towers.frozen,
+        patch_dropout=run.towers.patch_dropout,
+        checkpointing=checkpointing,
+    )
+
+
+def state_bytes(run: TrainRun, cost: SampleCost) -> dict[str, int]:
+    """Of the undivided model, by part. What is not trained has weights alone."""
+    numbers = {
+        "weights": cost.parameters,
+        "gradients": cost.trained_parameters,
+        "optimizer": kept_numbers(run.optimizer.kind, parameters=cost.trained_parameters, matrices=cost.matrix_parameters),
+        "mean": 0 if run.mean_decay is None else cost.trained_parameters,
+    }
+    return {part: number * FP32 for part, number in numbers.items()}
