@@ -24,7 +24,7 @@ from jaxtyping import Float32, UInt8
 from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from mm_core.config import Config
 from mm_core.errors import BundleError, ConfigError
@@ -38,9 +38,12 @@ from mm_core.models.pretrained import (
     check_pooling,
     fed_context_length,
     fed_image_size,
+    fused_width,
+    is_fused,
     joint_width,
     load_normalisation,
     load_two_tower,
+    read_config,
 )
 from mm_core.models.quiet import quiet
 from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer
@@ -89,8 +92,17 @@ class Bundle:
         return self.towers.model
 
     @property
+    def task(self) -> Task:
+        return self.manifest.task if self.manifest else _plain_task(self.model.config)
+
+    @property
     def embed_dim(self) -> int:
         return joint_width(self.model)
+
+    @property
+    def fused_dim(self) -> int | None:
+        """Of `multimodal_features`; None without a fusion."""
+        return fused_width(self.model.config)
 
     @property
     def logit_scale(self) -> float:
@@ -115,7 +127,7 @@ class Bundle:
 
     @torch.inference_mode()
     def multimodal_features(self, images: UInt8[np.ndarray, "b h w 3"] | None, texts: Sequence[str] | None) -> Float32[np.ndarray, "b e"]:
-        """Of pairs, or of images or texts alone; L2-normalised.
+        """Of pairs, or of images or texts alone; L2-normalised. Not in the space of `image_features` and `text_features`.
 
         Raises:
             BundleError: the model has no fusion.
@@ -206,6 +218,11 @@ def _task(config: AnyModelConfig) -> Task:
             return "contrastive"
 
 
+def _plain_task(config: PreTrainedConfig) -> Task:
+    """Of a model that mm did not write."""
+    return "multitask" if is_fused(config) else "contrastive"
+
+
 def read_manifest(folder: Path, *, verify: bool = True) -> BundleManifest:
     """The manifest of a bundle, its files' digests checked.
 
@@ -252,7 +269,7 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
         raise BundleError(f"{source} is a codebook, which has no towers: it serves a flava recipe as model.codebook_source")
     model = load_two_tower(str(source))
     mean, std = (written.image_mean, written.image_std) if written else load_normalisation(str(source))
-    kind = Fused if model.config.model_type == "flava" else TwoTower
+    kind = Fused if is_fused(model.config) else TwoTower
     towers = kind(model, mean=mean, std=std).to(device).eval()
     towers.attend("sdpa")
     image_size = written.image_size if written else fed_image_size(model, str(source))
@@ -266,13 +283,13 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
 
 
 def look_into(source: str | Path) -> str:
-    """The task of a model, its files' digests checked and nothing loaded.
+    """The task of a model, its files' digests checked and no weights loaded.
 
     Raises:
-        BundleError: there is no such model, or it is damaged.
+        BundleError: there is no such model, it is damaged, or of another kind.
     """
     manifest = _manifest_of(source, verify=True)
-    return manifest.task if manifest else "contrastive"
+    return manifest.task if manifest else _plain_task(read_config(str(source)))
 
 
 def _manifest_of(source: str | Path, verify: bool) -> BundleManifest | None:

@@ -5,7 +5,7 @@ The application is built in the gateway from what is served: which routes there 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from serve.access import Access
 from serve.bounds import Bounds
 from serve.classes import ClassVectors
 from serve.config import ServeConfig
-from serve.facts import Version
+from serve.facts import Facts, Version
 from serve.fetch import Fetcher
 from serve.form import FILE, FILES, STRING, STRINGS, FormRoute, form_too
 from serve.inputs import Checker, encoded, shortened
@@ -35,6 +35,7 @@ from serve.schema import (
     Input,
     MatchRequest,
     MatchResponse,
+    PairInput,
     Score,
     TextInput,
     Usage,
@@ -116,18 +117,52 @@ def _attach_embeddings(app: FastAPI, desk: Desk) -> None:
 
     @app.post("/v1/embeddings", responses=RESPONSES, openapi_extra=form_too(fields))
     async def embeddings(request: Request, response: Response, body: EmbeddingRequest) -> EmbeddingResponse:
-        """Vectors of texts and images in one space, L2-normalised: their dot product is the cosine."""
+        """Vectors of texts and images in one space, L2-normalised: their dot product is the cosine. Vectors of pairs, of models with a
+        fusion, are in another: they compare with each other alone."""
         name, version = desk.choose(request, body.model, response)
-        if body.dimensions is not None and body.dimensions > version.facts.embed_dim:
-            raise InputError(f"dimensions: this model has {version.facts.embed_dim}, {body.dimensions:,} were asked for")
         given = body.input if isinstance(body.input, list) else [body.input]
-        names = [f"input.{i}" for i in range(len(given))]
-        inputs = await desk.checker.inputs(given, names, request.state.hold)
+        alone = {i: one for i, one in enumerate(given) if not isinstance(one, PairInput)}
+        pairs = {i: one for i, one in enumerate(given) if isinstance(one, PairInput)}
+        _check_widths(version.facts, alone, pairs, body.dimensions)
+        spelled = [
+            *alone.values(),
+            *(ImageInput(image=pair.image) for pair in pairs.values()),
+            *(TextInput(text=pair.text) for pair in pairs.values()),
+        ]
+        names = [*(f"input.{i}" for i in alone), *(f"input.{i}.{side}" for side in ("image", "text") for i in pairs)]
+        inputs = await desk.checker.inputs(spelled, names, request.state.hold)
         request.state.inputs = len(inputs)
-        result = await desk.upstream.encode(name, version, inputs, names)
-        vectors = shortened(result.features, body.dimensions)
-        data = [Embedding(index=i, embedding=encoded(v, body.encoding_format)) for i, v in enumerate(vectors)]
-        return EmbeddingResponse(data=data, model=name, usage=Usage(prompt_tokens=result.tokens, total_tokens=result.tokens))
+        data, tokens, count = list[Embedding](), 0, len(alone)
+        for rows, ask, part in (
+            (list(alone), desk.upstream.encode, slice(count)),
+            (list(pairs), desk.upstream.fuse, slice(count, None)),
+        ):
+            if rows:
+                result = await ask(name, version, inputs[part], names[part])
+                vectors = shortened(result.features, body.dimensions)
+                data += [Embedding(index=i, embedding=encoded(v, body.encoding_format)) for i, v in zip(rows, vectors, strict=True)]
+                tokens += result.tokens
+        data.sort(key=lambda one: one.index)
+        return EmbeddingResponse(data=data, model=name, usage=Usage(prompt_tokens=tokens, total_tokens=tokens))
+
+
+def _check_widths(facts: Facts, alone: Iterable[int], pairs: Iterable[int], dimensions: int | None) -> None:
+    """
+    Args:
+        alone, pairs: places of the inputs of each kind.
+
+    Raises:
+        InputError: pairs for a model without a fusion, or more dimensions than vectors of a kind have.
+    """
+    for rows, width, kind in ((alone, facts.embed_dim, ""), (pairs, facts.fused_dim, " of a pair")):
+        for row in rows:
+            if width is None:
+                raise InputError(
+                    f"input.{row}: an image and a text together are read by a model with a fusion (FLAVA), and this one has none:"
+                    " give them as two inputs, or serve a FLAVA model and name it as `model`"
+                )
+            if dimensions is not None and dimensions > width:
+                raise InputError(f"dimensions: this model has {width}{kind}, {dimensions:,} were asked for")
 
 
 def _attach_classify(app: FastAPI, desk: Desk) -> None:

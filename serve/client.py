@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
     Image = bytes | Path | PillowImage
+    One = str | Image | tuple[Image, str]
+    """Input: a text, a picture or both."""
 
 _PASSING = (429, 502, 503, 504)
 _GATEWAY_LOST = 500
@@ -94,15 +96,15 @@ class _Asking:
             raise failed
         return _wait_s(attempt, asked_s)
 
-    def _batches(self, inputs: Sequence[str | Image]) -> Iterator[Sequence[str | Image]]:
+    def _batches(self, inputs: Sequence[One]) -> Iterator[Sequence[One]]:
         return (inputs[i : i + self.batch_size] for i in range(0, len(inputs), self.batch_size))
 
-    def _embed_calls(self, inputs: Sequence[str | Image], dimensions: int | None) -> Iterator[_Call[Float32[np.ndarray, "n d"]]]:
+    def _embed_calls(self, inputs: Sequence[One], dimensions: int | None) -> Iterator[_Call[Float32[np.ndarray, "n d"]]]:
         """Of one batch: usually one."""
         more = {"model": self.model, "encoding_format": "base64", "dimensions": dimensions}
         given, size = list[dict[str, str]](), 0
         for one in inputs:
-            spelled = {"text": one} if isinstance(one, str) else {"image": data_uri(one)}
+            spelled = _spelled(one)
             length = sum(map(len, spelled.values()))
             if given and size + length > self.batch_bytes:
                 yield _Call("v1/embeddings", {"input": given} | more, _vectors)
@@ -156,15 +158,25 @@ class Client(_Asking):
         Raises:
             RefusedError: an input is refused, or the endpoint is not there.
         """
+        return self._embedded(_several(inputs), dimensions)
 
-        def one(batch: Sequence[str | Image]) -> Float32[np.ndarray, "n d"]:
+    def embed_pairs(self, pairs: Sequence[tuple[Image, str]], *, dimensions: int | None = None) -> Float32[np.ndarray, "n e"]:
+        """Vectors of pictures, each read with its text by a model with a fusion (FLAVA): L2-normalised, of another width than `embed`'s and
+        not in their space.
+
+        Raises:
+            RefusedError: the model has no fusion, an input is refused, or the endpoint is not there.
+        """
+        return self._embedded(_several(pairs), dimensions)
+
+    def _embedded(self, inputs: Sequence[One], dimensions: int | None) -> Float32[np.ndarray, "n d"]:
+        def one(batch: Sequence[One]) -> Float32[np.ndarray, "n d"]:
             return np.concatenate([self._send(call) for call in self._embed_calls(batch, dimensions)])
 
-        several = _several(inputs)
-        if len(several) <= self.batch_size:
-            return one(several)
+        if len(inputs) <= self.batch_size:
+            return one(inputs)
         with ThreadPoolExecutor(self.concurrency) as threads:
-            return np.concatenate(list(threads.map(one, self._batches(several))))
+            return np.concatenate(list(threads.map(one, self._batches(inputs))))
 
     def classify(
         self,
@@ -249,13 +261,20 @@ class AsyncClient(_Asking):
 
     async def embed(self, inputs: str | Image | Sequence[str | Image], *, dimensions: int | None = None) -> Float32[np.ndarray, "n d"]:
         """As `Client.embed`."""
+        return await self._embedded(_several(inputs), dimensions)
+
+    async def embed_pairs(self, pairs: Sequence[tuple[Image, str]], *, dimensions: int | None = None) -> Float32[np.ndarray, "n e"]:
+        """As `Client.embed_pairs`."""
+        return await self._embedded(_several(pairs), dimensions)
+
+    async def _embedded(self, inputs: Sequence[One], dimensions: int | None) -> Float32[np.ndarray, "n d"]:
         at_a_time = asyncio.Semaphore(self.concurrency)
 
-        async def one(batch: Sequence[str | Image]) -> Float32[np.ndarray, "n d"]:
+        async def one(batch: Sequence[One]) -> Float32[np.ndarray, "n d"]:
             async with at_a_time:
                 return np.concatenate([await self._send(call) for call in self._embed_calls(batch, dimensions)])
 
-        return np.concatenate(await asyncio.gather(*map(one, self._batches(_several(inputs)))))
+        return np.concatenate(await asyncio.gather(*map(one, self._batches(inputs))))
 
     async def classify(
         self,
@@ -338,7 +357,17 @@ def data_uri(image: Image) -> str:
     return f"data:image/*;base64,{base64.b64encode(image).decode()}"
 
 
-def _several(inputs: str | Image | Sequence[str | Image]) -> Sequence[str | Image]:
+def _spelled(one: One) -> dict[str, str]:
+    match one:
+        case str():
+            return {"text": one}
+        case (image, text):
+            return {"image": data_uri(image), "text": text}
+        case _:
+            return {"image": data_uri(one)}
+
+
+def _several(inputs: str | Image | Sequence[One]) -> Sequence[One]:
     several = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
     if not several:
         raise ValueError("nothing to embed: give at least one text or image")
@@ -347,8 +376,7 @@ def _several(inputs: str | Image | Sequence[str | Image]) -> Sequence[str | Imag
 
 def _vectors(answer: httpx.Response) -> Float32[np.ndarray, "n d"]:
     rows = answer.json()["data"]
-    packed = b"".join(base64.b64decode(row["embedding"]) for row in rows)
-    return np.frombuffer(packed, dtype="<f4").reshape(len(rows), -1)
+    return np.stack([np.frombuffer(base64.b64decode(row["embedding"]), dtype="<f4") for row in rows])
 
 
 def _picture(answer: httpx.Response) -> PillowImage:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from mm_core.bundle import Bundle
+    from mm_core.models.fused import Fused
 
 _PARTS = 4
 """A batch is made of so many parts at least, so that requests of many inputs fill it well."""
@@ -43,6 +44,8 @@ layer: as soon as the machine does something else beside, that is most of the ti
 
 Texts = tuple[Int32[np.ndarray, "n l"], Int32[np.ndarray, " n"]]
 """Token ids, and how many of each text's are no padding."""
+Pairs = tuple[UInt8[np.ndarray, "n h w 3"], Texts]
+"""Pictures, each with the text at its place."""
 
 
 def _image_count(parts: list[UInt8[np.ndarray, "n h w 3"]]) -> int:
@@ -51,6 +54,10 @@ def _image_count(parts: list[UInt8[np.ndarray, "n h w 3"]]) -> int:
 
 def _text_count(parts: list[Texts]) -> int:
     return sum(len(lengths) for _, lengths in parts)
+
+
+def _pair_count(parts: list[Pairs]) -> int:
+    return sum(len(images) for images, _ in parts)
 
 
 class Encoder:
@@ -90,6 +97,7 @@ class Encoder:
         )
         self._images = batched(self._image_batch, batch_size_fn=_image_count)
         self._texts = batched(self._text_batch, batch_size_fn=_text_count)
+        self._pairs = batched(self._pair_batch, batch_size_fn=_pair_count)
 
     async def preparation(self) -> Preparation:
         return Preparation(self._bundle.image_size, self._bundle.tokenise)
@@ -112,9 +120,19 @@ class Encoder:
         vectors = np.concatenate(await asyncio.gather(*images, *texts))
         ordered = np.empty_like(vectors)
         ordered[[*prepared.image_rows, *prepared.text_rows]] = vectors
-        norms = np.linalg.norm(ordered, axis=1, keepdims=True)
-        features = ordered / np.maximum(norms, np.finfo(np.float32).tiny)
-        return Encoded(features, norms[:, 0], int(prepared.lengths.sum()))
+        return _normalised(ordered, prepared)
+
+    async def fuse(self, requests: list[Prepared | Unreadable]) -> list[Encoded | Unreadable]:
+        """Of each request, features of its first picture with its first text, and so on, by a model with a fusion."""
+        return await asyncio.gather(*map(self._fused, requests))
+
+    async def _fused(self, prepared: Prepared | Unreadable) -> Encoded | Unreadable:
+        if isinstance(prepared, Unreadable):
+            return prepared
+        size = max(1, self._batch_size // _PARTS)
+        parts = [slice(i, i + size) for i in range(0, len(prepared.images), size)]
+        pairs = [self._pairs((prepared.images[part], (prepared.input_ids[part], prepared.lengths[part]))) for part in parts]
+        return _normalised(np.concatenate(await asyncio.gather(*pairs)), prepared)
 
     async def match(self, requests: list[Prepared | Unreadable]) -> list[Matched | Unreadable]:
         """Of each request, every picture with every text, of a model with a fusion. Not computed together: pairs are many."""
@@ -127,21 +145,27 @@ class Encoder:
 
         import torch
 
-        from mm_core.models.fused import Fused
-
-        model, device = self._bundle.towers, self._bundle.device
-        assert isinstance(model, Fused), "the gateway knows the task"
+        model, device = self._fusion(), self._bundle.device
         length = int(prepared.lengths.max())
         images, ids = torch.from_numpy(prepared.images).to(device), torch.from_numpy(prepared.input_ids[:, :length]).to(device).long()
         with torch.inference_mode(), self._autocast():
             scores = model.match_all(images, ids, at_a_time=self._batch_size)
         return Matched(scores.float().cpu().numpy())
 
+    def _fusion(self) -> Fused:
+        from mm_core.models.fused import Fused
+
+        assert isinstance(self._bundle.towers, Fused), "the gateway knows the task"
+        return self._bundle.towers
+
     async def _image_batch(self, parts: list[UInt8[np.ndarray, "n h w 3"]]) -> list[Float32[np.ndarray, "n d"]]:
         return await asyncio.get_running_loop().run_in_executor(self._model, self._image_vectors, parts)
 
     async def _text_batch(self, parts: list[Texts]) -> list[Float32[np.ndarray, "n d"]]:
         return await asyncio.get_running_loop().run_in_executor(self._model, self._text_vectors, parts)
+
+    async def _pair_batch(self, parts: list[Pairs]) -> list[Float32[np.ndarray, "n e"]]:
+        return await asyncio.get_running_loop().run_in_executor(self._model, self._pair_vectors, parts)
 
     def _image_vectors(self, parts: list[UInt8[np.ndarray, "n h w 3"]]) -> list[Float32[np.ndarray, "n d"]]:
         import torch
@@ -161,11 +185,20 @@ class Encoder:
             vectors[rows] = self._computed(self._text_tower, ids)
         return _split(vectors, [len(n) for _, n in parts])
 
-    def _computed(self, tower: object, inputs: Tensor) -> Float32[np.ndarray, "n d"]:
+    def _pair_vectors(self, parts: list[Pairs]) -> list[Float32[np.ndarray, "n e"]]:
+        """All at the length of the longest text: padding is masked."""
+        import torch
+
+        images, input_ids = np.concatenate([one for one, _ in parts]), np.concatenate([ids for _, (ids, _) in parts])
+        longest = max(int(lengths.max()) for _, (_, lengths) in parts)
+        pixels, ids = (torch.from_numpy(one).to(self._bundle.device) for one in (images, input_ids[:, :longest]))
+        return _split(self._computed(self._fusion().multimodal_vectors, pixels, ids.long()), [len(one) for one, _ in parts])
+
+    def _computed(self, part: object, *inputs: Tensor) -> Float32[np.ndarray, "n d"]:
         import torch
 
         with torch.inference_mode(), self._autocast():
-            vectors: Float32[np.ndarray, "n d"] = tower(inputs).float().cpu().numpy()  # type: ignore[operator]
+            vectors: Float32[np.ndarray, "n d"] = part(*inputs).float().cpu().numpy()  # type: ignore[operator]
         return vectors
 
     def _autocast(self) -> AbstractContextManager[object]:
@@ -206,8 +239,9 @@ def facts_of(source: str, bundle: Bundle) -> Facts:
         raise BundleError(f"{card} cannot be read: {error}") from None
     return Facts(
         digest=model_digest(source),
-        task=manifest.task if manifest else "contrastive",
+        task=bundle.task,
         embed_dim=bundle.embed_dim,
+        fused_dim=bundle.fused_dim,
         image_size=bundle.image_size,
         context_length=bundle.context_length,
         parameters=sum(parameter.numel() for parameter in bundle.model.parameters()),
@@ -218,6 +252,12 @@ def facts_of(source: str, bundle: Bundle) -> Facts:
         metrics=manifest.metrics if manifest else {},
         card=text,
     )
+
+
+def _normalised(vectors: Float32[np.ndarray, "n d"], prepared: Prepared) -> Encoded:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    features = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
+    return Encoded(features, norms[:, 0], int(prepared.lengths.sum()))
 
 
 def _split(vectors: Float32[np.ndarray, "n d"], sizes: list[int]) -> list[Float32[np.ndarray, "m d"]]:

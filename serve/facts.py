@@ -13,6 +13,7 @@ class Facts(Config):
     digest: str = Field(description="Of weights, tokenizer and preprocessing.")
     task: str
     embed_dim: int
+    fused_dim: int | None = Field(default=None, description="Of a pair's vector, of models with a fusion.")
     image_size: int
     context_length: int
     parameters: int

@@ -11,7 +11,6 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from serve.encoded import Encoded
-from serve.inputs import Picture
 from serve.traffic import Traffic
 
 MEDIA_TYPE = CONTENT_TYPE_LATEST
@@ -56,8 +55,8 @@ class Measured:
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def encoded(self, model: str, version: str, inputs: Sequence[str | Picture], result: Encoded) -> None:
-        kinds = ["text" if isinstance(one, str) else "image" for one in inputs]
+    def encoded(self, model: str, version: str, kinds: Sequence[str], result: Encoded) -> None:
+        """`kinds`: of each vector what it is of, text, image or pair."""
         for kind, norm in zip(kinds, result.norms, strict=True):
             self._norms.labels(model, version, kind).observe(float(norm))
         for kind in set(kinds):

@@ -29,8 +29,15 @@ class ImageInput(Strict):
 Input = str | TextInput | ImageInput
 
 
+class PairInput(Strict):
+    """An image and a text, read at once by a model with a fusion (FLAVA): one vector, of the fusion's width and in a space of its own."""
+
+    image: str = Field(description="A base64 data URI, or where the server fetches pictures an https URL.")
+    text: str
+
+
 class EmbeddingRequest(Strict):
-    """Texts, and images as base64 data URIs, in any mixture."""
+    """Texts, and images as base64 data URIs, in any mixture; of a model with a fusion pairs too."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -39,7 +46,9 @@ class EmbeddingRequest(Strict):
         },
     )
 
-    input: Input | list[Input] = Field(description="A text or a data URI (`data:image/jpeg;base64,…`), or a list of them.")
+    input: Input | PairInput | list[Input | PairInput] = Field(
+        description='A text, a data URI (`data:image/jpeg;base64,…`) or `{"image": …, "text": …}`, or a list of them. A pair counts as two.'
+    )
     model: str | None = Field(default=None, description=_MODEL)
     encoding_format: Literal["float", "base64"] = Field(default="float", description="base64: little-endian float32.")
     dimensions: int | None = Field(default=None, ge=1, description="The first so many, made of length 1 again; at most the model's own.")
@@ -154,6 +163,7 @@ class VersionCard(Strict):
     digest: str
     task: str
     dimensions: int
+    fused_dimensions: int | None = Field(default=None, description="Of a pair's vector, of models with a fusion.")
     image_size: int
     context_length: int
     parameters: int

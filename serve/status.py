@@ -72,6 +72,7 @@ def _version(share: Share) -> VersionCard:
         digest=facts.digest,
         task=facts.task,
         dimensions=facts.embed_dim,
+        fused_dimensions=facts.fused_dim,
         image_size=facts.image_size,
         context_length=facts.context_length,
         parameters=facts.parameters,

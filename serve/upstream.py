@@ -27,7 +27,7 @@ _PAUSE_S = 0.05
 _GROUPS = 2
 """Of joined requests under way for each copy of a model, one computed while one is prepared; and as many more."""
 
-Part = Literal["encode", "match"]
+Part = Literal["encode", "fuse", "match"]
 """What is wanted: a method of the encoder."""
 PARTS: tuple[Part, ...] = get_args(Part)
 T = TypeVar("T")
@@ -74,7 +74,18 @@ class Upstream:
         """
         result = await self._asked(model, version, "encode", inputs, names)
         assert isinstance(result, Encoded)
-        self.measured.encoded(model, version.reference, inputs, result)
+        self.measured.encoded(model, version.reference, ["text" if isinstance(one, str) else "image" for one in inputs], result)
+        return result
+
+    async def fuse(self, model: str, version: Version, inputs: Sequence[str | Picture], names: Sequence[str]) -> Encoded:
+        """Of a model with a fusion: the first picture with the first text, and so on.
+
+        Raises:
+            InputError, OverloadedError: as `encode`.
+        """
+        result = await self._asked(model, version, "fuse", inputs, names)
+        assert isinstance(result, Encoded)
+        self.measured.encoded(model, version.reference, ["pair"] * len(result.norms), result)
         return result
 
     async def match(self, model: str, version: Version, inputs: Sequence[str | Picture], names: Sequence[str]) -> Matched:

@@ -290,7 +290,11 @@ class Fused(nn.Module):
 
     def multimodal_features(self, images: UInt8[Tensor, "b h w 3"] | None, input_ids: Int[Tensor, "b l"] | None) -> Float[Tensor, "b d"]:
         """Of pairs, or of images or texts alone; L2-normalised. Not in the space of the towers' own features."""
-        return unit(self.fused_states(images, input_ids)[:, 0])
+        return unit(self.multimodal_vectors(images, input_ids))
+
+    def multimodal_vectors(self, images: UInt8[Tensor, "b h w 3"] | None, input_ids: Int[Tensor, "b l"] | None) -> Float[Tensor, "b d"]:
+        """As the fusion gives them: of any length."""
+        return self.fused_states(images, input_ids)[:, 0]
 
     def match(self, images: UInt8[Tensor, "b h w 3"], input_ids: Int[Tensor, "b l"]) -> Float[Tensor, " b"]:
         """The probability that each pair belongs together."""

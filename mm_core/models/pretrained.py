@@ -50,24 +50,34 @@ _TOWERS = ("text_config", "vision_config", "image_config", "multimodal_config", 
 """Parts of a configuration, those that a model has."""
 
 
+def read_config(source: str) -> PreTrainedConfig:
+    """config.json of a model, nothing else loaded.
+
+    Raises:
+        BundleError: there is no such model, or it is of another kind.
+    """
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loadable(source, error) from None
+    if config.model_type not in _CLASSES:
+        raise BundleError(f"{source} is a {config.model_type} model; this command takes {', '.join(_CLASSES)} models")
+    return config
+
+
 def load_two_tower(source: str) -> PreTrainedModel:
     """A model in fp32, every weight of which is in the file: transformers would make up the missing ones.
 
     Raises:
         BundleError: there is no such model, it is of another kind, or it is not whole.
     """
+    kind = _CLASSES[read_config(source).model_type]
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        if config.model_type not in _CLASSES:
-            raise BundleError(f"{source} is a {config.model_type} model; this command takes {', '.join(_CLASSES)} models")
-        with quiet():
-            model, report = _CLASSES[config.model_type].from_pretrained(
-                source, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
+            model, report = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), repr(error))
-        raise BundleError(f"no model that can be loaded at {source}: {reason}") from None
+        raise _not_loadable(source, error) from None
     if missing := sorted(report["missing_keys"]):
         raise BundleError(f"{source} lacks {len(missing)} of the model's tensors, {missing[0]} first: copy it again from where it came")
     return model
@@ -83,11 +93,15 @@ def hub_commit(source: str) -> str:
         with quiet():
             commit = getattr(AutoConfig.from_pretrained(source, trust_remote_code=False), "_commit_hash", None)
     except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), repr(error))
-        raise BundleError(f"no model that can be loaded at {source}: {reason}") from None
+        raise _not_loadable(source, error) from None
     if commit is None:
         raise BundleError(f"which commit of {source} is loaded cannot be known: download it, and give its folder")
     return str(commit)
+
+
+def _not_loadable(source: str, error: Exception) -> BundleError:
+    reason = next(iter(str(error).splitlines()), repr(error))
+    return BundleError(f"no model that can be loaded at {source}: {reason}")
 
 
 def load_normalisation(
@@ -139,6 +153,16 @@ def architecture(model: PreTrainedModel) -> dict[str, object]:
 def joint_width(model: PreTrainedModel) -> int:
     """Of the joint space; SigLIP's image tower has no projection."""
     return int(model.config.vision_config.hidden_size if model.config.model_type == "siglip" else model.config.projection_dim)
+
+
+def is_fused(config: PreTrainedConfig) -> bool:
+    """Whether it is of a model with a fusion over its two towers."""
+    return bool(config.model_type == "flava")
+
+
+def fused_width(config: PreTrainedConfig) -> int | None:
+    """Of the fusion's features, which are in a space of their own; None of two towers alone."""
+    return int(config.multimodal_config.hidden_size) if is_fused(config) else None
 
 
 def check_pooling(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:

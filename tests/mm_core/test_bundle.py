@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, CLIPImageProcessorPil, CLIPModel
 
-from mm_core.bundle import MANIFEST, init_from, load_bundle, read_manifest, write_bundle
+from mm_core.bundle import MANIFEST, init_from, load_bundle, look_into, read_manifest, write_bundle
 from mm_core.data.image import decode_centre
 from mm_core.errors import BundleError
 from mm_core.models.clip import ClipConfig, build_clip
@@ -202,6 +202,15 @@ def test_a_plain_folder_that_would_give_wrong_features_is_refused(bundle: Path, 
     damage(bundle)
     with pytest.raises(BundleError, match=message):
         load_bundle(bundle)
+
+
+def test_the_task_of_a_plain_folder_is_told_without_its_weights(bundle: Path) -> None:
+    (bundle / MANIFEST).unlink()
+    (bundle / "model.safetensors").unlink()
+    assert look_into(bundle) == "contrastive"
+    BertConfig().save_pretrained(bundle)
+    with pytest.raises(BundleError, match="is a bert model"):
+        look_into(bundle)
 
 
 def test_a_model_that_brings_code_or_a_pickle_runs_neither(bundle: Path, tmp_path: Path) -> None:

@@ -90,6 +90,8 @@ def test_what_is_refused_is_told_with_its_reason(ours: Any) -> None:
     with pytest.raises(RefusedError, match=r"input\.0.*not_an_image") as refused:
         ours.embed(b"no picture")
     assert refused.value.status == 422
+    with pytest.raises(RefusedError, match=r"input\.0: .*two inputs"):
+        ours.embed_pairs([(picture(1), "x")])
     with pytest.raises(ValueError, match="nothing to embed"):
         ours.embed([])
 

@@ -12,7 +12,7 @@ import torch
 from transformers import FlavaConfig as HFFlavaConfig
 from transformers import FlavaForPreTraining, FlavaImageCodebook, FlavaModel
 
-from mm_core.bundle import load_bundle, write_bundle
+from mm_core.bundle import MANIFEST, load_bundle, look_into, write_bundle
 from mm_core.distributed import GlobalBatch
 from mm_core.errors import ConfigError
 from mm_core.models.codebook import CodebookSizes, codebook_pixels, codebook_settings, codebook_sizes
@@ -244,3 +244,7 @@ def test_a_bundle_answers_what_a_server_asks(tmp_path: Path) -> None:
     assert bundle.multimodal_features(images, texts).shape == bundle.multimodal_features(None, texts).shape == (2, TOWER.width)
     assert bundle.multimodal_features(images, None).shape == (2, TOWER.width)
     assert bundle.match(images, texts).shape == (2,)
+    (tmp_path / "b" / MANIFEST).unlink()
+    plain = load_bundle(tmp_path / "b")
+    assert look_into(tmp_path / "b") == plain.task == bundle.task == "multitask"
+    assert plain.fused_dim == bundle.fused_dim == TOWER.width
