@@ -19,7 +19,7 @@ from mm_core.address import is_local
 from mm_core.console import Console, Tracker
 from mm_core.errors import ConfigError, MMError, TrainingError
 from mm_core.store import open_store
-from mm_core.training.precision import Precision, check_fp8_installed
+from mm_core.training.precision import Precision
 from pipelines.causes import own_error
 from pipelines.session import may_grow
 from pipelines.train.board import SHARE, News
@@ -166,7 +166,6 @@ def check_resources(run: TrainRun, console: Console) -> None:
             raise ConfigError(f"resources: {lack}")
         console.note(f"{lack}: training waits until nodes with more join it, an autoscaler's or yours")
     if run.precision is Precision.FP8:
-        check_fp8_installed()
         _check_fp8(run)
 
 

@@ -63,7 +63,6 @@ def test_unless_told_a_run_takes_the_gpus_there_are(gpus: float, taken: int, mon
 
 
 def test_fp8_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.train.launch.check_fp8_installed", lambda: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     with pytest.raises(ConfigError, match="the workers have none: set precision=bf16"):
         check_resources(run_with("precision=fp8"), Console())
@@ -72,7 +71,6 @@ def test_fp8_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("types", "refused"), [(["A100"], True), (["A100", "H100"], False), (["H200"], False), ([], False)])
 def test_fp8_on_gpus_of_a_type(types: list[str], refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Ray tells of such clusters."""
-    monkeypatch.setattr("pipelines.train.launch.check_fp8_installed", lambda: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8.0} | {f"accelerator_type:{name}": 1.0 for name in types})
     if not refused:
         return check_resources(run_with("precision=fp8"), Console())
