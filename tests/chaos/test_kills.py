@@ -1,7 +1,7 @@
 """Random faults of every role of a training run: what was consumed is what an undisturbed run consumes, and the loss ends where its does.
 
 Two Ray nodes on this machine: a head with the driver, and one that holds the workers and can be lost; shards and index in an S3 store,
-which is slow and fails 5 % of the reads; an MLflow server. `make chaos` runs three seeds with five faults of each role, three quarters of
+which is slow and fails 5 % of the reads; an MLflow server. `make chaos` runs three seeds with five faults of each role, more than
 an hour; `MM_CHAOS_OF_EACH=1 make chaos` one of each, `MM_CHAOS_SEEDS=3,4 make chaos` other seeds. What each role costs is printed as a
 table.
 """
