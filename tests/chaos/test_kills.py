@@ -36,8 +36,8 @@ STEPS = 800 * OF_EACH
 FAILING, LATENCY_S = 0.05, 0.05
 """Of the store's reads."""
 GLOBAL_BATCH = 40
-LOSS_TOLERANCE = 1e-5
-"""Relative: sums over one and two ranks are rounded differently."""
+LEAST_ROUNDING = 1e-5
+"""Relative: of what sums over one and two ranks, rounded differently, come to at the end of a run."""
 SETTINGS = (*faults.SETTINGS, f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}")
 
 
@@ -73,11 +73,14 @@ def server(tmp_path: Path) -> Iterator[TrackingServer]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(index: Index, nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    training = Training(index, tmp_path_factory.mktemp("undisturbed"), nodes, SETTINGS)
-    training.start(2)
-    training.wait(lambda: training.ended, timeout_s=1200)
-    return training
+def undisturbed(index: Index, nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> list[Training]:
+    """On as many workers as a disturbed run may have, by turns."""
+    trainings = []
+    for workers in range(1, MOST_WORKERS + 1):
+        trainings.append(Training(index, tmp_path_factory.mktemp("undisturbed"), nodes, SETTINGS))
+        trainings[-1].start(workers)
+        trainings[-1].wait(lambda: trainings[-1].ended, timeout_s=1200)
+    return trainings
 
 
 def struck(scene: Scene, roles: Sequence[Role]) -> Iterator[Fault]:
@@ -111,6 +114,13 @@ def in_order(draw: random.Random) -> list[Role]:
     return [role for stretch in stretches for role in stretch]
 
 
+def ends_alike(training: Training, undisturbed: Sequence[Training]) -> bool:
+    """No farther from undisturbed runs than rounding takes those from each other."""
+    losses = [other.final_loss for other in undisturbed]
+    rounding = max(max(losses) - min(losses), LEAST_ROUNDING * min(losses))
+    return min(losses) - rounding <= training.final_loss <= max(losses) + rounding
+
+
 def each_point_came_once(training: Training) -> None:
     """A step has a point for each attempt that took it, at most, and no point is there twice."""
     points = [(point.step, point.timestamp, point.value) for point in training.points()]
@@ -124,7 +134,7 @@ def test_random_faults_change_nothing_that_is_consumed(
     seed: int,
     index: Index,
     nodes: Nodes,
-    undisturbed: Training,
+    undisturbed: list[Training],
     failing_store: ObjectStore,
     server: TrackingServer,
     tmp_path: Path,
@@ -140,9 +150,10 @@ def test_random_faults_change_nothing_that_is_consumed(
 
     found = training.consumed()
     assert sorted(found) == list(range(STEPS))
-    assert found == undisturbed.consumed()
-    assert training.final_loss == pytest.approx(undisturbed.final_loss, rel=LOSS_TOLERANCE)
-    assert training.artifacts() == undisturbed.artifacts()
+    print(f"final loss {training.final_loss}, undisturbed {[other.final_loss for other in undisturbed]}")
+    assert all(found == other.consumed() for other in undisturbed)
+    assert ends_alike(training, undisturbed)
+    assert training.artifacts() == undisturbed[0].artifacts()
     load_bundle(str(training.run / "bundle"))
     epochs = Counter((epoch, uid) for step in found.values() for epoch, _, uid in step)
     samples = len(compile_kept(index))
@@ -155,7 +166,6 @@ def test_random_faults_change_nothing_that_is_consumed(
     print(f"seed {seed}: {len(met)} recoveries: " + ", ".join(f"{fault.role} at {fault.step}" for fault in met))
     print(f"{STEPS} steps of {GLOBAL_BATCH}, every sample consumed once an epoch, in the batches of the undisturbed run")
     print(f"{failed} failed reads of the store; no point of MLflow is lost or there twice")
-    print(f"final loss {training.final_loss}, undisturbed {undisturbed.final_loss}")
     print(table(met, training))
     print((training.run / "goodput.json").read_text())
     shutil.rmtree(tmp_path / "runs")
