@@ -56,6 +56,7 @@ VARIANTS: dict[str, list[str]] = {
     "whole": [],
     **{f"no-{task}": [f"objective.weights.{task}=0"] for task in TASKS},
     "modality-dropout": ["objective.modality_dropout=0.3"],
+    "hallucination": ["objective.modality_dropout=0.3", "objective.hallucination=1"],
     "uniform-negatives": ["objective.negatives=uniform"],
 }
 _HELDOUT = 480
@@ -110,7 +111,7 @@ def codebook(work: Path, data: dict[str, Index], seconds: float) -> dict[str, fl
         model, losses, steps = train(run, RunData.open([Source(index=data["images"].url)]), None, seconds)
         assert isinstance(model, DiscreteVae)
         facts: dict[str, Any] = {"recipe": run.recipe, "data_fingerprint": data["images"].summary.fingerprint, "metrics": {}}
-        write_bundle(work / "codebook", model=model.model, decoder=model.decoder, tokenizer=None, config=run.model, **facts)
+        write_bundle(work / "codebook", model=model.model, beside=model.beside, tokenizer=None, config=run.model, **facts)
         figures.write_text(json.dumps(losses | {"steps": steps}))
     values: dict[str, float] = json.loads(figures.read_text())
     return values
@@ -137,7 +138,7 @@ def variant(work: Path, name: str, data: dict[str, Index], options: argparse.Nam
     model, losses, steps = train(run, opened, tokenizer, options.minutes * 60)
     with tempfile.TemporaryDirectory() as temporary:
         facts: dict[str, Any] = {"recipe": run.recipe, "data_fingerprint": opened.fingerprint, "metrics": {}}
-        write_bundle(Path(temporary) / "b", model=model.model, tokenizer=tokenizer, config=run.model, **facts)
+        write_bundle(Path(temporary) / "b", model=model.model, beside=model.beside, tokenizer=tokenizer, config=run.model, **facts)
         bundle = load_bundle(Path(temporary) / "b")
         load_tokenizer(Path(temporary) / "b")
     row = {"variant": name, "steps": steps, "seconds": round(losses["seconds"])} | measure(work, bundle, run, tokenizer, data)

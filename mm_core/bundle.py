@@ -28,11 +28,12 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from mm_core.config import Config
 from mm_core.errors import BundleError, ConfigError
-from mm_core.model_card import DECODER, model_card
+from mm_core.model_card import model_card
 from mm_core.models.dvae import DvaeConfig
 from mm_core.models.family import AnyModelConfig, ModelConfig
 from mm_core.models.flava import FlavaConfig
 from mm_core.models.fused import Fused
+from mm_core.models.hallucination import load_hallucination
 from mm_core.models.pretrained import (
     architecture,
     check_pooling,
@@ -168,13 +169,13 @@ def write_bundle(
     data_fingerprint: str,
     metrics: Mapping[str, float],
     run_id: str | None = None,
-    decoder: nn.Module | None = None,
+    beside: Mapping[str, nn.Module] | None = None,
 ) -> BundleManifest:
     """Write a bundle, whole or not at all.
 
     Args:
         tokenizer: None of a model that reads no text.
-        decoder: of a codebook, what makes pictures of its entries; a file of its own.
+        beside: what transformers' class does not have, each a file of the name: a codebook's decoder, a hallucination head.
 
     Raises:
         BundleError: `folder` exists, or a metric is not a number.
@@ -191,8 +192,8 @@ def write_bundle(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
             _make_portable(temporary / "tokenizer_config.json")
-        if decoder is not None:
-            save_file({name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}, temporary / DECODER)
+        for file, module in (beside or {}).items():
+            save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, temporary / file)
         if not isinstance(config, DvaeConfig):
             _write_json(temporary / "preprocessor_config.json", _preprocessor(config))
         facts: dict[str, Any] = {"task": _task(config), "recipe": recipe, "data_fingerprint": data_fingerprint, "run_id": run_id}
@@ -269,8 +270,12 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
         raise BundleError(f"{source} is a codebook, which has no towers: it serves a flava recipe as model.codebook_source")
     model = load_two_tower(str(source))
     mean, std = (written.image_mean, written.image_std) if written else load_normalisation(str(source))
-    kind = Fused if is_fused(model.config) else TwoTower
-    towers = kind(model, mean=mean, std=std).to(device).eval()
+    towers: TwoTower | Fused
+    if is_fused(model.config):
+        towers = Fused(model, mean=mean, std=std, hallucination=load_hallucination(model.config, folder))
+    else:
+        towers = TwoTower(model, mean=mean, std=std)
+    towers = towers.to(device).eval()
     towers.attend("sdpa")
     image_size = written.image_size if written else fed_image_size(model, str(source))
     try:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mm_core.models.dvae import DvaeConfig
+from mm_core.models.dvae import DECODER, DvaeConfig
 from mm_core.models.family import AnyModelConfig
 from mm_core.models.flava import FlavaConfig
-
-DECODER = "decoder.safetensors"
-"""Of a codebook's bundle: what makes pictures of its entries."""
 
 
 def model_card(

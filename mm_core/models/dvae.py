@@ -21,6 +21,8 @@ from mm_core.models.codebook import CODEBOOK_STRIDE, CodebookSizes, codebook_pix
 if TYPE_CHECKING:
     from transformers import FlavaImageCodebook
 
+DECODER = "decoder.safetensors"
+"""Of a bundle: what makes pictures of its entries."""
 _GROUPS = 4
 _EVEN = 0.02
 """Of the first logits: an encoder that is sure of its entries before the decoder knows them never learns to use more than a few."""
@@ -115,6 +117,11 @@ class DiscreteVae(nn.Module):
         entries: Int[Tensor, "b n m"] = self.model.get_codebook_indices(codebook_pixels(images, self._size))
         chosen = functional.one_hot(entries, self.model.vocab_size).permute(0, 3, 1, 2).float()
         return from_codebook_pixels(torch.sigmoid(self.decoder(chosen)[:, :3]))
+
+    @property
+    def beside(self) -> dict[str, nn.Module]:
+        """What a bundle keeps beside the model, by the file's name."""
+        return {DECODER: self.decoder}
 
     def attend_for(self, device: torch.device) -> None:
         """It has no attention."""

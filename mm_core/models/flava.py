@@ -121,6 +121,9 @@ def build_flava(config: FlavaConfig, tokens: SpecialTokens) -> FlavaForPreTraini
     check_sizes(config, tokens)
     check_heads("fusion", config.fusion)
     check_padding(config.family, tokens)
+    widths = {name: getattr(config, name).width for name in ("vision", "text", "fusion")}
+    if len({*widths.values()}) > 1:
+        raise ConfigError(f"the heads of FLAVA are of one width, and model.…width is {widths}: set all three alike")
     if config.context_length > config.text_positions:
         raise ConfigError(f"model.context_length {config.context_length} is above model.text_positions {config.text_positions}")
     from transformers import FlavaForPreTraining

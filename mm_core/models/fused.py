@@ -28,6 +28,7 @@ from mm_core.models.fused_batch import (
     Task,
     TextBatch,
 )
+from mm_core.models.hallucination import HALLUCINATION, Hallucination
 from mm_core.models.patch_product import multiply_patches
 from mm_core.models.sizes import OPENAI_MEAN, OPENAI_STD
 from mm_core.models.two_tower import ImageTextBatch, TwoTowerOutput, normalise, unit
@@ -58,6 +59,8 @@ class _Shown(NamedTuple):
     """Where a text has words."""
     seen: Bool[Tensor, "b 2"]
     """Which of image and text it may look at."""
+    stand_in: Float[Tensor, "b d"]
+    """For the one that it may not."""
 
 
 class Fused(nn.Module):
@@ -75,17 +78,20 @@ class Fused(nn.Module):
         tasks: frozenset[Task] = ALL_TASKS,
         hard_negatives: bool = True,
         learns_balance: bool = False,
+        hallucination: Hallucination | None = None,
     ) -> None:
         """
         Args:
             tasks: what is predicted in training; what serves none of them is not computed.
             hard_negatives: negatives of `Task.ITM` by similarity; else any text of the batch.
             learns_balance: each task has a scalar parameter, for weights that are learned. They are not exported.
+            hallucination: what stands in for a missing side; None: nothing does.
         """
         super().__init__()
         self.model = model
         multiply_patches(model)
         self._tasks, self._hard_negatives = tasks, hard_negatives
+        self.hallucination = hallucination
         learned = sorted(tasks) if learns_balance else []
         self.balance = nn.ParameterDict({task.value: nn.Parameter(torch.zeros(())) for task in learned})
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
@@ -141,31 +147,34 @@ class Fused(nn.Module):
         features: tuple[Tensor, Tensor] | None = None
         if contrasted:
             features = unit(self._image_projected(image.embedded[:count])), unit(self._text_projected(text.embedded[:count]))
-        predictions = self._fused(batch, image.hidden, text.hidden, features)
-        tokens = (image.hidden, text.hidden) if batch.probed else ()
+        output = FusedOutput(self._fused(batch, image, text, features), tokens=(image.hidden, text.hidden) if batch.probed else ())
+        if self.hallucination is not None:
+            output = replace(output, guessed=self.hallucination(image.embedded[:count, 0], text.embedded[:count, 0]))
         if features is None:
-            return FusedOutput(predictions, tokens=tokens)
-        return FusedOutput(predictions, *features, self.logit_scale, tokens=tokens)
+            return output
+        return replace(output, image_features=features[0], text_features=features[1], logit_scale=self.logit_scale)
 
-    def _fused(
-        self, batch: PairBatch, image: Float[Tensor, "c n d"], text: Float[Tensor, "c l d"], features: tuple[Tensor, Tensor] | None
-    ) -> dict[Task, Predictions]:
+    def _fused(self, batch: PairBatch, image: _States, text: _States, features: tuple[Tensor, Tensor] | None) -> dict[Task, Predictions]:
         """`image`, `text`: of the whole sides, then of the masked ones, as far as they serve a task. All go through the fusion together."""
         images, texts, count = batch.images, batch.texts, len(batch.images.pixels)
         everything = images.mask.new_ones(count, 2)
+        nothing = image.hidden.new_zeros(count, self.model.config.multimodal_config.hidden_size)
         shown: list[_Shown] = []
         negatives = None
         if Task.ITM in self._tasks:
-            negatives, other, other_present = self._negatives(batch, text[:count], features)
-            shown.append(_Shown(image[:count], text[:count], self._is_text(texts.input_ids), everything))
-            shown.append(_Shown(image[:count], other, other_present, everything))
+            negatives, other, other_present = self._negatives(batch, text.hidden[:count], features)
+            shown.append(_Shown(image.hidden[:count], text.hidden[:count], self._is_text(texts.input_ids), everything, nothing))
+            shown.append(_Shown(image.hidden[:count], other, other_present, everything, nothing))
         if self._tasks & {Task.MMM_IMAGE, Task.MMM_TEXT}:
-            seen = everything if batch.seen is None else batch.seen
-            shown.append(_Shown(image[-count:], text[-count:], self._is_text(texts.masked_ids), seen))
+            seen, stand_in = everything if batch.seen is None else batch.seen, nothing
+            if self.hallucination is not None:
+                stand_in = self.hallucination.of_either(image.embedded[-count:, 0], text.embedded[-count:, 0], seen)
+            shown.append(_Shown(image.hidden[-count:], text.hidden[-count:], self._is_text(texts.masked_ids), seen, stand_in))
         if not shown:
             return {}
         together = _Shown(*(torch.cat(part) for part in zip(*shown, strict=True)))
-        states = self._fuse(together.image, together.text, together.present & together.seen[:, 1:], together.seen[:, 0])
+        extra = None if self.hallucination is None else (together.stand_in, ~together.seen.all(dim=1))
+        states = self._fuse(together.image, together.text, together.present & together.seen[:, 1:], together.seen[:, 0], extra)
         found: dict[Task, Predictions] = {}
         if negatives is not None:
             labels = torch.arange(2, device=states.device).flip(0).repeat_interleave(count)
@@ -230,12 +239,14 @@ class Fused(nn.Module):
         text: Float[Tensor, "b l d"] | None,
         present: Bool[Tensor, "b l"] | None,
         seen: Bool[Tensor, " b"] | None = None,
+        extra: tuple[Float[Tensor, "b d"], Bool[Tensor, " b"]] | None = None,
     ) -> Float[Tensor, "b m d"]:
         """Class token, the image's tokens, the text's; of one modality alone its own.
 
         Args:
             present: which of the text's tokens it may look at.
             seen: of which samples the image's; None for all.
+            extra: one more token, last, and of which samples it may look at it.
         """
         flava, tokens, masks = self.model.flava, [], []
         if image is not None:
@@ -245,6 +256,9 @@ class Fused(nn.Module):
             assert present is not None, "a text has padding"
             tokens.append(flava.text_to_mm_projection(text))
             masks.append(present)
+        if extra is not None:
+            tokens.append(extra[0][:, None].to(tokens[0].dtype))
+            masks.append(extra[1][:, None])
         mask = self._mask(torch.cat([masks[0].new_ones(len(masks[0]), 1), *masks], dim=1))
         return flava.multimodal_model(torch.cat(tokens, dim=1), attention_mask=mask, return_dict=True).last_hidden_state
 
@@ -283,10 +297,20 @@ class Fused(nn.Module):
 
     def fused_states(self, images: UInt8[Tensor, "b h w 3"] | None, input_ids: Int[Tensor, "b l"] | None) -> Float[Tensor, "b n d"]:
         """The fusion's tokens, its class token first, of pairs or of one modality."""
-        image = None if images is None else self._image(images).hidden
+        image = None if images is None else self._image(images)
         if input_ids is None:
-            return self._fuse(image, None, None)
-        return self._fuse(image, self._text(input_ids).hidden, self._is_text(input_ids))
+            assert image is not None, "one of both"
+            return self._fuse(image.hidden, None, None, extra=self._alone(image, "of_image"))
+        text, present = self._text(input_ids), self._is_text(input_ids)
+        if image is None:
+            return self._fuse(None, text.hidden, present, extra=self._alone(text, "of_text"))
+        return self._fuse(image.hidden, text.hidden, present)
+
+    def _alone(self, states: _States, stand_in: Literal["of_image", "of_text"]) -> tuple[Float[Tensor, "b d"], Bool[Tensor, " b"]] | None:
+        """What stands in for the side that all samples lack."""
+        if self.hallucination is None:
+            return None
+        return getattr(self.hallucination, stand_in)(states.embedded[:, 0]), states.hidden.new_ones(len(states.hidden), dtype=torch.bool)
 
     def multimodal_features(self, images: UInt8[Tensor, "b h w 3"] | None, input_ids: Int[Tensor, "b l"] | None) -> Float[Tensor, "b d"]:
         """Of pairs, or of images or texts alone; L2-normalised. Not in the space of the towers' own features."""
@@ -313,6 +337,11 @@ class Fused(nn.Module):
     @property
     def logit_scale(self) -> Float[Tensor, ""]:
         return self.model.flava.logit_scale.exp()
+
+    @property
+    def beside(self) -> dict[str, nn.Module]:
+        """What a bundle keeps beside the model, by the file's name."""
+        return {} if self.hallucination is None else {HALLUCINATION: self.hallucination}
 
     # What training does to it.
 

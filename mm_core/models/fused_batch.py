@@ -102,6 +102,8 @@ class FusedOutput:
     """L2-normalised, as the texts'."""
     text_features: Float[Tensor, "b d"] | None = None
     logit_scale: Float[Tensor, ""] | None = None
+    guessed: Float[Tensor, "b 2"] | None = None
+    """Cosines of what is guessed of image and text, each from the other, with what they are; of a model that guesses."""
     balance: dict[Task, Float[Tensor, ""]] = field(default_factory=dict)
     """What the weight of each task is learned by, where it is."""
     tokens: tuple[Float[Tensor, ...], ...] = ()

@@ -124,6 +124,11 @@ class TwoTower(nn.Module):
         return found.factor(found.parameter).reshape(())
 
     @property
+    def beside(self) -> dict[str, nn.Module]:
+        """What a bundle keeps beside the model, by the file's name: nothing."""
+        return {}
+
+    @property
     def depends_on_batch(self) -> bool:
         """Whether an image's features change with the others of its batch, as batch normalisation in training makes them."""
         return any(norm.training for norm in batch_norms(self.model))

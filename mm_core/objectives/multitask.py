@@ -73,10 +73,18 @@ class MultitaskConfig(Config):
         default=0.0, ge=0, lt=1, description="Share of pairs of which the fusion sees one side only, the image or the text."
     )
 
+    hallucination: float = Field(
+        default=0.0, ge=0, description="Weight of a head that guesses a missing side's feature for the fusion; 0: none."
+    )
+
     @model_validator(mode="after")
     def _has_a_task(self) -> MultitaskConfig:
         if not self.weights.tasks:
             raise ValueError("every weight is 0: there is no task")
+        if self.hallucination and not self.modality_dropout:
+            raise ValueError(
+                "hallucination stands in for a side that is missing, and modality_dropout=0 leaves none out: set it too, to 0.3 say"
+            )
         return self
 
 
@@ -100,6 +108,10 @@ class MultitaskObjective:
             pulls = pulls_of([*shares.values()], output.tokens, batch.whole, around=self._around)
             measures |= pulls.measures([*shares], len(counts)) | self._damp(output, pulls, len(counts))
         terms, weights = self._balanced(output, batch, shares, pulls)
+        if output.guessed is not None:
+            cosine = output.guessed.mean(dim=1).sum() / sum(counts)
+            terms["hallucination"] = self._config.hallucination * (len(output.guessed) / sum(counts) - cosine)
+            measures["hallucination/cosine"] = cosine.detach()
         return LossOutput.of(terms, len(counts), measures | {f"weight/{task}": weight / len(counts) for task, weight in weights.items()})
 
     def _shares(self, output: FusedOutput, batch: FusedBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

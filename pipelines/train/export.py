@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerFast
 
 from mm_core.bundle import BundleManifest, write_bundle
 from mm_core.errors import CheckpointError
-from mm_core.models.dvae import DiscreteVae
 from mm_core.models.family import build_model
 from mm_core.models.tokenizer import load_tokenizer, special_tokens
 from mm_core.training.checkpoint import load_weights
@@ -39,7 +38,7 @@ def export_bundle(folder: RunFolder, metrics: Mapping[str, float]) -> BundleMani
         manifest = write_bundle(
             Path(temporary) / "bundle",
             model=model.model,
-            decoder=model.decoder if isinstance(model, DiscreteVae) else None,
+            beside=model.beside,
             tokenizer=tokenizer,
             config=run.model,
             recipe=run.recipe,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from mm_core.config import Config
 from mm_core.data.masking import Masking, uniform
 from mm_core.distributed import Around, GlobalBatch
 from mm_core.errors import ConfigError
@@ -20,6 +21,7 @@ from mm_core.models.family import outline
 from mm_core.models.flava import FlavaConfig
 from mm_core.models.fused import Fused
 from mm_core.models.fused_batch import FusedBatch, ImageBatch, MaskedImages, MaskedTexts, PairBatch, Task, TextBatch
+from mm_core.models.hallucination import Hallucination
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
 from mm_core.objectives.codebook import CodebookObjective, CodebookObjectiveConfig
 from mm_core.objectives.config import ObjectiveConfig
@@ -37,7 +39,7 @@ Model = TwoTower | Fused | DiscreteVae
 Inputs = Callable[[StepBatch, Transfer], Any]
 """From what the stream gives of a step to what the model takes, on its device."""
 
-_OBJECTIVES = {FlavaConfig: MultitaskConfig, DvaeConfig: CodebookObjectiveConfig}
+_OBJECTIVES: dict[type[Config], type[Config]] = {FlavaConfig: MultitaskConfig, DvaeConfig: CodebookObjectiveConfig}
 """By the model's configuration, where it is not that of two towers."""
 
 
@@ -59,6 +61,7 @@ def wrapped(run: TrainRun, model: PreTrainedModel) -> Model:
                 tasks=objective.weights.tasks,
                 hard_negatives=hard,
                 learns_balance=objective.balance.learns,
+                hallucination=Hallucination(model.config) if objective.hallucination else None,
             )
         case DvaeConfig() as config, _:
             whole = DiscreteVae(model, config)

@@ -84,7 +84,7 @@ def test_pixels_go_there_and_back() -> None:
 def test_a_bundle_of_it_is_a_codebook_for_transformers_and_for_flava(tmp_path: Path) -> None:
     model = model_of()
     arguments = {"tokenizer": None, "config": CONFIG, "recipe": "codebook-tiny", "data_fingerprint": "f", "metrics": {}}
-    write_bundle(tmp_path / "book", model=model.model, decoder=model.decoder, **arguments)  # type: ignore[arg-type]
+    write_bundle(tmp_path / "book", model=model.model, beside=model.beside, **arguments)  # type: ignore[arg-type]
     pixels = codebook_pixels(stripes(3), 16)
     theirs = FlavaImageCodebook.from_pretrained(tmp_path / "book")
     assert torch.equal(theirs.get_codebook_indices(pixels), model.model.get_codebook_indices(pixels))

@@ -188,6 +188,8 @@ def test_a_codebook_comes_from_a_folder(tmp_path: Path) -> None:
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="fusion"):
         build_model(SMALL.model_copy(update={"fusion": TowerConfig(width=25, layers=1, heads=2)}), TOKENS)
+    with pytest.raises(ConfigError, match="one width"):
+        build_model(SMALL.model_copy(update={"fusion": TowerConfig(width=48, layers=1, heads=2)}), TOKENS)
     with pytest.raises(ConfigError, match="text_positions"):
         build_model(SMALL.model_copy(update={"text_positions": 9}), TOKENS)
     with pytest.raises(ConfigError, match="padding"):

@@ -21,6 +21,7 @@ from mm_core.models.family import build_model
 from mm_core.models.flava import FlavaConfig
 from mm_core.models.fused import Fused
 from mm_core.models.fused_batch import FusedBatch, ImageBatch, MaskedImages, MaskedTexts, PairBatch, TextBatch
+from mm_core.models.hallucination import Hallucination
 from mm_core.models.sizes import SpecialTokens, TowerConfig
 from mm_core.objectives.balance import BalanceConfig, BalanceKind
 from mm_core.objectives.multitask import MultitaskConfig, MultitaskObjective, TaskWeights
@@ -46,6 +47,7 @@ OBJECTIVES = {
     "probed": MultitaskConfig(weights=WEIGHTS, balance=BalanceConfig(probe_every_steps=1, modulation=0.5)),
     "uncertainty": MultitaskConfig(weights=WEIGHTS, balance=BalanceConfig(kind=BalanceKind.UNCERTAINTY)),
     "gradnorm": MultitaskConfig(weights=WEIGHTS, balance=BalanceConfig(kind=BalanceKind.GRADNORM)),
+    "hallucination": MultitaskConfig(weights=WEIGHTS, modality_dropout=0.3, hallucination=0.5),
 }
 SAMPLES = 9
 COUNTS = {2: [5, 4], 4: [3, 2, 2, 2]}
@@ -68,7 +70,9 @@ def model_of(objective: str) -> Fused:
     """Its positions and codebook drawn at random, since both begin as nothing, and a similarity that makes some negatives likelier."""
     torch.manual_seed(0)
     inner = build_model(MODEL, SpecialTokens(bos=3, eos=4, pad=0))
-    model = Fused(inner, learns_balance=OBJECTIVES[objective].balance.learns).double()
+    config = OBJECTIVES[objective]
+    hallucination = Hallucination(inner.config) if config.hallucination else None
+    model = Fused(inner, learns_balance=config.balance.learns, hallucination=hallucination).double()
     with torch.no_grad():
         for number, parameter in enumerate(model.balance.values()):
             parameter.fill_(0.1 * number)
