@@ -66,6 +66,17 @@ def read_config(source: str) -> PreTrainedConfig:
     return config
 
 
+def outline_of(source: str) -> PreTrainedModel:
+    """A model on the meta device: no weights are read, nothing is allocated.
+
+    Raises:
+        BundleError: there is no such model, or it is of another kind.
+    """
+    config = read_config(source)
+    with torch.device("meta"):
+        return _CLASSES[config.model_type](config)
+
+
 def load_two_tower(source: str) -> PreTrainedModel:
     """A model in fp32, every weight of which is in the file: transformers would make up the missing ones.
 

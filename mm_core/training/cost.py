@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from mm_core.data.masking import MaskingConfig
 from mm_core.distributed import GlobalBatch
 from mm_core.models.dvae import DiscreteVae, DvaeBatch, DvaeConfig
-from mm_core.models.family import AnyModelConfig, outline
+from mm_core.models.family import AnyModelConfig, ModelConfig, outline
 from mm_core.models.flava import FlavaConfig
 from mm_core.models.fused import Fused
 from mm_core.models.fused_batch import MaskedImages, MaskedTexts, PairBatch
@@ -88,6 +89,22 @@ def sample_cost(
     )
 
 
+def teacher_flops(model: PreTrainedModel, student: ModelConfig, *, views: int = 1, captions: int = 1) -> float:
+    """Operations of two towers on one of the student's samples, forward alone. `model` is on the meta device."""
+    with torch.device("meta"):
+        towers = TwoTower(model).to(torch.bfloat16)
+    towers.attend("sdpa")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        towers(_pairs(student, views, captions))
+    return counter.get_total_flops() / _SAMPLES
+
+
+def _pairs(config: ModelConfig, views: int, captions: int) -> ImageTextBatch:
+    with torch.device("meta"):
+        images = torch.zeros(_SAMPLES, views, config.image_size, config.image_size, 3, dtype=torch.uint8)
+        return ImageTextBatch(images, torch.zeros(_SAMPLES, captions, config.context_length, dtype=torch.long))
+
+
 def _model_and_batch(config: AnyModelConfig, views: int, captions: int) -> tuple[Any, Any]:
     """On the meta device. Of a model for several tasks the dearest of its steps, that of pairs."""
     inner, whole = outline(config), GlobalBatch((_SAMPLES,))
@@ -107,7 +124,7 @@ def _model_and_batch(config: AnyModelConfig, views: int, captions: int) -> tuple
             case _:
                 towers = TwoTower(inner).to(torch.bfloat16)
                 towers.attend("sdpa")
-                return towers, ImageTextBatch(images, torch.zeros(_SAMPLES, captions, config.context_length, dtype=torch.long))
+                return towers, _pairs(config, views, captions)
 
 
 def _masked(config: FlavaConfig) -> tuple[tuple[float, int], tuple[float, int]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from mm_core.models.pretrained import outline_of
 from mm_core.optim import kept_numbers
-from mm_core.training.cost import SampleCost, sample_cost
+from mm_core.training.cost import SampleCost, sample_cost, teacher_flops
 from pipelines.train.config import TrainRun
 
 FP32 = 4
@@ -20,6 +23,28 @@ def cost_of(run: TrainRun, *, checkpointing: bool = False) -> SampleCost:
         patch_dropout=run.towers.patch_dropout,
         checkpointing=checkpointing,
     )
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """Of a distillation's teacher, which every rank holds whole."""
+
+    bytes: int = 0
+    flops: float = 0.0
+    """Of a sample."""
+
+
+def teacher_cost(run: TrainRun) -> TeacherCost:
+    """Nothing of a run without one.
+
+    Raises:
+        BundleError: the teacher is not there.
+    """
+    if run.teacher is None:
+        return TeacherCost()
+    model = outline_of(run.teacher)
+    flops = teacher_flops(model, run.joint_model, views=run.data.augment.views, captions=run.data.captions)
+    return TeacherCost(FP32 * sum(p.numel() for p in model.parameters()), flops)
 
 
 def state_bytes(run: TrainRun, cost: SampleCost) -> dict[str, int]:

@@ -9,7 +9,7 @@ from mm_core.data.ledger import Source
 from mm_core.data.plan import chunks_per_step
 from mm_core.models.family import resolved
 from pipelines.train.config import TrainRun
-from pipelines.train.cost import cost_of, state_bytes
+from pipelines.train.cost import cost_of, state_bytes, teacher_cost
 from pipelines.train.parts import check_parts
 from pipelines.train.preflight import check_run, start_of
 from pipelines.train.read_cost import Prices, read_cost
@@ -37,7 +37,7 @@ def describe(
     rank_batch = -(-chunks // workers) * run.data.chunk
     cost = cost_of(run, checkpointing=run.parallel.activation_checkpointing)
     state = state_bytes(run, cost)
-    held = sum(state.values())
+    held, teacher = sum(state.values()), teacher_cost(run).bytes
     activations = min(rank_batch, run.parallel.micro_batch_size or rank_batch) * cost.activation_bytes
     samples = run.steps * run.global_batch_size
     reads = read_cost(data, run)
@@ -49,8 +49,9 @@ def describe(
         "samples_seen": samples,
         "samples_kept": sum(len(kept) for kept in data.kept),
         "epochs": epochs if len(epochs) > 1 else next(iter(epochs.values())),
-        "memory_per_worker_mb": round((held + activations) / 1e6),
+        "memory_per_worker_mb": round((held + teacher + activations) / 1e6),
         "memory_weights_and_optimizer_mb": round((held - state["mean"]) / 1e6),
+        "memory_teacher_mb": round(teacher / 1e6),
         "memory_mean_mb": round(state["mean"] / 1e6),
         "memory_activations_mb": round(activations / 1e6),
         **(reads.report(samples, prices or Prices(), samples_per_s) if reads else {}),

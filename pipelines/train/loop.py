@@ -42,7 +42,7 @@ from pipelines.stream import Share, StepBatch, stream
 from pipelines.train.audit import Audit
 from pipelines.train.board import fatal_errors
 from pipelines.train.config import TrainRun
-from pipelines.train.cost import cost_of
+from pipelines.train.cost import cost_of, teacher_cost
 from pipelines.train.evaluation import EvaluationTask, evaluation_of
 from pipelines.train.meter import Meter
 from pipelines.train.outcome import Outcome
@@ -277,11 +277,11 @@ def run_steps(
 
 
 def _flops_per_sample(run: TrainRun, train_step: TrainStep) -> float | None:
-    """Of the model's forward and backward pass, on a GPU that there is a data sheet of, where every step takes the same."""
+    """Of the model's passes and a teacher's, on a GPU that there is a data sheet of, where every step takes the same."""
     if gpu_of(train_step.device) is None or train_step.model.module.trains_in_parts:
         return None
     cost = cost_of(run)
-    return cost.forward_flops + cost.backward_flops
+    return cost.forward_flops + cost.backward_flops + teacher_cost(run).flops
 
 
 def _node_cpus() -> float:

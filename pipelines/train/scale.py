@@ -14,7 +14,7 @@ from mm_core.training.cost import SampleCost
 from mm_core.training.gpus import gpu_named
 from mm_core.training.parallel import Parallelism
 from pipelines.train.config import TrainRun
-from pipelines.train.cost import FP32, cost_of, state_bytes
+from pipelines.train.cost import FP32, TeacherCost, cost_of, state_bytes, teacher_cost
 from pipelines.train.parts import check_parts
 from pipelines.train.preflight import check_parallel
 
@@ -39,8 +39,9 @@ def describe_scale(run: TrainRun, gpus: int, gpu_type: str, *, mfu: float = 0.3)
     cost = cost_of(run, checkpointing=run.parallel.activation_checkpointing)
     rank_batch = -(-chunks // gpus) * run.data.chunk
     at_a_time = min(rank_batch, run.parallel.micro_batch_size or rank_batch)
-    memory = _memory(run, cost, gpus, at_a_time)
-    flops = _flops(run, cost, rank_batch, at_a_time)
+    teacher = teacher_cost(run)
+    memory = _memory(run, cost, teacher, gpus, at_a_time)
+    flops = _flops(run, cost, teacher, rank_batch, at_a_time)
     sent = _sent(run, cost, gpus, rank_batch, at_a_time)
     compute_s = sum(flops.values()) / (gpu.bf16_flops * mfu)
     overlapped_s, exposed_s = (sent[kind] / gpu.network_bytes_per_s for kind in ("weights_and_gradients", "features"))
@@ -64,7 +65,7 @@ def describe_scale(run: TrainRun, gpus: int, gpu_type: str, *, mfu: float = 0.3)
     }
 
 
-def _memory(run: TrainRun, cost: SampleCost, gpus: int, at_a_time: int) -> dict[str, float]:
+def _memory(run: TrainRun, cost: SampleCost, teacher: TeacherCost, gpus: int, at_a_time: int) -> dict[str, float]:
     """Bytes of one GPU, by part."""
     sharded = run.parallel.kind is Parallelism.FSDP
     divided = gpus if sharded else 1
@@ -74,6 +75,7 @@ def _memory(run: TrainRun, cost: SampleCost, gpus: int, at_a_time: int) -> dict[
         **state,
         "weights": state["weights"] + (2 * cost.block_parameters * FP32 if sharded else 0),
         "weights_in_bf16": cost.trained_parameters * _BF16 if not sharded else 2 * cost.block_parameters * _BF16,
+        **({"teacher": teacher.bytes} if teacher.bytes else {}),
         "activations": at_a_time * cost.activation_bytes,
         "features_of_all": 2 * features,
         "similarities": 3 * (run.parallel.logit_block_mb << 20),
@@ -81,7 +83,7 @@ def _memory(run: TrainRun, cost: SampleCost, gpus: int, at_a_time: int) -> dict[
     }
 
 
-def _flops(run: TrainRun, cost: SampleCost, rank_batch: int, at_a_time: int) -> dict[str, float]:
+def _flops(run: TrainRun, cost: SampleCost, teacher: TeacherCost, rank_batch: int, at_a_time: int) -> dict[str, float]:
     """Operations of one GPU and step."""
     twice = at_a_time < rank_batch  # pieces go through forward a second time
     texts = run.global_batch_size * run.data.captions
@@ -90,6 +92,7 @@ def _flops(run: TrainRun, cost: SampleCost, rank_batch: int, at_a_time: int) -> 
     return {
         "forward": rank_batch * cost.forward_flops * (2 if twice else 1),
         "backward": rank_batch * cost.backward_flops,
+        **({"teacher": rank_batch * teacher.flops} if teacher.flops else {}),
         "similarities": float(similarities),
     }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mm_core.config import resolve
 from mm_core.errors import ConfigError
+from mm_core.models.clip import clip_vit_b32
+from mm_core.models.family import outline
 from pipelines.recipes import recipe
 from pipelines.train.scale import describe_scale
 
@@ -34,6 +37,17 @@ def test_muon_keeps_less_than_adamw() -> None:
     matrices = 12 * (12 * 768**2 + 12 * 512**2)
     assert adamw["memory_gb_optimizer"] - muon["memory_gb_optimizer"] == pytest.approx(4 * matrices / 1e9, abs=0.011)
     assert {k: v for k, v in adamw.items() if k.startswith("memory_gb_w")} == {k: v for k, v in muon.items() if k.startswith("memory_gb_w")}
+
+
+def test_a_teacher_is_held_whole_and_goes_forward(tmp_path: Path) -> None:
+    """One of the student's own sizes, of which config.json is enough."""
+    outline(clip_vit_b32()).config.save_pretrained(tmp_path)
+    distilled = described("objective.kind=distillation", f"objective.teacher={tmp_path}", "parallel.kind=fsdp")
+    alone = described("parallel.kind=fsdp")
+    assert distilled["memory_gb_teacher"] == described()["memory_gb_weights"]
+    assert distilled["tflop_teacher"] == distilled["tflop_forward"] == alone["tflop_forward"]
+    assert distilled["memory_gb"] > alone["memory_gb"]
+    assert not {key for key in alone if "teacher" in key}
 
 
 def test_a_locked_tower_has_weights_alone_and_a_mean_is_of_what_is_trained() -> None:
