@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -40,14 +42,14 @@ class WarmStart:
     """Tensors of the source that the model has not, or in another shape."""
 
     def __str__(self) -> str:
-        parts = [f"{len(self.loaded):,} tensors taken over"]
-        for what, names in (("resized", self.resized), ("fresh", self.fresh), ("not used", self.unused)):
-            if names:
-                parts.append(f"{len(names):,} {what}: {', '.join(names[:_SHOWN])}{' …' if len(names) > _SHOWN else ''}")
-        return "; ".join(parts)
+        """A line for each part, every tensor in it; those that differ in a layer's number are one name."""
+        parts = [("taken over", self.loaded), ("resized", self.resized), ("fresh", self.fresh), ("not used", self.unused)]
+        return "\n".join(f"{len(names):,} {what}: {', '.join(_by_layer(names))}" for what, names in parts if names)
 
 
-_SHOWN = 6
+def _by_layer(names: Sequence[str]) -> list[str]:
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return [name if count == 1 else f"{name} ({count})" for name, count in counts.items()]
 
 
 def take_over(model: PreTrainedModel, source: Mapping[str, Tensor]) -> WarmStart:

@@ -96,7 +96,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
         check_parts(run)
         start = start_of(run)
         if start is not None and start.taken is not None:
-            console.note(f"--init {run.init}: {start.taken}" if run.init else f"the model's sources: {start.taken}")
+            console.note(f"--init {run.init}:\n{start.taken}" if run.init else f"the model's sources:\n{start.taken}")
     else:
         if request.run.tracking == TrackingConfig():  # nobody named another store than the one it began in
             run = run.model_copy(update={"tracking": TrackingConfig.model_validate(record.config["tracking"])})

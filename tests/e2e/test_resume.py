@@ -252,6 +252,13 @@ def resumed_is_as_undisturbed(
     assert abs(result.final_loss - reference.final_loss) < 1e-2
 
 
+def test_killed_and_resumed_sharded_is_as_undisturbed(
+    killed: Path, undisturbed: tuple[TrainResult, Path], index: Index, tmp_path: Path
+) -> None:
+    """What replicas wrote is divided among ranks."""
+    resumed_is_as_undisturbed(killed, undisturbed, index, tmp_path, 2, "parallel.kind=fsdp", name="tiny")
+
+
 def test_a_run_is_not_overwritten_nor_continued_as_another(undisturbed: tuple[TrainResult, Path], index: Index, corpus: Path) -> None:
     _, folder = undisturbed
     with pytest.raises(ConfigError, match="exists: continue it with --resume"):

@@ -54,4 +54,8 @@ def test_what_does_not_fit_stays_fresh_and_is_named() -> None:
     assert taken.fresh == taken.unused == ("text_model.embeddings.token_embedding.weight",)
     torch.testing.assert_close(model.state_dict()[taken.fresh[0]], before)
     torch.testing.assert_close(model.state_dict()["visual_projection.weight"], source.state_dict()["visual_projection.weight"])
-    assert "1 fresh: text_model.embeddings.token_embedding.weight" in str(taken)
+    printed = str(taken).splitlines()
+    assert printed[1:] == [f"1 {what}: text_model.embeddings.token_embedding.weight" for what in ("fresh", "not used")]
+    assert printed[0].startswith(f"{len(taken.loaded)} taken over: ")
+    layers = clip_tiny().vision.layers
+    assert f"vision_model.encoder.layers.*.mlp.fc1.weight ({layers})" in printed[0]
