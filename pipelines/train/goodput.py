@@ -68,6 +68,11 @@ class Goodput:
         """Of the wall time what computed updates that were kept."""
         return sum(self.seconds.get(part, 0.0) for part in TRAINING) / max(self.wall_s, 1e-9)
 
+    def mfu(self, while_stepping: float) -> float:
+        """Over the whole wall time, from what it was on average while steps were taken."""
+        lost = sum(self.seconds.get(part, 0.0) for part in (START_UP, RESTART, REPLAYED))
+        return while_stepping * (1 - lost / max(self.wall_s, 1e-9))
+
     def rows(self) -> list[tuple[str, float, float]]:
         """(part, seconds, share), the largest first."""
         return [(part, s, s / self.wall_s) for part, s in sorted(self.seconds.items(), key=lambda item: -item[1])]

@@ -43,7 +43,12 @@ def log_goodput(run: TrainRun, folder: RunFolder, run_id: str, console: Console)
     if not goodput.seconds:
         return
     console.table(("wall time", "s", "share"), [(part, round(s, 1), f"{share:.1%}") for part, s, share in goodput.rows()])
-    log_metrics(run.tracking, run_id, goodput.metrics())
+    metrics = goodput.metrics()
+    if points := metric_history(run.tracking, run_id, ["mfu"]).get("mfu"):  # on GPUs that there is a data sheet of
+        mean = sum(value for _, value in points) / len(points)
+        metrics["goodput/mfu"] = goodput.mfu(mean)
+        console.note(f"MFU {mean:.1%} while steps were taken, {metrics['goodput/mfu']:.1%} of the whole time")
+    log_metrics(run.tracking, run_id, metrics)
     with tempfile.TemporaryDirectory() as temporary:
         Path(temporary, "goodput.json").write_text(json.dumps(goodput.record(), indent=1))
         log_artifacts(run.tracking, run_id, Path(temporary), "data")

@@ -18,6 +18,7 @@ def test_the_parts_add_up_over_restarts_and_commands() -> None:
     assert goodput.seconds == pytest.approx({"start_up": 10, "forward": 15, "data_wait": 10, "restart": 15, "replayed": 10})
     assert goodput.wall_s == 60
     assert goodput.fraction == pytest.approx(15 / 60)
+    assert goodput.mfu(0.4) == pytest.approx(0.4 * 25 / 60)
 
     later = Goodput.of(goodput.record())
     later.began(1000.0)
