@@ -18,6 +18,7 @@ from mm_core.console import Console
 from mm_core.data.ledger import Source
 from mm_core.errors import ConfigError, TrainingError
 from mm_core.models.codebook import load_codebook
+from mm_core.models.hallucination import HALLUCINATION
 from pipelines.index import build_index
 from pipelines.recipes import recipe
 from pipelines.train.audit import read_audit
@@ -59,6 +60,7 @@ def codebook(sources: tuple[Source, ...], tmp_path_factory: pytest.TempPathFacto
 def flava(storage: Path, codebook: str, workers: int, *more: str) -> TrainRun:
     model = ["model.image_size=32", f"model.vision={TOWER}", f"model.text={TOWER}", f"model.fusion={TOWER}", "model.embed_dim=8"]
     settings = ["tokenizer.vocab_size=320", "data.mix.weights=[2,1,1]", "log_every_steps=1", f"model.codebook_source={codebook}"]
+    settings += ["objective.modality_dropout=0.3", "objective.hallucination=1"]
     steps = [f"steps={STEPS}", "checkpoint.every_steps=4", f"resources.workers={workers}", "faults.max_failures=0"]
     return resolve(recipe("flava-tiny"), overrides=[*shared(storage), *model, *settings, *steps, *more])[0]
 
@@ -103,7 +105,7 @@ def test_each_kind_of_step_has_its_tasks(undisturbed: tuple[TrainRun, TrainResul
     run, result, audit = undisturbed
     source_of = {step: {source for source, _, _ in rows} for step, rows in batches(audit).items()}
     assert all(len(sources) == 1 for sources in source_of.values())
-    tasks = {0: {"mmm_image", "mmm_text", "itm", "contrastive"}, 1: {"mim"}, 2: {"mlm"}}
+    tasks = {0: {"mmm_image", "mmm_text", "itm", "contrastive", "hallucination"}, 1: {"mim"}, 2: {"mlm"}}
     found = losses(run, result.run_id)
     for step, sources in source_of.items():
         there = {name.removeprefix("loss/") for name, points in found.items() if step + 1 in points and name != "loss"}
@@ -162,7 +164,11 @@ def test_its_bundle_is_transformers(undisturbed: tuple[TrainRun, TrainResult, Pa
     book = load_codebook(codebook[1].bundle).state_dict()
     assert all(torch.equal(tensor, book[name]) for name, tensor in whole.image_codebook.state_dict().items())
     assert torch.equal(bare.text_projection.weight, whole.flava.text_projection.weight)
-    assert load_bundle(bundle).text_features(["a red circle"]).shape == (1, 8)
+    loaded = load_bundle(bundle)
+    assert loaded.text_features(["a red circle"]).shape == (1, 8)
+    assert loaded.manifest is not None
+    assert HALLUCINATION in loaded.manifest.files
+    assert loaded.multimodal_features(None, ["a red circle"]).shape == (1, 16)
 
 
 def test_a_run_without_a_codebook_says_where_one_comes_from(sources: tuple[Source, ...], tmp_path: Path) -> None:
