@@ -31,10 +31,8 @@ def main() -> None:
         mm("data", "index", f"{folder}/corpus/train", "--out", f"{folder}/index")
         common = [f"steps={arguments.steps}", f"storage={folder}/runs", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
         for optimiser, schedule, lr in product(OPTIMISERS, SCHEDULES, arguments.lr):
-            name, chosen = (
-                f"{optimiser}-{schedule}-{lr}",
-                [f"optimizer.kind={optimiser}", f"schedule.kind={schedule}", f"optimizer.lr={lr}"],
-            )
+            name = f"{optimiser}-{schedule}-{lr}"
+            chosen = [f"optimizer.kind={optimiser}", f"schedule.kind={schedule}", f"optimizer.lr={lr}"]
             settings = [word for value in common + chosen for word in ("--set", value)]
             trained = mm("train", arguments.recipe, "--data", f"{folder}/index", "--name", name, "--workers", "1", *settings)
             retrieval = mm("eval", trained["bundle"], "--retrieval", f"{folder}/corpus/heldout")["retrieval"]
