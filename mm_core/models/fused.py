@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mm_core.distributed import GlobalBatch, gather_rows
 from mm_core.losses.negatives import Negatives, draw_negatives, text_keys
@@ -59,8 +60,6 @@ class _Shown(NamedTuple):
     """Where a text has words."""
     seen: Bool[Tensor, "b 2"]
     """Which of image and text it may look at."""
-    stand_in: Float[Tensor, "b d"]
-    """For the one that it may not."""
 
 
 class Fused(nn.Module):
@@ -158,22 +157,23 @@ class Fused(nn.Module):
         """`image`, `text`: of the whole sides, then of the masked ones, as far as they serve a task. All go through the fusion together."""
         images, texts, count = batch.images, batch.texts, len(batch.images.pixels)
         everything = images.mask.new_ones(count, 2)
-        nothing = image.hidden.new_zeros(count, self.model.config.multimodal_config.hidden_size)
         shown: list[_Shown] = []
-        negatives = None
+        negatives = stand_in = None
         if Task.ITM in self._tasks:
             negatives, other, other_present = self._negatives(batch, text.hidden[:count], features)
-            shown.append(_Shown(image.hidden[:count], text.hidden[:count], self._is_text(texts.input_ids), everything, nothing))
-            shown.append(_Shown(image.hidden[:count], other, other_present, everything, nothing))
+            shown.append(_Shown(image.hidden[:count], text.hidden[:count], self._is_text(texts.input_ids), everything))
+            shown.append(_Shown(image.hidden[:count], other, other_present, everything))
         if self._tasks & {Task.MMM_IMAGE, Task.MMM_TEXT}:
-            seen, stand_in = everything if batch.seen is None else batch.seen, nothing
+            seen = everything if batch.seen is None else batch.seen
             if self.hallucination is not None:
                 stand_in = self.hallucination.of_either(image.embedded[-count:, 0], text.embedded[-count:, 0], seen)
-            shown.append(_Shown(image.hidden[-count:], text.hidden[-count:], self._is_text(texts.masked_ids), seen, stand_in))
+            shown.append(_Shown(image.hidden[-count:], text.hidden[-count:], self._is_text(texts.masked_ids), seen))
         if not shown:
             return {}
         together = _Shown(*(torch.cat(part) for part in zip(*shown, strict=True)))
-        extra = None if self.hallucination is None else (together.stand_in, ~together.seen.all(dim=1))
+        extra = None
+        if stand_in is not None:  # of the masked pairs, which come last: whole ones lack nothing
+            extra = functional.pad(stand_in, (0, 0, len(together.seen) - count, 0)), ~together.seen.all(dim=1)
         states = self._fuse(together.image, together.text, together.present & together.seen[:, 1:], together.seen[:, 0], extra)
         found: dict[Task, Predictions] = {}
         if negatives is not None:
@@ -297,20 +297,14 @@ class Fused(nn.Module):
 
     def fused_states(self, images: UInt8[Tensor, "b h w 3"] | None, input_ids: Int[Tensor, "b l"] | None) -> Float[Tensor, "b n d"]:
         """The fusion's tokens, its class token first, of pairs or of one modality."""
-        image = None if images is None else self._image(images)
+        image, head = None if images is None else self._image(images), self.hallucination
         if input_ids is None:
             assert image is not None, "one of both"
-            return self._fuse(image.hidden, None, None, extra=self._alone(image, "of_image"))
+            return self._fuse(image.hidden, None, None, extra=None if head is None else _seen_by_all(head.of_image(image.embedded[:, 0])))
         text, present = self._text(input_ids), self._is_text(input_ids)
         if image is None:
-            return self._fuse(None, text.hidden, present, extra=self._alone(text, "of_text"))
+            return self._fuse(None, text.hidden, present, extra=None if head is None else _seen_by_all(head.of_text(text.embedded[:, 0])))
         return self._fuse(image.hidden, text.hidden, present)
-
-    def _alone(self, states: _States, stand_in: Literal["of_image", "of_text"]) -> tuple[Float[Tensor, "b d"], Bool[Tensor, " b"]] | None:
-        """What stands in for the side that all samples lack."""
-        if self.hallucination is None:
-            return None
-        return getattr(self.hallucination, stand_in)(states.embedded[:, 0]), states.hidden.new_ones(len(states.hidden), dtype=torch.bool)
 
     def multimodal_features(self, images: UInt8[Tensor, "b h w 3"] | None, input_ids: Int[Tensor, "b l"] | None) -> Float[Tensor, "b d"]:
         """Of pairs, or of images or texts alone; L2-normalised. Not in the space of the towers' own features."""
@@ -372,6 +366,10 @@ class Fused(nn.Module):
     def checkpoint_activations(self) -> None:
         """Keep only each block's input, and compute the rest again in backward."""
         checkpoint_blocks(self.blocks())
+
+
+def _seen_by_all(token: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b d"], Bool[Tensor, " b"]]:
+    return token, token.new_ones(len(token), dtype=torch.bool)
 
 
 def _places(states: Float[Tensor, "b n d"], rows: Int[Tensor, " m"], length: int, *, first: int) -> Float[Tensor, "m d"]:
