@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ from mm_core.data.synth.scene import COLOURS, SHAPES
 from mm_core.errors import BundleError
 from mm_core.evaluation.probe import Sides, fused_features, linear_probe
 from mm_core.evaluation.retrieval import retrieval_metrics
-from mm_core.evaluation.tasks import HeldOut, hiding, task_metrics
+from mm_core.evaluation.tasks import held_out, hiding, task_metrics
 from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_templates, zeroshot_metrics
 from mm_core.models.codebook import load_codebook
 from mm_core.models.dvae import DiscreteVae
 from mm_core.models.family import build_model, resolved
 from mm_core.models.fused import Fused
-from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, mask_token, special_tokens, train_bpe
+from mm_core.models.tokenizer import caption_tokenizer, mask_token, special_tokens, train_bpe
 from mm_core.models.warm_start import take_over
 from mm_core.training.checkpoint import seed_step
 from mm_core.training.clock import StepClock
@@ -123,38 +124,44 @@ def variant(work: Path, name: str, data: dict[str, Index], options: argparse.Nam
     if figures.exists():
         values: dict[str, Any] = json.loads(figures.read_text())
         return values
-    settings = [f"model.codebook_source={work / 'codebook'}", f"steps={options.steps}", *options.set, *VARIANTS[name]]
-    run = resolve(recipe("flava-tiny"), environment={}, overrides=settings)[0]
-    kinds = {"pairs": 3, "images": 1, "texts": 1}
-    if name == "no-mim":
-        del kinds["images"]
-    if name == "no-mlm":
-        del kinds["texts"]
-    run = resolve(run, environment={}, overrides=[f"data.mix.weights={[*kinds.values()]}"])[0]
-    opened = RunData.open([Source(index=data[kind].url) for kind in kinds])
-    tokenizer = train_bpe(opened.captions(20_000), vocab_size=run.tokenizer.vocab_size, context_length=run.joint_model.context_length)
-    model_config = resolved(run.model).model_copy(update={"vocab_size": len(tokenizer)})
-    run = run.model_copy(update={"model": model_config})
-    model, losses, steps = train(run, opened, tokenizer, options.minutes * 60)
-    with tempfile.TemporaryDirectory() as temporary:
-        facts: dict[str, Any] = {"recipe": run.recipe, "data_fingerprint": opened.fingerprint, "metrics": {}}
-        write_bundle(Path(temporary) / "b", model=model.model, beside=model.beside, tokenizer=tokenizer, config=run.model, **facts)
-        bundle = load_bundle(Path(temporary) / "b")
-        load_tokenizer(Path(temporary) / "b")
-    row = {"variant": name, "steps": steps, "seconds": round(losses["seconds"])} | measure(work, bundle, run, tokenizer, data)
+    run, opened = run_of(work, name, data, options)
+    folder = work / "models" / name
+    if not folder.exists():
+        tokenizer = train_bpe(opened.captions(20_000), vocab_size=run.tokenizer.vocab_size, context_length=run.joint_model.context_length)
+        run = run.model_copy(update={"model": resolved(run.model).model_copy(update={"vocab_size": len(tokenizer)})})
+        model, losses, steps = train(run, opened, tokenizer, options.minutes * 60)
+        facts: dict[str, Any] = {"recipe": run.recipe, "data_fingerprint": opened.fingerprint}
+        facts["metrics"] = {"steps": steps, "seconds": round(losses["seconds"])}
+        write_bundle(folder, model=model.model, beside=model.beside, tokenizer=tokenizer, config=run.model, **facts)
+    bundle = load_bundle(folder)
+    assert bundle.manifest is not None, "written above"
+    row = {"variant": name, **bundle.manifest.metrics} | measure(work, bundle, run, data)
     figures.write_text(json.dumps(row, indent=1))
     return row
 
 
-def measure(work: Path, bundle: Bundle, run: TrainRun, tokenizer: PreTrainedTokenizerFast, data: dict[str, Index]) -> dict[str, Any]:
-    masking = masking_of(run, mask_token(tokenizer), special_tokens(tokenizer).pad)
-    assert masking is not None, "the recipe's"
+def run_of(work: Path, name: str, data: dict[str, Index], options: argparse.Namespace) -> tuple[TrainRun, RunData]:
+    """A source that no task is left for is left out, and so are its steps: every variant sees as many pairs."""
+    kinds = {"pairs": 3, "images": 1, "texts": 1}
+    for alone, kind in (("no-mim", "images"), ("no-mlm", "texts")):
+        if name == alone:
+            del kinds[kind]
+    steps = options.steps * sum(kinds.values()) // 5
+    settings = [f"model.codebook_source={work / 'codebook'}", f"steps={steps}", *options.set, *VARIANTS[name]]
+    run = resolve(recipe("flava-tiny"), environment={}, overrides=settings)[0]
+    run = resolve(run, environment={}, overrides=[f"data.mix.weights={[*kinds.values()]}"])[0]
+    return run, RunData.open([Source(index=data[kind].url) for kind in kinds])
+
+
+def measure(work: Path, bundle: Bundle, run: TrainRun, data: dict[str, Index]) -> dict[str, Any]:
+    assert run.data.masking is not None, "the recipe's"
     assert isinstance(bundle.towers, Fused), "of the recipe"
-    light = caption_tokenizer(tokenizer, run.joint_model.context_length)
-    held = HeldOut(IndexReader(data["heldout"]), compile_kept(data["heldout"]).ordinals, light, masking, run.model.image_size)
+    held = held_out(bundle, IndexReader(data["heldout"]), compile_kept(data["heldout"]).ordinals)
+    held = replace(held, masking=replace(held.masking, config=run.data.masking))
     words = {*COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES)}
     row: dict[str, Any] = {"tasks": task_metrics(bundle.towers, held, _CPU)}
-    named = task_metrics(bundle.towers, held, _CPU, hide=hiding(words, light, masking.mask_id), whole_images=True)
+    hide = hiding(words, held.tokenizer, held.masking.mask_id)
+    named = task_metrics(bundle.towers, held, _CPU, hide=hide, whole_images=True)
     asked = ("mlm", "mmm_text", "mmm_text_other_image", "mmm_text_no_image")
     row["colours_and_shapes"] = {key: named[key] for key in asked if key in named}
     pairs = decode_samples(held.reader, held.ordinals, run.model.image_size)
