@@ -31,7 +31,7 @@ from mm_core.data.sample import metadata_of
 from mm_core.data.synth.corpus import SynthConfig, write_corpus
 from mm_core.data.synth.scene import COLOURS, SHAPES
 from mm_core.errors import BundleError
-from mm_core.evaluation.probe import Sides, fused_features, linear_probe
+from mm_core.evaluation.probe import fused_features, linear_probe
 from mm_core.evaluation.retrieval import retrieval_metrics
 from mm_core.evaluation.tasks import held_out, hiding, task_metrics
 from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_templates, zeroshot_metrics
@@ -39,6 +39,7 @@ from mm_core.models.codebook import load_codebook
 from mm_core.models.dvae import DiscreteVae
 from mm_core.models.family import build_model, resolved
 from mm_core.models.fused import Fused
+from mm_core.models.fused_batch import Sides
 from mm_core.models.tokenizer import caption_tokenizer, mask_token, special_tokens, train_bpe
 from mm_core.models.warm_start import take_over
 from mm_core.training.checkpoint import seed_step

@@ -33,6 +33,7 @@ from mm_core.models.dvae import DvaeConfig
 from mm_core.models.family import AnyModelConfig, ModelConfig
 from mm_core.models.flava import FlavaConfig
 from mm_core.models.fused import Fused
+from mm_core.models.fused_classifier import FusedClassifier, load_class_head
 from mm_core.models.hallucination import load_hallucination
 from mm_core.models.pretrained import (
     architecture,
@@ -147,6 +148,29 @@ class Bundle:
         assert ids is not None, "a pair has both"
         return self._fused().match(pixels, ids).cpu().numpy()
 
+    @torch.inference_mode()
+    def classify(self, images: UInt8[np.ndarray, "b h w 3"] | None, texts: Sequence[str] | None) -> Float32[np.ndarray, "b c"]:
+        """The probability of each class, of pairs or of images or texts alone.
+
+        Raises:
+            BundleError: the model was not fine-tuned to tell classes.
+        """
+        return self._classifier().class_logits(self._pixels(images), self._ids(texts)).float().softmax(dim=1).cpu().numpy()
+
+    @property
+    def classes(self) -> int:
+        """Of `classify`.
+
+        Raises:
+            BundleError: the model was not fine-tuned to tell classes.
+        """
+        return self._classifier().head.classes
+
+    def _classifier(self) -> FusedClassifier:
+        if not isinstance(self.towers, FusedClassifier):
+            raise BundleError(f"{self.name} tells no classes: fine-tune a flava model with `mm train flava-tiny-classify --init`")
+        return self.towers
+
     def _fused(self) -> Fused:
         if not isinstance(self.towers, Fused):
             raise BundleError(f"{self.name} is two towers, without a fusion over both: this needs a flava model")
@@ -175,7 +199,7 @@ def write_bundle(
 
     Args:
         tokenizer: None of a model that reads no text.
-        beside: what transformers' class does not have, each a file of the name: a codebook's decoder, a hallucination head.
+        beside: what transformers' class does not have, each a file of the name: a codebook's decoder, a head.
 
     Raises:
         BundleError: `folder` exists, or a metric is not a number.
@@ -272,7 +296,11 @@ def load_bundle(source: str | Path, *, verify: bool = True, device: str | torch.
     mean, std = (written.image_mean, written.image_std) if written else load_normalisation(str(source))
     towers: TwoTower | Fused
     if is_fused(model.config):
-        towers = Fused(model, mean=mean, std=std, hallucination=load_hallucination(model.config, folder))
+        head = load_class_head(model.config, folder)
+        if head is None:
+            towers = Fused(model, mean=mean, std=std, hallucination=load_hallucination(model.config, folder))
+        else:
+            towers = FusedClassifier(model, head, mean=mean, std=std)
     else:
         towers = TwoTower(model, mean=mean, std=std)
     towers = towers.to(device).eval()

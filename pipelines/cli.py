@@ -51,6 +51,8 @@ def synth(
     samples: Annotated[int, typer.Option(min=1, help="Training samples.")] = 8000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     image_size: Annotated[int, typer.Option(min=32, max=1024, help="Side of the pictures, pixels.")] = 96,
+    questions: Annotated[int, typer.Option(min=0, help="Training scenes that have a question too, its answer as class.")] = 0,
+    matching: Annotated[int, typer.Option(min=0, help="Training scenes that have a true or false caption too, which one as class.")] = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that draw.")] = 2,
     as_json: Json = False,
 ) -> None:
@@ -61,11 +63,13 @@ def synth(
     from mm_core.data.synth.corpus import SynthConfig, write_corpus
 
     console = Console(as_json)
-    settings = SynthConfig(samples=samples, seed=seed, image_size=image_size)
-    total = settings.samples + settings.heldout_samples + settings.zeroshot_samples
-    with console.progress("draw scenes", total) as tracker:
+    settings = SynthConfig(samples=samples, seed=seed, image_size=image_size, question_samples=questions, matching_samples=matching)
+    with console.progress("draw scenes", settings.total) as tracker:
         write_corpus(out, settings, workers=workers, on_progress=tracker.advance)
-    console.say(f"{out}/train, {out}/heldout and {out}/zeroshot hold {total:,} samples; next: mm data index {out}/train --out INDEX")
+    parts = ["train", "heldout", "zeroshot", *(["questions"] if questions else []), *(["matching"] if matching else [])]
+    console.say(
+        f"{', '.join(f'{out}/{part}' for part in parts)} hold {settings.total:,} samples; next: mm data index {out}/train --out INDEX"
+    )
     console.result(
         {"samples": settings.samples, "heldout": settings.heldout_samples, "zeroshot": settings.zeroshot_samples, "out": str(out)}
     )
@@ -244,6 +248,9 @@ def evaluate(
     tasks: Annotated[
         str | None, typer.Option(help="Of a flava model: an index of pairs, or INDEX#LEDGER, for each task's figures.")
     ] = None,
+    classify: Annotated[
+        str | None, typer.Option(help="Of a model fine-tuned to tell classes: an index of labelled pairs, or INDEX#LEDGER.")
+    ] = None,
     ledger: Ledgers = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the recall bars and the gallery.")] = None,
     settings: Settings = None,
@@ -253,8 +260,10 @@ def evaluate(
 
     Example: mm eval runs/NAME/bundle --zeroshot corpus/zeroshot --retrieval corpus/heldout
     """
-    if zeroshot is None and not retrieval and tasks is None:
-        raise ConfigError("nothing to evaluate: give --zeroshot FOLDER, --retrieval SHARDS, or of a flava model --tasks INDEX")
+    if zeroshot is None and not retrieval and tasks is None and classify is None:
+        raise ConfigError(
+            "nothing to evaluate: give --zeroshot FOLDER, --retrieval SHARDS, or of a flava model --tasks INDEX or --classify INDEX"
+        )
     from pipelines.evaluate import evaluate_model
 
     console = Console(as_json)
@@ -263,6 +272,7 @@ def evaluate(
         zeroshot=zeroshot,
         retrieval=retrieval or (),
         tasks=tasks,
+        classify=classify,
         ledgers=ledger or (),
         tracking=tracking_config(settings),
         plots=plots,

@@ -30,6 +30,7 @@ from mm_core.data.problems import SampleProblem
 from mm_core.data.reader import IndexReader
 from mm_core.errors import ConfigError, DataError
 from mm_core.evaluation.chance import chance
+from mm_core.evaluation.classify import class_metrics
 from mm_core.evaluation.encoded import check_skipped
 from mm_core.evaluation.retrieval import retrieval_metrics
 from mm_core.evaluation.tasks import HeldOut, held_out, task_metrics
@@ -73,6 +74,7 @@ def evaluate_model(
     zeroshot: str | None,
     retrieval: Sequence[str],
     tasks: str | None = None,
+    classify: str | None = None,
     ledgers: Sequence[str] = (),
     tracking: TrackingConfig,
     plots: Path | None = None,
@@ -86,6 +88,7 @@ def evaluate_model(
     """
     bundle = load_bundle(model)
     held = None if tasks is None else _held_out(bundle, tasks)
+    labelled = None if classify is None else _labelled(bundle, classify)
     if zeroshot is not None:
         classes_of(zeroshot)
     if retrieval and (source := _source(retrieval, ledgers)):
@@ -108,6 +111,8 @@ def evaluate_model(
             retrieval_gallery(found.queries, found.results, found.correct, drawn / "retrieval.png")
         if held is not None:
             report["tasks"] = evaluate_tasks(bundle, held)
+        if labelled is not None:
+            report["classify"] = _beside_constant(class_metrics(bundle, *labelled))
         if plots is not None:
             shutil.copytree(drawn, plots, dirs_exist_ok=True)
         run_id = bundle.manifest.run_id if bundle.manifest else None
@@ -118,24 +123,54 @@ def evaluate_model(
             return report
         values = {f"eval/{kind}/{key}": value for kind, metrics in report.items() for key, (value, _) in metrics.items()}
         log_metrics(tracking, run_id, values, step=last_step(tracking, run_id))
-        measured_on = {"tasks": tasks, "zeroshot": zeroshot, "retrieval": " ".join([*retrieval, *(f"--ledger {name}" for name in ledgers)])}
+        measured_on = {
+            "tasks": tasks,
+            "classify": classify,
+            "zeroshot": zeroshot,
+            "retrieval": " ".join([*retrieval, *(f"--ledger {name}" for name in ledgers)]),
+        }
         log_tags(tracking, run_id, {f"eval.{kind}.data": str(measured_on[kind]) for kind in report})
         log_artifacts(tracking, run_id, drawn, "plots")
     return report
 
 
 def _held_out(bundle: Bundle, named: str) -> HeldOut:
+    return held_out(bundle, *_pairs(named))
+
+
+def _labelled(bundle: Bundle, named: str) -> tuple[IndexReader, U64]:
+    """
+    Raises:
+        BundleError: the model tells no classes.
+        DataError: samples have none.
+    """
+    assert bundle.classes, "the bundle says"
+    reader, ordinals = _pairs(named)
+    check_labels(reader.index, named)
+    return reader, ordinals
+
+
+def _pairs(named: str) -> tuple[IndexReader, U64]:
     source = Source.parse(named)
     index = Index.open(source.index)
     check_need(index, ("image", "text"))
-    return held_out(bundle, IndexReader(index), compile_kept(index, source.ledgers).ordinals)
+    return IndexReader(index), compile_kept(index, source.ledgers).ordinals
 
 
 def evaluate_tasks(bundle: Bundle, held: HeldOut) -> Measured:
     """Loss and accuracy of each task on held-out pairs, in this process, each with that of the best constant answer."""
     assert isinstance(bundle.towers, Fused), "`held_out` has looked at it"
-    found = task_metrics(bundle.towers, held, bundle.device)
-    return {f"{task}/{key}": (values[key], values[f"constant_{key}"]) for task, values in found.items() for key in ("loss", "accuracy")}
+    return _beside_constant(task_metrics(bundle.towers, held, bundle.device))
+
+
+def _beside_constant(found: dict[str, dict[str, float]]) -> Measured:
+    """Losses and accuracies, each with that of the best constant answer."""
+    return {
+        f"{name}/{key}": (values[key], values[f"constant_{key}"])
+        for name, values in found.items()
+        for key in ("loss", "accuracy")
+        if key in values
+    }
 
 
 def _show(console: Console, skipped: dict[str, int]) -> None:

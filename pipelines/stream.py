@@ -94,6 +94,8 @@ class StepBatch:
     """`source`, `epoch`, `uid`, `replaced` and `replaced_shard` of the samples."""
     masks: StepMasks | None = None
     """What is hidden of them, where something is."""
+    labels: NDArray[np.int64] | None = None
+    """[b]: their classes, where those are read."""
 
     @property
     def replaced(self) -> dict[str, int]:
@@ -351,6 +353,7 @@ def _split(spec: ReadSpec, share: Share, block: pa.Table, step: int) -> Iterator
             positions=positions,
             rows=rows.select(["source", "epoch", "uid", "replaced", "replaced_shard"]),
             masks=None if spec.masking is None else _masks(rows, spec),
+            labels=rows["label"].to_numpy() if spec.labels else None,
         )
         block = block.slice(len(expected))
         step += 1

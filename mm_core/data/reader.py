@@ -57,6 +57,8 @@ class ReadSpec:
     """Texts of each image."""
     masking: Masking | None = None
     """What is hidden of each sample, if something is: of one view and one text."""
+    labels: bool = False
+    """Whether the samples' classes are read."""
     prompt_templates: tuple[str, ...] = ()
     max_pixels: int = MAX_PIXELS
     gap_bytes: int = GAP_BYTES
@@ -166,6 +168,7 @@ class _Decoded:
     """[views, size, size, 3]; None where the source is not read for images."""
     captions: list[str] | None
     """None where the source is not read for texts."""
+    label: int | None
 
 
 class PlanReader:
@@ -194,7 +197,7 @@ class PlanReader:
     def read(self, positions: U64) -> pa.Table:
         """One row per position: `position, source, epoch, uid, image` (views x size x size x 3 bytes), `input_ids` (captions x length),
         `replaced` (a reason or null) and `replaced_shard` (of the sample that could not be used, or null). Image or token ids are empty
-        where a source has none. With a `masking` also `image_mask` (patches), `masked_ids` and `text_mask` (length).
+        where a source has none. With `labels` also `label`; with a `masking` `image_mask` (patches), `masked_ids` and `text_mask` (length).
 
         Args:
             positions: whole chunks of the plan.
@@ -254,11 +257,14 @@ class PlanReader:
         if isinstance(sample, SampleProblem):
             return sample
         try:
+            if self.spec.labels and sample.label is None:
+                raise SampleProblem(Reason.CHANGED, "the class that it was indexed with is gone")
             return _Decoded(
                 sample.uid,
                 seed,
                 self._views(sample, seed, pixels) if "image" in need else None,
                 self._captions(sample, seed + _CAPTION, mask) if "text" in need else None,
+                sample.label,
             )
         except SampleProblem as problem:
             return problem
@@ -320,6 +326,7 @@ class PlanReader:
                 **texts,
                 "replaced": pa.array(reasons, pa.string()),
                 "replaced_shard": pa.array([shards.get(row) for row in range(len(samples))], pa.string()),
+                **({"label": pa.array([s.label for s in samples], pa.int64())} if self.spec.labels else {}),
                 **self._image_masks(samples, seen),
             }
         )

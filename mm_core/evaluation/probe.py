@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from mm_core.bundle import Bundle
+from mm_core.models.fused_batch import Sides
 
 _AT_ONCE = 128
-
-
-class Sides(StrEnum):
-    """What of a pair is shown."""
-
-    IMAGE = "image"
-    TEXT = "text"
-    BOTH = "both"
 
 
 def linear_probe(

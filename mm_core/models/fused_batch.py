@@ -11,6 +11,18 @@ from torch import Tensor
 from mm_core.distributed import GlobalBatch
 
 
+class Sides(StrEnum):
+    """What of a pair is shown."""
+
+    IMAGE = "image"
+    TEXT = "text"
+    BOTH = "both"
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        return frozenset({"image", "text"}) if self is Sides.BOTH else frozenset({self.value})
+
+
 class Task(StrEnum):
     """What is predicted. Each is a loss term of its own."""
 
@@ -80,6 +92,15 @@ class PairBatch:
     """Whether the tasks' gradients are to be compared."""
 
 
+@dataclass(frozen=True)
+class LabelledBatch:
+    """One rank's samples of known classes; None for a side that is not shown."""
+
+    images: UInt8[Tensor, "b h w 3"] | None
+    input_ids: Int[Tensor, "b l"] | None
+    labels: Int[Tensor, " b"]
+
+
 FusedBatch = ImageBatch | TextBatch | PairBatch
 
 
@@ -91,6 +112,13 @@ class Predictions:
     targets: Int[Tensor, " m"]
     counts: Bool[Tensor, " m"] | None = None
     """Those that count, where not all do."""
+
+
+@dataclass(frozen=True)
+class ClassOutput:
+    """What a `LabelledBatch` is taken for."""
+
+    logits: Float[Tensor, "b c"]
 
 
 @dataclass(frozen=True)

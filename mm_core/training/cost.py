@@ -20,7 +20,8 @@ from mm_core.models.dvae import DiscreteVae, DvaeBatch, DvaeConfig
 from mm_core.models.family import AnyModelConfig, ModelConfig, outline
 from mm_core.models.flava import FlavaConfig
 from mm_core.models.fused import Fused
-from mm_core.models.fused_batch import MaskedImages, MaskedTexts, PairBatch
+from mm_core.models.fused_batch import LabelledBatch, MaskedImages, MaskedTexts, PairBatch
+from mm_core.models.fused_classifier import ClassHead, FusedClassifier
 from mm_core.models.two_tower import ImageTextBatch, Tower, TwoTower
 from mm_core.optim import matrices_of
 
@@ -56,14 +57,16 @@ def sample_cost(
     frozen: Tower | None = None,
     patch_dropout: float = 0.0,
     checkpointing: bool = False,
+    classes: int | None = None,
 ) -> SampleCost:
     """Products of matrices and convolutions, as `torch.utils.flop_counter` counts them, two operations for each multiply-add.
 
     Args:
         frozen: of two towers one that is not trained.
         patch_dropout: share of an image's patches that two towers leave out.
+        classes: how many a FLAVA model tells, where it is trained for that.
     """
-    model, batch = _model_and_batch(config, views, captions)
+    model, batch = _model_and_batch(config, views, captions, classes)
     if frozen is not None:
         model.freeze(frozen)
     if patch_dropout:
@@ -105,7 +108,7 @@ def _pairs(config: ModelConfig, views: int, captions: int) -> ImageTextBatch:
         return ImageTextBatch(images, torch.zeros(_SAMPLES, captions, config.context_length, dtype=torch.long))
 
 
-def _model_and_batch(config: AnyModelConfig, views: int, captions: int) -> tuple[Any, Any]:
+def _model_and_batch(config: AnyModelConfig, views: int, captions: int, classes: int | None) -> tuple[Any, Any]:
     """On the meta device. Of a model for several tasks the dearest of its steps, that of pairs."""
     inner, whole = outline(config), GlobalBatch((_SAMPLES,))
     with torch.device("meta"):
@@ -113,6 +116,11 @@ def _model_and_batch(config: AnyModelConfig, views: int, captions: int) -> tuple
         match config:
             case DvaeConfig():
                 return DiscreteVae(inner, config), DvaeBatch(images[:, 0], 1.0, 1.0, whole)
+            case FlavaConfig() if classes is not None:
+                labelled = FusedClassifier(inner, ClassHead.of(inner.config, classes)).to(torch.bfloat16)
+                labelled.attend("sdpa")
+                ids = torch.zeros(_SAMPLES, config.context_length, dtype=torch.long)
+                return labelled, LabelledBatch(images[:, 0], ids, torch.zeros(_SAMPLES, dtype=torch.long))
             case FlavaConfig():
                 fused = Fused(inner).to(torch.bfloat16)
                 ids = torch.zeros(_SAMPLES, config.context_length, dtype=torch.long)

@@ -21,7 +21,7 @@ from pipelines.recipes.clip import (
 )
 from pipelines.recipes.codebook import codebook_tiny
 from pipelines.recipes.dual import dual
-from pipelines.recipes.flava import flava_base, flava_tiny
+from pipelines.recipes.flava import flava_base, flava_base_classify, flava_tiny, flava_tiny_classify
 from pipelines.recipes.siglip import siglip_tiny, siglip_vit_b16
 from pipelines.train.config import TrainRun
 
@@ -43,6 +43,8 @@ RECIPES: dict[str, Callable[[], TrainRun]] = {
     "dual": dual,
     "flava-tiny": flava_tiny,
     "flava-base": flava_base,
+    "flava-tiny-classify": flava_tiny_classify,
+    "flava-base-classify": flava_base_classify,
     "codebook-tiny": codebook_tiny,
 }
 

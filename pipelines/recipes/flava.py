@@ -7,6 +7,7 @@ from mm_core.data.augment import AugmentConfig
 from mm_core.data.masking import MaskingConfig
 from mm_core.data.mix import Choice, MixConfig
 from mm_core.models import flava as models
+from mm_core.objectives.classify import ClassifyConfig
 from mm_core.objectives.multitask import MultitaskConfig
 from mm_core.optim import OptimizerConfig
 from mm_core.schedule import ScheduleConfig
@@ -54,5 +55,38 @@ def flava_base() -> TrainRun:
         schedule=ScheduleConfig(warmup_steps=10_000),
         steps=150_000,
         global_batch_size=8_192,
+        checkpoint=CheckpointConfig(every_steps=1000),
+    )
+
+
+def flava_tiny_classify() -> TrainRun:
+    """`flava-tiny`, fine-tuned with `--init` to tell classes of pairs: answers to questions, or whether a caption is true."""
+    return TrainRun(
+        recipe="flava-tiny-classify",
+        model=models.flava_tiny(),
+        objective=ClassifyConfig(),
+        data=DataConfig(chunk=16, augment=AugmentConfig(crop_area=(0.9, 1.0))),
+        optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.1),
+        schedule=ScheduleConfig(warmup_steps=50),
+        steps=600,
+        global_batch_size=64,
+        checkpoint=CheckpointConfig(every_steps=200),
+    )
+
+
+def flava_base_classify() -> TrainRun:
+    """`flava-base`, fine-tuned as ViLT is for questions (Kim et al. 2021, arXiv 2102.03334, section 4).
+
+    Ten epochs of VQAv2's training questions; its 3,129 commonest answers are the classes.
+    """
+    return TrainRun(
+        recipe="flava-base-classify",
+        model=models.flava_base(),
+        objective=ClassifyConfig(classes=3129),
+        data=DataConfig(chunk=32),
+        optimizer=OptimizerConfig(lr=1e-4, beta2=0.999, eps=1e-8, weight_decay=0.01),
+        schedule=ScheduleConfig(warmup_steps=1_700),
+        steps=17_000,
+        global_batch_size=256,
         checkpoint=CheckpointConfig(every_steps=1000),
     )

@@ -18,6 +18,7 @@ from mm_core.models.dvae import DvaeConfig
 from mm_core.models.family import AnyModelConfig, ModelConfig
 from mm_core.models.two_tower import Tower
 from mm_core.models.warm_start import InitMatch
+from mm_core.objectives.classify import ClassifyConfig
 from mm_core.objectives.codebook import CodebookObjectiveConfig
 from mm_core.objectives.config import ObjectiveConfig
 from mm_core.objectives.multitask import MultitaskConfig
@@ -160,13 +161,14 @@ class ResourceConfig(Config):
 def _objective_tag(value: Any) -> str:
     """Of kinds that need a model of their own their name; all others are of two towers."""
     kind = value.get("kind") if isinstance(value, dict) else value.kind
-    return str(kind) if kind in ("multitask", "codebook") else "two_towers"
+    return str(kind) if kind in ("multitask", "codebook", "classify") else "two_towers"
 
 
 Objectives = Annotated[
     Annotated[ObjectiveConfig, Tag("two_towers")]
     | Annotated[MultitaskConfig, Tag("multitask")]
-    | Annotated[CodebookObjectiveConfig, Tag("codebook")],
+    | Annotated[CodebookObjectiveConfig, Tag("codebook")]
+    | Annotated[ClassifyConfig, Tag("classify")],
     Discriminator(_objective_tag),
 ]
 

@@ -18,7 +18,6 @@ from mm_core.console import Console
 from mm_core.data.ledger import Source
 from mm_core.data.reader import ReadSpec
 from mm_core.errors import MMError, TrainingError
-from mm_core.models.family import resolved
 from mm_core.models.tokenizer import caption_tokenizer, special_tokens
 from mm_core.revision import code_revision
 from pipelines.metric_log import MetricLog, spool_folder
@@ -39,8 +38,8 @@ from pipelines.train.evaluation_data import ZEROSHOT_INDEX, EvaluationData
 from pipelines.train.export import export_bundle, saved_tokenizer
 from pipelines.train.launch import check_resources, gpus_per_worker, launch, preemption_watched
 from pipelines.train.loop import WorkerTask
-from pipelines.train.parts import check_parts
-from pipelines.train.preflight import Start, check_run, masking_for, named_weights, start_of, teacher_of
+from pipelines.train.parts import check_parts, classes_of
+from pipelines.train.preflight import Start, check_run, masking_for, named_weights, start_of, teacher_of, with_sources
 from pipelines.train.report import log_data, log_goodput, log_results
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord
@@ -92,7 +91,7 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     folder, record = claim(run, data, request.name, resume=request.resume, or_resume=request.or_resume)
     start = None
     if record is None:
-        run = run.model_copy(update={"model": resolved(run.model)})
+        run = with_sources(run)
         check_parts(run)
         start = start_of(run)
         if start is not None and start.taken is not None:
@@ -195,6 +194,7 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
         tokenizer=None if tokenizer is None else caption_tokenizer(tokenizer, run.joint_model.context_length),
         captions=run.data.captions,
         masking=None if tokenizer is None else masking_for(run, tokenizer),
+        labels=classes_of(run) is not None,
         prompt_templates=run.data.prompt_templates,
         max_pixels=run.data.max_pixels,
         gap_bytes=run.data.gap_bytes,

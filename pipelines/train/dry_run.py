@@ -7,11 +7,10 @@ from typing import Any
 
 from mm_core.data.ledger import Source
 from mm_core.data.plan import chunks_per_step
-from mm_core.models.family import resolved
 from pipelines.train.config import TrainRun
 from pipelines.train.cost import cost_of, state_bytes, teacher_cost
 from pipelines.train.parts import check_parts
-from pipelines.train.preflight import check_run, start_of
+from pipelines.train.preflight import check_run, start_of, with_sources
 from pipelines.train.read_cost import Prices, read_cost
 from pipelines.train.run_data import RunData
 
@@ -27,7 +26,7 @@ def describe(
     """
     data = RunData.open(sources)
     check_run(run, data)
-    run = run.model_copy(update={"model": resolved(run.model)})
+    run = with_sources(run)
     check_parts(run)
     start_of(run)
     workers = run.resources.workers

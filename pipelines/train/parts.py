@@ -20,9 +20,21 @@ from mm_core.models.dvae import DiscreteVae, DvaeBatch, DvaeConfig
 from mm_core.models.family import outline
 from mm_core.models.flava import FlavaConfig
 from mm_core.models.fused import Fused
-from mm_core.models.fused_batch import FusedBatch, ImageBatch, MaskedImages, MaskedTexts, PairBatch, Task, TextBatch
+from mm_core.models.fused_batch import (
+    FusedBatch,
+    ImageBatch,
+    LabelledBatch,
+    MaskedImages,
+    MaskedTexts,
+    PairBatch,
+    Sides,
+    Task,
+    TextBatch,
+)
+from mm_core.models.fused_classifier import ClassHead, FusedClassifier
 from mm_core.models.hallucination import Hallucination
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
+from mm_core.objectives.classify import ClassifyConfig, ClassifyObjective
 from mm_core.objectives.codebook import CodebookObjective, CodebookObjectiveConfig
 from mm_core.objectives.config import ObjectiveConfig
 from mm_core.objectives.contrastive import Teaching, build_objective
@@ -39,7 +51,10 @@ Model = TwoTower | Fused | DiscreteVae
 Inputs = Callable[[StepBatch, Transfer], Any]
 """From what the stream gives of a step to what the model takes, on its device."""
 
-_OBJECTIVES: dict[type[Config], type[Config]] = {FlavaConfig: MultitaskConfig, DvaeConfig: CodebookObjectiveConfig}
+_OBJECTIVES: dict[type[Config], tuple[type[Config], ...]] = {
+    FlavaConfig: (MultitaskConfig, ClassifyConfig),
+    DvaeConfig: (CodebookObjectiveConfig,),
+}
 """By the model's configuration, where it is not that of two towers."""
 
 
@@ -63,6 +78,9 @@ def wrapped(run: TrainRun, model: PreTrainedModel) -> Model:
                 learns_balance=objective.balance.learns,
                 hallucination=Hallucination(model.config) if objective.hallucination else None,
             )
+        case FlavaConfig() as config, ClassifyConfig() as objective:
+            head = ClassHead.of(model.config, objective.classes)
+            whole = FusedClassifier(model, head, mean=config.image_mean, std=config.image_std, sides=objective.sides)
         case DvaeConfig() as config, _:
             whole = DiscreteVae(model, config)
         case config, _:
@@ -90,7 +108,7 @@ def _compile(model: Model) -> None:
 
 
 def _check_objective(run: TrainRun) -> None:
-    wanted = _OBJECTIVES.get(type(run.model), ObjectiveConfig)
+    wanted = _OBJECTIVES.get(type(run.model), (ObjectiveConfig,))
     if not isinstance(run.objective, wanted):
         raise ConfigError(f"objective.kind={run.objective.kind} is none of a {run.model.family} model: begin with a recipe that has it")
 
@@ -127,6 +145,11 @@ def check_parts(run: TrainRun) -> None:
     wrapped(run, outline(run.model))
     if run.data.masking is not None and (run.data.augment.views, run.data.captions) != (1, 1):
         raise ConfigError("data.masking hides parts of one view and one text of a sample: leave data.augment.views and data.captions at 1")
+    if isinstance(run.objective, ClassifyConfig):
+        if (run.data.augment.views, run.data.captions) != (1, 1):
+            raise ConfigError("a class is told of one view and one text of a sample: leave data.augment.views and data.captions at 1")
+        if run.data.masking is not None:
+            raise ConfigError("objective.kind=classify shows a sample whole: leave data.masking at null")
 
 
 def objective_of(run: TrainRun, *, rank: int, teacher: Teaching | None = None, around: Around = nullcontext) -> Objective:
@@ -135,6 +158,8 @@ def objective_of(run: TrainRun, *, rank: int, teacher: Teaching | None = None, a
     match run.objective:
         case MultitaskConfig():
             return MultitaskObjective(run.objective, around=around, block_bytes=block_bytes)
+        case ClassifyConfig():
+            return ClassifyObjective(run.objective)
         case CodebookObjectiveConfig():
             return CodebookObjective(run.objective, around=around)
         case ObjectiveConfig():
@@ -160,8 +185,10 @@ def inputs_of(run: TrainRun, counts: Sequence[int], rank: int) -> Inputs:
     match run.objective:
         case MultitaskConfig() as tasks:
             return lambda batch, to_device: _fused_batch(run, tasks, batch, to_device, whole)
-        case CodebookObjectiveConfig() as objective:
-            return lambda batch, to_device: _dvae_batch(objective, batch.step / run.steps, batch, to_device, whole)
+        case ClassifyConfig() as objective:
+            return lambda batch, to_device: _labelled(objective.sides, batch, to_device)
+        case CodebookObjectiveConfig() as bound:
+            return lambda batch, to_device: _dvae_batch(bound, batch.step / run.steps, batch, to_device, whole)
         case ObjectiveConfig():
             return _pairs
 
@@ -170,6 +197,13 @@ def _pairs(batch: StepBatch, to_device: Transfer) -> ImageTextBatch:
     assert batch.images is not None, "the driver lets only paired sources pass"
     assert batch.input_ids is not None, "the driver lets only paired sources pass"
     return ImageTextBatch(to_device(batch.images), to_device(batch.input_ids).long())
+
+
+def _labelled(sides: Sides, batch: StepBatch, to_device: Transfer) -> LabelledBatch:
+    assert batch.labels is not None, "they are read for this objective"
+    images = None if sides is Sides.TEXT or batch.images is None else to_device(batch.images[:, 0])
+    input_ids = None if sides is Sides.IMAGE or batch.input_ids is None else to_device(batch.input_ids[:, 0]).long()
+    return LabelledBatch(images, input_ids, to_device(batch.labels))
 
 
 def _dvae_batch(
@@ -202,6 +236,16 @@ def _fused_batch(run: TrainRun, objective: MultitaskConfig, batch: StepBatch, to
     draws = uniform(run.seed, _NEGATIVE, batch.positions).astype(np.float32)
     probed = objective.balance.probes(batch.step)
     return PairBatch(images, texts, to_device(draws), whole, None if seen is None else to_device(seen), probed)
+
+
+def needs_of(run: TrainRun) -> frozenset[str]:
+    """The modalities that every sample has to have."""
+    return run.objective.sides.modalities if isinstance(run.objective, ClassifyConfig) else run.model.needs
+
+
+def classes_of(run: TrainRun) -> int | None:
+    """How many there are; None of a run that reads no labels."""
+    return run.objective.classes if isinstance(run.objective, ClassifyConfig) else None
 
 
 def serves(run: TrainRun, modalities: Sequence[str]) -> bool:

@@ -13,7 +13,7 @@ from mm_core.data.masking import Masking
 from mm_core.errors import ConfigError
 from mm_core.models.codebook import load_codebook
 from mm_core.models.dual import DualConfig, tower_weights
-from mm_core.models.family import ModelConfig, build_model
+from mm_core.models.family import ModelConfig, build_model, resolved
 from mm_core.models.flava import FlavaConfig
 from mm_core.models.pretrained import check_pooling
 from mm_core.models.tokenizer import load_tokenizer, mask_token, special_tokens
@@ -29,9 +29,11 @@ from pipelines.train.run_data import RunData
 def check_run(run: TrainRun, data: RunData) -> None:
     """
     Raises:
-        ConfigError: data without pairs; a batch, chunk, mix or number of workers that do not fit one another; fp8 without torchao.
+        ConfigError: data without pairs, or without classes where those are learned; a batch, chunk, mix or number of workers that do not
+            fit one another; fp8 without torchao.
     """
     data.check_modalities(run)
+    data.check_labels(run)
     data.plan(run)
     check_parallel(run, run.resources.min_workers or run.resources.workers)
     if run.precision is Precision.FP8:
@@ -48,6 +50,18 @@ def check_parallel(run: TrainRun, ranks: int) -> None:
             "parallel.kind=fsdp divides the model among ranks, and there is one, or may be: give more with --workers, or leave it at ddp,"
             " which can continue the same run"
         )
+
+
+def with_sources(run: TrainRun) -> TrainRun:
+    """The run with what its model's sources decide. A codebook, where none is named, is that of the model training starts from.
+
+    Raises:
+        ConfigError: a source that is not there or does not fit.
+    """
+    model = run.model
+    if isinstance(model, FlavaConfig) and model.codebook_source is None:
+        model = model.model_copy(update={"codebook_source": run.init})
+    return run.model_copy(update={"model": resolved(model)})
 
 
 @dataclass(frozen=True)

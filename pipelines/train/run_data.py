@@ -17,7 +17,7 @@ from mm_core.data.personal import mask_personal
 from mm_core.data.plan import Plan, chunks_per_step
 from mm_core.errors import ConfigError
 from pipelines.train.config import TrainRun
-from pipelines.train.parts import serves
+from pipelines.train.parts import classes_of, needs_of, serves
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class RunData:
         """
         for index in self.indexes:
             need = index.summary.need
-            if missing := run.model.needs - set(need):
-                what = "pairs images with texts" if len(run.model.needs) > 1 else f"reads {' and '.join(run.model.needs)}s"
+            if missing := needs_of(run) - set(need):
+                what = "pairs images with texts" if len(needs_of(run)) > 1 else f"reads {' and '.join(needs_of(run))}s"
                 raise ConfigError(
                     f"the index at {index.url} was made for {' and '.join(need)} alone, but this recipe {what}: index shards that have"
                     f" {' and '.join(sorted(missing))} too, without --modality"
@@ -62,6 +62,24 @@ class RunData:
                 raise ConfigError(
                     f"the index at {index.url} has {' and '.join(need)}, for which the weight of every task is 0: leave it out, or set"
                     " objective.weights"
+                )
+
+    def check_labels(self, run: TrainRun) -> None:
+        """
+        Raises:
+            ConfigError: the objective is of classes, and a sample has none, or one that there is not.
+        """
+        classes = classes_of(run)
+        if classes is None:
+            return
+        for index, kept in zip(self.indexes, self.kept, strict=True):
+            labels = np.concatenate([batch["label"].fill_null(-1).to_numpy() for batch in index.samples(["label"])])[kept.ordinals]
+            if without := int((labels < 0).sum()):
+                raise ConfigError(f"{without:,} samples of {index.url} have no class: each needs a .cls member beside its image or text")
+            if len(labels) and labels.max() >= classes:
+                raise ConfigError(
+                    f"{index.url} has the class {labels.max()}, and objective.classes={classes} are told apart, from 0 on:"
+                    f" --set objective.classes={labels.max() + 1}"
                 )
 
     def plan(self, run: TrainRun) -> Plan | MixedPlan:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from mm_core.data.plan import chunks_per_step
-from mm_core.models.family import resolved
 from mm_core.training.cost import SampleCost
 from mm_core.training.gpus import gpu_named
 from mm_core.training.parallel import Parallelism
 from pipelines.train.config import TrainRun
 from pipelines.train.cost import FP32, TeacherCost, cost_of, state_bytes, teacher_cost
 from pipelines.train.parts import check_parts
-from pipelines.train.preflight import check_parallel
+from pipelines.train.preflight import check_parallel, with_sources
 
 _BF16 = 2
 _RESERVED_BYTES = 2.0e9
@@ -32,7 +31,7 @@ def describe_scale(run: TrainRun, gpus: int, gpu_type: str, *, mfu: float = 0.3)
     Raises:
         ConfigError: a type that is not known, a batch, towers or a division among ranks that do not fit.
     """
-    run = run.model_copy(update={"model": resolved(run.model)})
+    run = with_sources(run)
     check_parallel(run, gpus)
     check_parts(run)
     gpu, chunks = gpu_named(gpu_type), chunks_per_step(run.global_batch_size, run.data.chunk, gpus)

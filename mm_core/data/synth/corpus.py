@@ -4,6 +4,11 @@
     OUT/heldout/00000.tar …   the same kind, other scenes: for retrieval
     OUT/zeroshot/             CLIP_benchmark's layout; the class of a picture is the colour and shape of its one object
 
+and where they are asked for, of the scenes of train and heldout, with the names of the classes in classnames.txt:
+
+    OUT/questions/train/…, heldout/…    .jpg .txt .cls: a question, and which answer is right
+    OUT/matching/train/…, heldout/…     .jpg .txt .cls: a caption, and whether it is true of the picture
+
 A sample depends on the config, its part and its number alone: the same config gives the same bytes, however many processes draw.
 """
 
@@ -25,13 +30,14 @@ import simplejpeg
 from pydantic import Field
 
 from mm_core.config import Config
-from mm_core.data.synth.language import captions, questions, relations
+from mm_core.data.synth.language import ANSWERS, captions, questions, relations
 from mm_core.data.synth.render import render
 from mm_core.data.synth.scene import COLOURS, MAX_OBJECTS, SHAPES, Scene, draw_scene, draw_single
 from mm_core.errors import ConfigError
 
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 TEMPLATES = ["a picture of a {c}", "a {c}", "a large {c}", "a small {c}", "a {c} on a white background", "a {c} on a black background"]
+MATCHES = ["false", "true"]
 _JPEG_QUALITY = 88
 
 
@@ -45,13 +51,23 @@ class SynthConfig(Config):
     samples_per_shard: int = Field(default=500, gt=0)
     heldout_samples: int = Field(default=500, ge=0, description="For retrieval; none of them is a training scene.")
     zeroshot_samples: int = Field(default=480, ge=0, description="For classification, the classes equally often.")
+    question_samples: int = Field(default=0, ge=0, description="Training scenes with a question each; of the held-out ones then all.")
+    matching_samples: int = Field(
+        default=0, ge=0, description="Training scenes with a true or false caption; as many held-out ones as above."
+    )
+
+    @property
+    def total(self) -> int:
+        """Samples of all parts."""
+        labelled = [number for number in (self.question_samples, self.matching_samples) if number]
+        return self.samples + self.zeroshot_samples + sum(labelled) + (1 + len(labelled)) * self.heldout_samples
 
 
 @dataclass(frozen=True)
 class _Shard:
     path: Path
     part: str
-    """`train`, `heldout` or `zeroshot`: seeds the scenes, so no part repeats another's."""
+    """`train`, `heldout` or `zeroshot`: seeds the scenes, so no part repeats another's; or of the first two `questions/…`, `matching/…`."""
     first: int
     last: int
 
@@ -111,7 +127,13 @@ def _write_all(shards: list[_Shard], config: SynthConfig, workers: int) -> Itera
 
 def _layout(out: Path, config: SynthConfig) -> list[_Shard]:
     shards = []
-    for part, samples in (("train", config.samples), ("heldout", config.heldout_samples)):
+    parts = {"train": config.samples, "heldout": config.heldout_samples}
+    for kind, samples, names in (("questions", config.question_samples, ANSWERS), ("matching", config.matching_samples, MATCHES)):
+        if samples:
+            parts |= {f"{kind}/train": samples, f"{kind}/heldout": config.heldout_samples}
+            (out / kind).mkdir(parents=True)
+            (out / kind / "classnames.txt").write_text("\n".join(names) + "\n")
+    for part, samples in parts.items():
         if samples:
             (out / part).mkdir(parents=True)
         for number, first in enumerate(range(0, samples, config.samples_per_shard)):
@@ -127,6 +149,7 @@ def _layout(out: Path, config: SynthConfig) -> list[_Shard]:
 
 
 def _members(part: str, number: int, config: SynthConfig) -> Iterator[tuple[str, bytes]]:
+    kind, _, part = part.rpartition("/")
     draw = random.Random(f"{config.seed}/{part}/{number}")
     key = f"{number:08d}"
     if part == "zeroshot":
@@ -138,8 +161,30 @@ def _members(part: str, number: int, config: SynthConfig) -> Iterator[tuple[str,
     scene = draw_scene(draw, config.max_objects)
     truth = _truth(scene, f"synth-{config.seed}-{part}-{key}", config.image_size, draw)
     yield f"{key}.jpg", _jpeg(scene, config.image_size)
+    if kind:
+        text, label = _asked(truth, draw) if kind == "questions" else _claimed(scene, truth, draw, config)
+        yield f"{key}.txt", text.encode()
+        yield f"{key}.cls", str(label).encode()
+        return
     yield f"{key}.txt", truth["captions"][0].encode()
     yield f"{key}.json", json.dumps(truth).encode()
+
+
+def _asked(truth: dict[str, Any], draw: random.Random) -> tuple[str, int]:
+    """A question, and its answer's class."""
+    asked = draw.choice(truth["qa"])
+    return asked["question"], ANSWERS.index(asked["answer"])
+
+
+def _claimed(scene: Scene, truth: dict[str, Any], draw: random.Random, config: SynthConfig) -> tuple[str, int]:
+    """A caption of the scene, or of one that shares none of its objects; and which."""
+    if draw.random() < 0.5:
+        return draw.choice(truth["captions"]), MATCHES.index("true")
+    names = {thing.name for thing in scene.things}
+    other = scene
+    while not names.isdisjoint(thing.name for thing in other.things):
+        other = draw_scene(draw, config.max_objects)
+    return draw.choice(captions(other, draw)), MATCHES.index("false")
 
 
 def _truth(scene: Scene, uid: str, side: int, draw: random.Random) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mm_core.data.synth.scene import COLOURS, SHAPES, Scene, Thing
+from mm_core.data.synth.scene import BACKGROUNDS, COLOURS, SHAPES, SIZES, TEXTURES, Scene, Thing
 
 NUMBERS = ("no", "one", "two", "three", "four")
 CAPTIONS_PER_SCENE = 5
@@ -22,6 +22,10 @@ _PREDICATES: dict[str, Callable[[Thing, Thing], float]] = {
 }
 """How far each relation holds between two objects."""
 _PLACES = {"top": "at the top", "bottom": "at the bottom", "left": "on the left", "right": "on the right"}
+
+_POSITIONS = ("centre", *(f"{row} {column}".strip() for row in ("top", "", "bottom") for column in ("left", "", "right") if row or column))
+ANSWERS = [*dict.fromkeys((*NUMBERS, *COLOURS, *BACKGROUNDS, "yes", *SIZES, *TEXTURES, *_POSITIONS))]
+"""All that there are; "no" is also the number."""
 
 
 @dataclass(frozen=True)
