@@ -66,7 +66,9 @@ def load_codebook(source: str) -> FlavaImageCodebook:
 
     try:
         with quiet():
-            codebook, report = FlavaImageCodebook.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+            codebook, report = FlavaImageCodebook.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True, key_mapping={r"^image_codebook\.": ""}
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), repr(error))
         raise ConfigError(

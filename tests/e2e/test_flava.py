@@ -16,9 +16,11 @@ from mm_core.bundle import load_bundle
 from mm_core.config import resolve
 from mm_core.console import Console
 from mm_core.data.ledger import Source
-from mm_core.errors import ConfigError, TrainingError
+from mm_core.data.synth.corpus import SynthConfig, write_corpus
+from mm_core.errors import BundleError, ConfigError, TrainingError
 from mm_core.models.codebook import load_codebook
 from mm_core.models.hallucination import HALLUCINATION
+from pipelines.evaluate import evaluate_model
 from pipelines.index import build_index
 from pipelines.recipes import recipe
 from pipelines.train.audit import read_audit
@@ -169,6 +171,37 @@ def test_its_bundle_is_transformers(undisturbed: tuple[TrainRun, TrainResult, Pa
     assert loaded.manifest is not None
     assert HALLUCINATION in loaded.manifest.files
     assert loaded.multimodal_features(None, ["a red circle"]).shape == (1, 16)
+
+
+def test_it_is_fine_tuned_on_its_own_tokenizer_and_codebook(
+    undisturbed: tuple[TrainRun, TrainResult, Path], corpus: Path, tmp_path: Path
+) -> None:
+    """Two ranks, with the image alone; `mm eval` says what it has learned."""
+    write_corpus(tmp_path / "more", SynthConfig(samples=1, heldout_samples=24, zeroshot_samples=0, matching_samples=60, image_size=32))
+    train_index, held = (
+        build_index([str(tmp_path / "more" / "matching" / part)], str(tmp_path / part), need=("image", "text"))
+        for part in ("train", "heldout")
+    )
+    start = undisturbed[1].bundle
+    model = ["model.image_size=32", f"model.vision={TOWER}", f"model.text={TOWER}", f"model.fusion={TOWER}", "model.embed_dim=8"]
+    settings = [*model, f"init={start}", "resources.workers=2", "objective.sides=image", "steps=4", "log_every_steps=1"]
+    run = resolve(recipe("flava-tiny-classify"), overrides=[*shared(tmp_path), *settings, "checkpoint.every_steps=2"])[0]
+    result = train(TrainRequest(run, (Source(index=train_index.url),), name="told"), Console(json=True))
+    metrics = MlflowClient(run.tracking.uri).get_run(result.run_id).data.metrics
+    assert {"loss/classify", "accuracy/classify"} <= metrics.keys()
+    before, after = load_bundle(start), load_bundle(result.bundle)
+    assert after.classes == 2
+    assert after.tokenizer.get_vocab() == before.tokenizer.get_vocab()
+    same = {name for name, tensor in before.model.state_dict().items() if torch.equal(tensor, after.model.state_dict()[name])}
+    assert any(name.startswith("flava.text_model") for name in same)
+    assert "flava.image_model.encoder.layer.0.attention.attention.query.weight" not in same
+    report = evaluate_model(
+        result.bundle, zeroshot=None, retrieval=(), classify=held.url, tracking=run.tracking, console=Console(json=True)
+    )
+    assert report["classify"].keys() == {"image/accuracy", "text/accuracy", "both/accuracy"}
+    assert "eval/classify/both/accuracy" in MlflowClient(run.tracking.uri).get_run(result.run_id).data.metrics
+    with pytest.raises(BundleError, match="tells no classes"):
+        evaluate_model(start, zeroshot=None, retrieval=(), classify=held.url, tracking=run.tracking, console=Console(json=True))
 
 
 def test_a_run_without_a_codebook_says_where_one_comes_from(sources: tuple[Source, ...], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from mm_core.data.ledger import Source, compile_kept
 from mm_core.data.masking import Masking, MaskingConfig
 from mm_core.data.mix import Choice, MixConfig, mixed_plan, source_seed
 from mm_core.data.plan import Plan
-from mm_core.data.reader import ReadSpec
+from mm_core.data.problems import Reason, SampleProblem
+from mm_core.data.reader import PlanReader, ReadSpec
+from mm_core.errors import DataError
 from mm_core.models.tokenizer import caption_tokenizer, mask_token, train_bpe
 from pipelines.index import build_index
 from pipelines.stream import Share, StepBatch, StreamConfig, stream
@@ -74,6 +77,31 @@ def test_a_step_is_of_one_kind_and_the_same_on_any_number_of_ranks_from_any_step
                 np.testing.assert_array_equal(values, parts(whole)[name])
     kinds = Counter((batch.images is not None, batch.input_ids is not None) for batch in alone)
     assert kinds == {(True, True): 6, (True, False): 2, (False, True): 4}
+
+
+def test_a_class_comes_with_its_sample(corpus: Path, tmp_path: Path) -> None:
+    """On any number of ranks, and of a sample that stands in for another it is its own."""
+    index = build_index([str(corpus / "zeroshot" / "test")], str(tmp_path / "index"), need=("image",))
+    label_of = {row["uid"]: row["label"] for batch in index.samples(["uid", "label"]) for row in batch.to_pylist()}
+    kept = compile_kept(index)
+    plan = Plan(len(kept), 0, CHUNK, 1, kept.fingerprint)
+    spec = ReadSpec((Source(index=index.url),), plan, 24, AugmentConfig(), None, labels=True)
+    alone, *ranks = ray.get([read.remote(spec, 0, 1), read.remote(spec, 0, 2), read.remote(spec, 1, 2)])
+    for whole, *some in zip(alone, *ranks, strict=True):
+        assert whole.labels is not None
+        assert whole.labels.tolist() == [label_of[uid] for uid in whole.rows["uid"].to_pylist()]
+        np.testing.assert_array_equal(np.concatenate([one.labels for one in some]), whole.labels)
+
+    reader = PlanReader(spec)
+    problems = iter([SampleProblem(Reason.UNDECODABLE)])
+    decode = reader._decode
+    reader._decode = lambda *given: next(problems, None) or decode(*given)  # type: ignore[method-assign]
+    table = reader.read(np.arange(CHUNK, dtype=np.uint64))
+    assert table["replaced"].to_pylist() == ["undecodable", *[None] * (CHUNK - 1)]
+    assert table["label"].to_pylist() == [label_of[uid] for uid in table["uid"].to_pylist()]
+    reader._decode = lambda sample, *rest: decode(replace(sample, label=None), *rest)  # type: ignore[method-assign]
+    with pytest.raises(DataError, match="the class that it was indexed with is gone"):
+        reader.read(np.arange(CHUNK, dtype=np.uint64))
 
 
 def test_what_is_hidden_is_what_the_model_does_not_see(spec: ReadSpec) -> None:

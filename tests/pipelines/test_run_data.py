@@ -50,6 +50,24 @@ def test_indexes_of_other_modalities_are_read_a_step_at_a_time(index: Index, cor
     assert data.plan(by_step).chunk == by_step.data.chunk
 
 
+def test_every_sample_has_a_class_that_the_model_tells(index: Index, corpus: Path, tmp_path: Path) -> None:
+    run = recipe("flava-tiny-classify")
+    with pytest.raises(ConfigError, match=r"330 samples of .* have no class: each needs a \.cls member"):
+        RunData.open([Source(index=index.url)]).check_labels(run)
+    RunData.open([Source(index=index.url)]).check_labels(recipe("flava-tiny"))
+    labelled = build_index([str(corpus / "zeroshot" / "test")], str(tmp_path / "labelled"), need=("image",))
+    data, by_image = RunData.open([Source(index=labelled.url)]), ["objective.sides=image", "objective.classes=48"]
+    with pytest.raises(
+        ConfigError, match=r"has the class 47, and objective\.classes=2 are told apart, from 0 on: --set objective\.classes=48"
+    ):
+        data.check_labels(run)
+    with pytest.raises(ConfigError, match="made for image alone, but this recipe pairs images with texts"):
+        data.check_modalities(run)
+    run = resolve(run, environment={}, overrides=by_image)[0]
+    data.check_labels(run)
+    data.check_modalities(run)
+
+
 def test_a_run_goes_on_with_a_higher_bound_for_bad_samples() -> None:
     lenient = resolve(recipe("clip-tiny"), environment={}, overrides=["data.max_bad_fraction=0.5"])[0]
     assert lenient.identity() == recipe("clip-tiny").identity()

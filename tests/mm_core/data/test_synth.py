@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mm_core.data.synth.corpus import CLASSES, SynthConfig, write_corpus, write_shard
+from mm_core.data.synth.corpus import CLASSES, MATCHES, SynthConfig, write_corpus, write_shard
+from mm_core.data.synth.language import ANSWERS
 from mm_core.data.synth.scene import BACKGROUNDS, COLOURS, SHAPES, SIZES
 from mm_core.errors import ConfigError
 
@@ -309,6 +310,33 @@ def test_zeroshot_has_clip_benchmarks_layout(synth: Path) -> None:
     for sample in samples.values():
         named = np.asarray(COLOURS[classes[int(sample["cls"])].split()[0]])
         assert (np.abs(_pixels(sample) - named).max(axis=2) < 25).sum() > 40
+
+
+def _holds_of(caption: str, truth: dict[str, Any]) -> bool:
+    """`_is_true`, of a caption that may name what is not there."""
+    try:
+        return _is_true(caption, truth)
+    except KeyError:
+        return False
+
+
+def test_questions_and_claims_are_of_the_scenes_and_their_classes_are_right(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"samples": 60, "heldout_samples": 20, "question_samples": 60, "matching_samples": 60})
+    paths = write_corpus(tmp_path / "corpus", config)
+    assert sum(len(_read(path)) for path in paths) == config.total
+    for part in ("train", "heldout"):
+        scenes, asked, claimed = (_samples(tmp_path / "corpus" / folder / part) for folder in ("", "questions", "matching"))
+        claims = Counter[str]()
+        for scene, question, claim in zip(scenes, asked, claimed, strict=True):
+            assert scene["jpg"] == question["jpg"] == claim["jpg"]
+            truth = json.loads(scene["json"])
+            assert ANSWERS[int(question["cls"])] == _answer(question["txt"].decode(), truth)
+            told = MATCHES[int(claim["cls"])]
+            assert _holds_of(claim["txt"].decode(), truth) == (told == "true"), claim["txt"]
+            claims[told] += 1
+        assert min(claims.values()) > len(scenes) / 4
+    assert (tmp_path / "corpus" / "questions" / "classnames.txt").read_text().splitlines() == ANSWERS
+    assert (tmp_path / "corpus" / "matching" / "classnames.txt").read_text().splitlines() == MATCHES
 
 
 def test_max_objects_and_image_size_are_kept(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import FlavaForPreTraining, FlavaImageCodebook, FlavaModel
 from mm_core.bundle import MANIFEST, load_bundle, look_into, write_bundle
 from mm_core.distributed import GlobalBatch
 from mm_core.errors import ConfigError
-from mm_core.models.codebook import CodebookSizes, codebook_pixels, codebook_settings, codebook_sizes
+from mm_core.models.codebook import CodebookSizes, codebook_pixels, codebook_settings, codebook_sizes, load_codebook
 from mm_core.models.family import build_model, outline, resolved
 from mm_core.models.flava import FlavaConfig, flava_base, flava_tiny
 from mm_core.models.fused import Fused
@@ -179,6 +179,10 @@ def test_a_codebook_comes_from_a_folder(tmp_path: Path) -> None:
     found = resolved(config)
     assert isinstance(found, FlavaConfig)
     assert found.codebook == sizes
+    built = build_model(SMALL.model_copy(update={"codebook": sizes}), TOKENS)
+    built.save_pretrained(tmp_path / "flava")
+    ours = load_codebook(str(tmp_path / "flava")).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in built.image_codebook.state_dict().items())
     with pytest.raises(ConfigError, match="no codebook at"):
         resolved(config.model_copy(update={"codebook_source": str(tmp_path / "nothing")}))
     with pytest.raises(ConfigError, match=r"name one with model\.codebook_source"):
