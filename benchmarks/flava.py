@@ -2,8 +2,9 @@
 
 `python benchmarks/flava.py WORK --variants whole no-itm ...` trains each variant in this process, on what `mm train` would read, and
 measures it on held-out scenes: every task beside the best constant answer; masked colours and shapes with the right image and another
-one; zero-shot classes and retrieval; questions answered by a linear layer on the fusion, with one side or both. WORK keeps the corpus,
-the codebook and each variant's figures, so that the program can be stopped and goes on. One JSON line.
+one; zero-shot classes and retrieval; questions answered by a linear layer on the fusion, with one side or both. `--finetune whole scratch`
+trains those variants further, and one that nothing has trained, to answer questions and to tell true captions from false ones. WORK keeps
+the corpus, the codebook and each variant's model and figures, so that the program can be stopped and goes on. One JSON line.
 """
 
 from __future__ import annotations
@@ -28,20 +29,19 @@ from mm_core.data.index import Index
 from mm_core.data.ledger import Source, compile_kept
 from mm_core.data.reader import IndexReader, PlanReader, ReadSpec
 from mm_core.data.sample import metadata_of
-from mm_core.data.synth.corpus import SynthConfig, write_corpus
+from mm_core.data.synth.corpus import MATCHES, SynthConfig, write_corpus
+from mm_core.data.synth.language import ANSWERS
 from mm_core.data.synth.scene import COLOURS, SHAPES
 from mm_core.errors import BundleError
 from mm_core.evaluation.probe import fused_features, linear_probe
 from mm_core.evaluation.retrieval import retrieval_metrics
 from mm_core.evaluation.tasks import held_out, hiding, task_metrics
 from mm_core.evaluation.zeroshot import class_embeddings, read_classnames, read_templates, zeroshot_metrics
-from mm_core.models.codebook import load_codebook
 from mm_core.models.dvae import DiscreteVae
 from mm_core.models.family import build_model, resolved
 from mm_core.models.fused import Fused
 from mm_core.models.fused_batch import Sides
-from mm_core.models.tokenizer import caption_tokenizer, mask_token, special_tokens, train_bpe
-from mm_core.models.warm_start import take_over
+from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, mask_token, special_tokens, train_bpe
 from mm_core.training.checkpoint import seed_step
 from mm_core.training.clock import StepClock
 from mm_core.training.transfer import Transfer
@@ -50,10 +50,13 @@ from pipelines.recipes import recipe
 from pipelines.stream import Share, _split
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import build_step
-from pipelines.train.parts import inputs_of, masking_of, wrapped
+from pipelines.train.parts import classes_of, inputs_of, masking_of, wrapped
+from pipelines.train.preflight import fed_by, named_weights, with_sources
 from pipelines.train.run_data import RunData
 
 TASKS = ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")
+TOLD = {"questions": len(ANSWERS), "matching": len(MATCHES)}
+"""What is fine-tuned on, and how many classes it has."""
 VARIANTS: dict[str, list[str]] = {
     "whole": [],
     **{f"no-{task}": [f"objective.weights.{task}=0"] for task in TASKS},
@@ -69,14 +72,15 @@ def train(run: TrainRun, data: RunData, tokenizer: PreTrainedTokenizerFast | Non
     """The run's steps, or as many as there is time for: the schedule is the run's."""
     tokens = None if tokenizer is None else special_tokens(tokenizer)
     torch.manual_seed(run.seed)
-    inner = build_model(run.model, tokens)
-    if (source := getattr(run.model, "codebook_source", None)) is not None:
-        take_over(inner, {f"image_codebook.{name}": tensor for name, tensor in load_codebook(source).state_dict().items()})
-    model = wrapped(run, inner)
+    model = wrapped(run, build_model(run.model, tokens))
+    weights, _ = named_weights(run, tokenizer)
+    if weights is not None:
+        model.model.load_state_dict(weights)
     step = build_step(run, model, StepClock(_CPU))
     masking = None if tokenizer is None else masking_of(run, mask_token(tokenizer), special_tokens(tokenizer).pad)
     light = None if tokenizer is None else caption_tokenizer(tokenizer, run.joint_model.context_length)
-    spec = ReadSpec(data.sources, data.plan(run), run.model.image_size, run.data.augment, light, masking=masking)
+    labels = classes_of(run) is not None
+    spec = ReadSpec(data.sources, data.plan(run), run.model.image_size, run.data.augment, light, masking=masking, labels=labels)
     reader, share = PlanReader(spec), Share(0, 1, run.global_batch_size // run.data.chunk)
     inputs, to_device = inputs_of(run, [run.global_batch_size], 0), Transfer(_CPU)
     losses: dict[str, float] = {}
@@ -95,9 +99,11 @@ def train(run: TrainRun, data: RunData, tokenizer: PreTrainedTokenizerFast | Non
 def sources(work: Path) -> dict[str, Index]:
     """Pairs, images alone, texts alone, and held-out pairs and classes of scenes that are not trained on."""
     if not (work / "corpus").exists():
-        write_corpus(work / "corpus", SynthConfig(samples=8000, seed=3, image_size=64, heldout_samples=_HELDOUT), workers=2)
+        labelled = dict.fromkeys(("question_samples", "matching_samples"), 8000)
+        write_corpus(work / "corpus", SynthConfig(samples=8000, seed=3, image_size=64, heldout_samples=_HELDOUT, **labelled), workers=2)
     kinds = {"pairs": ("train", ("image", "text")), "images": ("train", ("image",)), "texts": ("train", ("text",))}
     kinds |= {"heldout": ("heldout", ("image", "text")), "classes": ("zeroshot/test", ("image",))}
+    kinds |= {f"{told}-{part}": (f"{told}/{part}", ("image", "text")) for told in TOLD for part in ("train", "heldout")}
     found = {}
     for name, (part, need) in kinds.items():
         there = (work / name / "index.json").exists()
@@ -202,10 +208,53 @@ def _questions(index: Index, count: int, size: int) -> tuple[np.ndarray, list[st
     return decoded.images, [qa["question"] for qa in asked], [qa["answer"] for qa in asked]
 
 
+def finetuned(work: Path, name: str, data: dict[str, Index], options: argparse.Namespace) -> dict[str, Any]:
+    """A variant trained further on each of `TOLD`, with both sides; `whole` with each alone too, which is another model."""
+    figures = work / f"{name}-finetuned.json"
+    if figures.exists():
+        values: dict[str, Any] = json.loads(figures.read_text())
+        return values
+    row: dict[str, Any] = {"finetuned": name}
+    for told, classes in TOLD.items():
+        for sides in Sides if name == "whole" else [Sides.BOTH]:
+            settings = [f"objective.classes={classes}", f"objective.sides={sides.value}", f"model.codebook_source={work / 'codebook'}"]
+            if name != "scratch":
+                settings.append(f"init={work / 'models' / name}")
+            run = with_sources(resolve(recipe("flava-tiny-classify"), environment={}, overrides=[*settings, *options.set])[0])
+            tokenizer = load_tokenizer(str(work / "models" / (name if name != "scratch" else "whole")))
+            run = fed_by(run, tokenizer)
+            model, losses, _ = train(run, RunData.open([Source(index=data[f"{told}-train"].url)]), tokenizer, options.minutes * 60)
+            with tempfile.TemporaryDirectory() as temporary:
+                facts: dict[str, Any] = {"recipe": run.recipe, "data_fingerprint": "", "metrics": {}}
+                write_bundle(Path(temporary) / "b", model=model.model, beside=model.beside, tokenizer=tokenizer, config=run.model, **facts)
+                found = accuracies(load_bundle(Path(temporary) / "b"), data[f"{told}-heldout"], sides)
+            row[f"{told}/{sides.value}"] = found | {"seconds": round(losses["seconds"])}
+    figures.write_text(json.dumps(row, indent=1))
+    return row
+
+
+def accuracies(bundle: Bundle, index: Index, sides: Sides) -> dict[str, float]:
+    """On held-out samples; of a model of both sides also where each is missing from half of them."""
+    decoded = decode_samples(IndexReader(index), compile_kept(index).ordinals, bundle.image_size)
+    images, texts, labels = decoded.images, [captions[0] for captions in decoded.captions], decoded.labels
+
+    def right(shown: Sides) -> np.ndarray:
+        told = bundle.classify(None if shown is Sides.TEXT else images, None if shown is Sides.IMAGE else texts)
+        return np.asarray(told.argmax(axis=1) == labels)
+
+    found = {"accuracy": float(right(sides).mean()), "constant_accuracy": float(np.bincount(labels).max() / len(labels))}
+    if sides is Sides.BOTH:
+        missing = np.arange(len(labels)) % 2 == 0
+        for left, lost in ((Sides.TEXT, "half_without_image"), (Sides.IMAGE, "half_without_text")):
+            found[lost] = float(np.where(missing, right(left), right(sides)).mean())
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--finetune", nargs="*", choices=[*VARIANTS, "scratch"], default=[], help="Of the variants that are trained.")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--minutes", type=float, default=15.0, help="Of training, at most, for each variant.")
     parser.add_argument("--codebook-minutes", type=float, default=4.0)
@@ -220,6 +269,7 @@ def main() -> None:
     try:
         rows = [codebook(work, data, options.codebook_minutes * 60)]
         rows += [variant(work, name, data, options) for name in options.variants]
+        rows += [finetuned(work, name, data, options) for name in options.finetune]
     except BundleError as error:
         raise SystemExit(f"{error}; remove what is half done under {work}") from None
     finally:
