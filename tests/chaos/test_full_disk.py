@@ -20,13 +20,6 @@ DISK_MB = 64
 
 
 @pytest.fixture
-def nodes() -> Iterator[Nodes]:
-    nodes = Nodes(cpus=3, memory=4 << 30)
-    yield nodes
-    nodes.stop()
-
-
-@pytest.fixture
 def index(corpus: Path, tmp_path: Path, nodes: Nodes) -> Index:
     return nodes.index(corpus / "train", tmp_path / "index")
 

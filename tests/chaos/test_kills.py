@@ -42,13 +42,6 @@ SETTINGS = (*faults.SETTINGS, f"steps={STEPS}", f"global_batch_size={GLOBAL_BATC
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    nodes = Nodes(cpus=3, memory=4 << 30)
-    yield nodes
-    nodes.stop()
-
-
-@pytest.fixture(scope="module")
 def index(corpus: Path, object_store: ObjectStore, nodes: Nodes) -> Index:
     fs, path = open_store("s3://chaos/train")
     fs.mkdir("chaos")

@@ -9,7 +9,6 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,6 @@ pytestmark = [pytest.mark.chaos, pytest.mark.skipif(not MINUTES, reason="takes a
 SETTINGS = (*faults.SETTINGS, "steps=10000000", "global_batch_size=40", "log_every_steps=20", "checkpoint.every_steps=100")
 LOST = ("start_up", "restart", "replayed", "checkpoint")
 """Parts of the wall time in which nothing new is learned."""
-
-
-@pytest.fixture
-def nodes() -> Iterator[Nodes]:
-    nodes = Nodes(cpus=3, memory=4 << 30)
-    yield nodes
-    nodes.stop()
 
 
 def test_a_run_trains_nearly_all_of_the_time(corpus: Path, nodes: Nodes, tmp_path: Path) -> None:
