@@ -50,12 +50,12 @@ from pipelines.recipes import recipe
 from pipelines.stream import Share, _split
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import build_step
-from pipelines.train.parts import classes_of, inputs_of, masking_of, wrapped
+from pipelines.train.parts import inputs_of, masking_of, num_classes, wrapped
 from pipelines.train.preflight import fed_by, named_weights, with_sources
 from pipelines.train.run_data import RunData
 
 TASKS = ("mim", "mlm", "mmm_image", "mmm_text", "itm", "contrastive")
-TOLD = {"questions": len(ANSWERS), "matching": len(MATCHES)}
+LABELLED = {"questions": len(ANSWERS), "matching": len(MATCHES)}
 """What is fine-tuned on, and how many classes it has."""
 VARIANTS: dict[str, list[str]] = {
     "whole": [],
@@ -79,7 +79,7 @@ def train(run: TrainRun, data: RunData, tokenizer: PreTrainedTokenizerFast | Non
     step = build_step(run, model, StepClock(_CPU))
     masking = None if tokenizer is None else masking_of(run, mask_token(tokenizer), special_tokens(tokenizer).pad)
     light = None if tokenizer is None else caption_tokenizer(tokenizer, run.joint_model.context_length)
-    labels = classes_of(run) is not None
+    labels = num_classes(run) is not None
     spec = ReadSpec(data.sources, data.plan(run), run.model.image_size, run.data.augment, light, masking=masking, labels=labels)
     reader, share = PlanReader(spec), Share(0, 1, run.global_batch_size // run.data.chunk)
     inputs, to_device = inputs_of(run, [run.global_batch_size], 0), Transfer(_CPU)
@@ -103,7 +103,7 @@ def sources(work: Path) -> dict[str, Index]:
         write_corpus(work / "corpus", SynthConfig(samples=8000, seed=3, image_size=64, heldout_samples=_HELDOUT, **labelled), workers=2)
     kinds = {"pairs": ("train", ("image", "text")), "images": ("train", ("image",)), "texts": ("train", ("text",))}
     kinds |= {"heldout": ("heldout", ("image", "text")), "classes": ("zeroshot/test", ("image",))}
-    kinds |= {f"{told}-{part}": (f"{told}/{part}", ("image", "text")) for told in TOLD for part in ("train", "heldout")}
+    kinds |= {f"{kind}-{part}": (f"{kind}/{part}", ("image", "text")) for kind in LABELLED for part in ("train", "heldout")}
     found = {}
     for name, (part, need) in kinds.items():
         there = (work / name / "index.json").exists()
@@ -209,26 +209,26 @@ def _questions(index: Index, count: int, size: int) -> tuple[np.ndarray, list[st
 
 
 def finetuned(work: Path, name: str, data: dict[str, Index], options: argparse.Namespace) -> dict[str, Any]:
-    """A variant trained further on each of `TOLD`, with both sides; `whole` with each alone too, which is another model."""
+    """A variant trained further on each of `LABELLED`, with both sides; `whole` with each alone too, which is another model."""
     figures = work / f"{name}-finetuned.json"
     if figures.exists():
         values: dict[str, Any] = json.loads(figures.read_text())
         return values
     row: dict[str, Any] = {"finetuned": name}
-    for told, classes in TOLD.items():
+    for kind, classes in LABELLED.items():
         for sides in Sides if name == "whole" else [Sides.BOTH]:
-            settings = [f"objective.classes={classes}", f"objective.sides={sides.value}", f"model.codebook_source={work / 'codebook'}"]
+            settings = [f"objective.num_classes={classes}", f"objective.sides={sides.value}", f"model.codebook_source={work / 'codebook'}"]
             if name != "scratch":
                 settings.append(f"init={work / 'models' / name}")
             run = with_sources(resolve(recipe("flava-tiny-classify"), environment={}, overrides=[*settings, *options.set])[0])
             tokenizer = load_tokenizer(str(work / "models" / (name if name != "scratch" else "whole")))
             run = fed_by(run, tokenizer)
-            model, losses, _ = train(run, RunData.open([Source(index=data[f"{told}-train"].url)]), tokenizer, options.minutes * 60)
+            model, losses, _ = train(run, RunData.open([Source(index=data[f"{kind}-train"].url)]), tokenizer, options.minutes * 60)
             with tempfile.TemporaryDirectory() as temporary:
                 facts: dict[str, Any] = {"recipe": run.recipe, "data_fingerprint": "", "metrics": {}}
                 write_bundle(Path(temporary) / "b", model=model.model, beside=model.beside, tokenizer=tokenizer, config=run.model, **facts)
-                found = accuracies(load_bundle(Path(temporary) / "b"), data[f"{told}-heldout"], sides)
-            row[f"{told}/{sides.value}"] = found | {"seconds": round(losses["seconds"])}
+                found = accuracies(load_bundle(Path(temporary) / "b"), data[f"{kind}-heldout"], sides)
+            row[f"{kind}/{sides.value}"] = found | {"seconds": round(losses["seconds"])}
     figures.write_text(json.dumps(row, indent=1))
     return row
 

@@ -33,7 +33,7 @@ from mm_core.models.dvae import DvaeConfig
 from mm_core.models.family import AnyModelConfig, ModelConfig
 from mm_core.models.flava import FlavaConfig
 from mm_core.models.fused import Fused
-from mm_core.models.fused_classifier import FusedClassifier, load_class_head
+from mm_core.models.fused_classifier import CLASSIFIER, ClassHead, FusedClassifier, load_class_head
 from mm_core.models.hallucination import load_hallucination
 from mm_core.models.pretrained import (
     architecture,
@@ -150,26 +150,27 @@ class Bundle:
 
     @torch.inference_mode()
     def classify(self, images: UInt8[np.ndarray, "b h w 3"] | None, texts: Sequence[str] | None) -> Float32[np.ndarray, "b c"]:
-        """The probability of each class, of pairs or of images or texts alone.
+        """The probability of each class, of pairs or, by a model of both sides, of images or texts alone.
 
         Raises:
-            BundleError: the model was not fine-tuned to tell classes.
+            BundleError: the model was not fine-tuned to classify, or not on what it is given.
         """
-        return self._classifier().class_logits(self._pixels(images), self._ids(texts)).float().softmax(dim=1).cpu().numpy()
+        head, given = self.class_head, {"image": images, "text": texts}
+        if unknown := {name for name, side in given.items() if side is not None} - head.sides.modalities:
+            raise BundleError(f"{self.name} classifies by its {head.sides} alone: give no {unknown.pop()}s")
+        assert isinstance(self.towers, FusedClassifier), "it has the head"
+        return self.towers.class_logits(self._pixels(images), self._ids(texts)).float().softmax(dim=1).cpu().numpy()
 
     @property
-    def classes(self) -> int:
-        """Of `classify`.
+    def class_head(self) -> ClassHead:
+        """How many classes there are, and what of a sample it is trained on.
 
         Raises:
-            BundleError: the model was not fine-tuned to tell classes.
+            BundleError: the model was not fine-tuned to classify.
         """
-        return self._classifier().head.classes
-
-    def _classifier(self) -> FusedClassifier:
         if not isinstance(self.towers, FusedClassifier):
-            raise BundleError(f"{self.name} tells no classes: fine-tune a flava model with `mm train flava-tiny-classify --init`")
-        return self.towers
+            raise BundleError(f"{self.name} has no classes: fine-tune a flava model with `mm train flava-tiny-classify --init`")
+        return self.towers.head
 
     def _fused(self) -> Fused:
         if not isinstance(self.towers, Fused):
@@ -223,7 +224,10 @@ def write_bundle(
         facts: dict[str, Any] = {"task": _task(config), "recipe": recipe, "data_fingerprint": data_fingerprint, "run_id": run_id}
         facts |= {"metrics": dict(metrics), "model": config}
         weights = _digests(temporary).get(_WEIGHTS)
-        (temporary / _CARD).write_text(model_card(folder.name, config, recipe, data_fingerprint, metrics, weights), encoding="utf-8")
+        head = (beside or {}).get(CLASSIFIER)
+        assert head is None or isinstance(head, ClassHead), "the file is of such a head"
+        card = model_card(folder.name, config, recipe, data_fingerprint, metrics, weights, head)
+        (temporary / _CARD).write_text(card, encoding="utf-8")
         manifest = BundleManifest.model_validate(facts | {"files": _digests(temporary)})
         (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
         os.replace(temporary, folder)

@@ -7,15 +7,26 @@ from collections.abc import Mapping
 from mm_core.models.dvae import DECODER, DvaeConfig
 from mm_core.models.family import AnyModelConfig
 from mm_core.models.flava import FlavaConfig
+from mm_core.models.fused_batch import Sides
+from mm_core.models.fused_classifier import CLASSIFIER, ClassHead
 
 
 def model_card(
-    name: str, config: AnyModelConfig, recipe: str, data_fingerprint: str, metrics: Mapping[str, float], weights_sha256: str | None
+    name: str,
+    config: AnyModelConfig,
+    recipe: str,
+    data_fingerprint: str,
+    metrics: Mapping[str, float],
+    weights_sha256: str | None,
+    class_head: ClassHead | None = None,
 ) -> str:
     """A model card in the hub's form. The same model gives the same card: no dates, no host names."""
     rows = "".join(f"| {key} | {value:.4f} |\n" for key, value in sorted(metrics.items()))
     table = f"\n## Metrics\n\n| metric | value |\n|---|---|\n{rows}" if rows else ""
     kind, what, use = _described(config)
+    if class_head is not None:
+        what += f"; fine-tuned to classify by {class_head.num_classes} classes, of {_SHOWN[class_head.sides]}"
+        use += f"\n`{CLASSIFIER}` is the head that classifies: `mm_core.bundle.load_bundle(FOLDER).classify(images, texts)`.\n"
     return f"""---
 library_name: transformers
 pipeline_tag: {kind}
@@ -38,6 +49,7 @@ A {config.family} model trained with mm, recipe `{recipe}`: {what}.
 {use}"""
 
 
+_SHOWN = {Sides.IMAGE: "images", Sides.TEXT: "texts", Sides.BOTH: "images with texts"}
 _FED = """from PIL import Image
 from transformers import AutoModel, AutoTokenizer, CLIPImageProcessor
 

@@ -48,7 +48,7 @@ def attach(app: typer.Typer) -> None:
 @data.command("synth")
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    samples: Annotated[int, typer.Option(min=1, help="Training samples.")] = 8000,
+    samples: Annotated[int, typer.Option(min=0, help="Training samples.")] = 8000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     image_size: Annotated[int, typer.Option(min=32, max=1024, help="Side of the pictures, pixels.")] = 96,
     questions: Annotated[int, typer.Option(min=0, help="Training scenes that have a question too, its answer as class.")] = 0,
@@ -66,13 +66,13 @@ def synth(
     settings = SynthConfig(samples=samples, seed=seed, image_size=image_size, question_samples=questions, matching_samples=matching)
     with console.progress("draw scenes", settings.total) as tracker:
         write_corpus(out, settings, workers=workers, on_progress=tracker.advance)
-    parts = ["train", "heldout", "zeroshot", *(["questions"] if questions else []), *(["matching"] if matching else [])]
+    made = {"heldout": settings.heldout_samples, "zeroshot": settings.zeroshot_samples, "questions": questions, "matching": matching}
+    parts = [part for part, count in ({"train": samples} | made).items() if count]
+    first = parts[0] if samples else f"{parts[-1]}/train"
     console.say(
-        f"{', '.join(f'{out}/{part}' for part in parts)} hold {settings.total:,} samples; next: mm data index {out}/train --out INDEX"
+        f"{', '.join(f'{out}/{part}' for part in parts)} hold {settings.total:,} samples; next: mm data index {out}/{first} --out INDEX"
     )
-    console.result(
-        {"samples": settings.samples, "heldout": settings.heldout_samples, "zeroshot": settings.zeroshot_samples, "out": str(out)}
-    )
+    console.result({"samples": samples} | made | {"out": str(out)})
 
 
 @data.command("index")

@@ -23,14 +23,14 @@ from mm_core.console import Console
 from mm_core.data.columns import vectors_of
 from mm_core.data.image import decode_centre
 from mm_core.data.index import Index
+from mm_core.data.labels import check_labels
 from mm_core.data.ledger import Source, compile_kept
-from mm_core.data.locators import HAS_LABEL
 from mm_core.data.permutation import U64
 from mm_core.data.problems import SampleProblem
 from mm_core.data.reader import IndexReader
 from mm_core.errors import ConfigError, DataError
 from mm_core.evaluation.chance import chance
-from mm_core.evaluation.classify import class_metrics
+from mm_core.evaluation.classify import class_metrics, sides_of
 from mm_core.evaluation.encoded import check_skipped
 from mm_core.evaluation.retrieval import retrieval_metrics
 from mm_core.evaluation.tasks import HeldOut, held_out, task_metrics
@@ -135,25 +135,27 @@ def evaluate_model(
 
 
 def _held_out(bundle: Bundle, named: str) -> HeldOut:
-    return held_out(bundle, *_pairs(named))
+    reader, ordinals = _opened_one(named)
+    check_need(reader.index, ("image", "text"))
+    return held_out(bundle, reader, ordinals)
 
 
 def _labelled(bundle: Bundle, named: str) -> tuple[IndexReader, U64]:
     """
     Raises:
-        BundleError: the model tells no classes.
-        DataError: samples have none.
+        BundleError: the model was not fine-tuned to classify.
+        DataError: samples have no class, or one it does not know, or nothing that it is trained on.
     """
-    assert bundle.classes, "the bundle says"
-    reader, ordinals = _pairs(named)
-    check_labels(reader.index, named)
+    head, (reader, ordinals) = bundle.class_head, _opened_one(named)
+    if not sides_of(bundle, reader.index.summary.need):
+        check_need(reader.index, tuple(sorted(head.sides.modalities)))
+    check_labels(reader.index, ordinals, head.num_classes)
     return reader, ordinals
 
 
-def _pairs(named: str) -> tuple[IndexReader, U64]:
+def _opened_one(named: str) -> tuple[IndexReader, U64]:
     source = Source.parse(named)
     index = Index.open(source.index)
-    check_need(index, ("image", "text"))
     return IndexReader(index), compile_kept(index, source.ledgers).ordinals
 
 
@@ -188,7 +190,7 @@ def evaluate_zeroshot(
     """
     classnames, templates = classes_of(folder)
     with _opened([shards_of(folder)], need=("image",)) as (index, _):
-        check_labels(index, folder)
+        check_labels(index, compile_kept(index).ordinals, name=folder)
         features = encode_images(model, index, on_progress=on_progress)
     on_skipped(features.skipped)
     metrics = zeroshot_metrics(features.images, features.labels, class_embeddings(bundle, classnames, templates))
@@ -199,16 +201,6 @@ def shards_of(folder: str) -> str:
     """Where the shards of a folder in CLIP_benchmark's layout lie."""
     shards = Path(folder) / "test"
     return str(shards if shards.is_dir() else folder)
-
-
-def check_labels(index: Index, folder: str) -> None:
-    """
-    Raises:
-        DataError: samples of `folder`, which `index` is of, have no class.
-    """
-    flags = index.locators["flags"][compile_kept(index).ordinals.astype(np.int64)]
-    if unlabelled := int(((flags & HAS_LABEL) == 0).sum()):
-        raise DataError(f"{unlabelled} samples of {folder} have no class: each needs a .cls member beside its image")
 
 
 def classes_of(folder: str) -> tuple[list[str], list[str]]:

@@ -59,6 +59,8 @@ class ReadSpec:
     """What is hidden of each sample, if something is: of one view and one text."""
     labels: bool = False
     """Whether the samples' classes are read."""
+    modalities: frozenset[str] = frozenset({"image", "text"})
+    """What is read of a sample, where its source has it."""
     prompt_templates: tuple[str, ...] = ()
     max_pixels: int = MAX_PIXELS
     gap_bytes: int = GAP_BYTES
@@ -68,7 +70,8 @@ class ReadSpec:
 
     def need(self, index: Index) -> tuple[str, ...]:
         """The modalities that are read of a source."""
-        return tuple(modality for modality in index.summary.need if modality != "text" or self.tokenizer is not None)
+        shown = self.modalities - ({"text"} if self.tokenizer is None else set())
+        return tuple(modality for modality in index.summary.need if modality in shown)
 
     @property
     def text_shape(self) -> tuple[int, int]:
@@ -256,9 +259,9 @@ class PlanReader:
     ) -> _Decoded | SampleProblem:
         if isinstance(sample, SampleProblem):
             return sample
+        if self.spec.labels and sample.label is None:
+            return SampleProblem(Reason.CHANGED, "the class that it was indexed with is gone")
         try:
-            if self.spec.labels and sample.label is None:
-                raise SampleProblem(Reason.CHANGED, "the class that it was indexed with is gone")
             return _Decoded(
                 sample.uid,
                 seed,

@@ -22,6 +22,8 @@ CODEBOOK_STRIDE = 8
 _EPSILON = 0.1
 """Pixels are mapped from [0, 1] to [epsilon, 1 - epsilon], as the logit-Laplace distribution has no mass at the ends (equation 2)."""
 
+_WAY_OUT = "model.codebook_source, or in its place --init, names a bundle of codebook-tiny, a flava model or a hub id"
+
 
 class CodebookSizes(Config):
     """By default DALL-E's."""
@@ -71,11 +73,9 @@ def load_codebook(source: str) -> FlavaImageCodebook:
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).splitlines()), repr(error))
-        raise ConfigError(
-            f"model.codebook_source: no codebook at {source} ({reason}): give a bundle of codebook-tiny or a hub id"
-        ) from None
+        raise ConfigError(f"no codebook at {source} ({reason}): {_WAY_OUT}") from None
     if missing := sorted(report["missing_keys"]):
-        raise ConfigError(f"model.codebook_source: {source} lacks {len(missing)} tensors of a codebook, {missing[0]} first")
+        raise ConfigError(f"{source} lacks {len(missing)} tensors of a codebook, {missing[0]} first: {_WAY_OUT}")
     return codebook.requires_grad_(False)
 
 

@@ -44,7 +44,7 @@ class FlavaConfig(TransformerTowersConfig):
     text_positions: int = Field(gt=1, description="Places the text tower knows, context_length of them in use.")
     codebook: CodebookSizes = Field(default=CodebookSizes(), description="Set from codebook_source.")
     codebook_source: str | None = Field(
-        default=None, description="Folder or hub id of the codebook: a bundle that `codebook-tiny` made, say."
+        default=None, description="Folder or hub id of the codebook, a bundle of `codebook-tiny` say; by default --init's."
     )
     image_mean: tuple[float, float, float] = OPENAI_MEAN
     image_std: tuple[float, float, float] = OPENAI_STD
@@ -107,7 +107,7 @@ def resolve_flava(config: FlavaConfig) -> FlavaConfig:
     if config.codebook_source is None:
         raise ConfigError(
             "a flava model predicts entries of a codebook: name one with model.codebook_source, a bundle that `mm train codebook-tiny` made"
-            " or facebook/flava-image-codebook"
+            " or facebook/flava-image-codebook, or begin with a flava model, --init"
         )
     return config.model_copy(update={"codebook": codebook_sizes(config.codebook_source)})
 

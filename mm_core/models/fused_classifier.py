@@ -1,6 +1,6 @@
-"""A FLAVA that tells classes of pairs, or of one side: a head on the fusion's class token, trained with all that is below it.
+"""A FLAVA that classifies pairs, or images or texts alone: a head on the fusion's class token, trained with all that is below it.
 
-Answers to questions are such classes (Antol et al. 2015, arXiv 1505.00468, section 3: the commonest answers), and so is whether an image
+Answers to questions are such classes (Antol et al. 2015, arXiv 1505.00468, section 5: the commonest answers), and so is whether an image
 and a text belong together. What is exported is still a `FlavaForPreTraining`; the head lies beside it.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float, Int, UInt8
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,35 +44,34 @@ _UNREAD_WITHOUT = {
 }
 
 
-class ClassHead(nn.Sequential):
-    """ViLT's for questions (Kim et al. 2021, arXiv 2102.03334, section 4.2 and its code): twice the width, LayerNorm, GELU."""
+class ClassHead(nn.Module):
+    """From the fusion's class token to logits, by ViLT's layers for questions (Kim et al. 2021, arXiv 2102.03334, its code)."""
 
-    def __init__(self, width: int, classes: int) -> None:
-        super().__init__(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, classes))
+    shown: Tensor
 
-        self.classes = classes
+    def __init__(self, config: FlavaConfig, num_classes: int, sides: Sides) -> None:
+        """`sides`: what it is trained on."""
+        super().__init__()
+        width: int = config.multimodal_config.hidden_size
+        self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, num_classes))
+        self.num_classes, self.sides = num_classes, sides
+        self.register_buffer("shown", torch.tensor([[*Sides].index(sides)]))  # so that a bundle knows
 
-    @classmethod
-    def of(cls, config: FlavaConfig, classes: int) -> ClassHead:
-        return cls(config.multimodal_config.hidden_size, classes)
+    def forward(self, token: Float[Tensor, "b d"]) -> Float[Tensor, "b c"]:
+        logits: Tensor = self.layers(token)
+        return logits
 
 
 class FusedClassifier(Fused):
-    """`Fused`, and a head that tells classes."""
+    """`Fused`, and a head that classifies."""
 
     def __init__(
-        self,
-        model: FlavaForPreTraining,
-        head: ClassHead,
-        *,
-        mean: tuple[float, ...] = OPENAI_MEAN,
-        std: tuple[float, ...] = OPENAI_STD,
-        sides: Sides = Sides.BOTH,
+        self, model: FlavaForPreTraining, head: ClassHead, *, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD
     ) -> None:
-        """`sides`: what is shown in training. What serves the others is not trained."""
-        super().__init__(model, mean=mean, std=std, tasks=frozenset())
+        """What serves neither the head nor the sides that it is trained on is frozen."""
+        super().__init__(model, mean=mean, std=std)
         self.head = head
-        for name in (*_UNREAD, *_UNREAD_WITHOUT[sides]):
+        for name in (*_UNREAD, *_UNREAD_WITHOUT[head.sides]):
             model.get_submodule(name).requires_grad_(False)
         model.flava.logit_scale.requires_grad_(False)
         if (masked := model.flava.image_model.embeddings.mask_token) is not None:
@@ -100,7 +100,6 @@ def load_class_head(config: FlavaConfig, folder: Path) -> ClassHead | None:
     if not (folder / CLASSIFIER).is_file():
         return None
     weights = load_file(folder / CLASSIFIER)
-    *_, last = weights.values()
-    head = ClassHead.of(config, len(last))
+    head = ClassHead(config, len(weights["layers.3.bias"]), [*Sides][int(weights["shown"])])
     head.load_state_dict(weights)
     return head

@@ -15,10 +15,10 @@ from mm_core.objectives.output import LossOutput
 
 
 class ClassifyConfig(Config):
-    """Which classes, and by what of a sample they are told."""
+    """How many classes, and what of a sample is shown."""
 
     kind: Literal["classify"] = "classify"
-    classes: int = Field(default=2, ge=2, description="A sample's `.cls` is a number below it.")
+    num_classes: int = Field(default=2, ge=2, description="A sample's `.cls` is a number below it.")
     sides: Sides = Field(default=Sides.BOTH, description="What of a sample is shown: image, text or both.")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Share of the target that all classes divide among them.")
 

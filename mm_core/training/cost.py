@@ -23,6 +23,7 @@ from mm_core.models.fused import Fused
 from mm_core.models.fused_batch import LabelledBatch, MaskedImages, MaskedTexts, PairBatch
 from mm_core.models.fused_classifier import ClassHead, FusedClassifier
 from mm_core.models.two_tower import ImageTextBatch, Tower, TwoTower
+from mm_core.objectives.classify import ClassifyConfig
 from mm_core.optim import matrices_of
 
 _SAMPLES = 8
@@ -57,16 +58,16 @@ def sample_cost(
     frozen: Tower | None = None,
     patch_dropout: float = 0.0,
     checkpointing: bool = False,
-    classes: int | None = None,
+    classify: ClassifyConfig | None = None,
 ) -> SampleCost:
     """Products of matrices and convolutions, as `torch.utils.flop_counter` counts them, two operations for each multiply-add.
 
     Args:
         frozen: of two towers one that is not trained.
         patch_dropout: share of an image's patches that two towers leave out.
-        classes: how many a FLAVA model tells, where it is trained for that.
+        classify: what a FLAVA model is fine-tuned for, if it is.
     """
-    model, batch = _model_and_batch(config, views, captions, classes)
+    model, batch = _model_and_batch(config, views, captions, classify)
     if frozen is not None:
         model.freeze(frozen)
     if patch_dropout:
@@ -108,7 +109,7 @@ def _pairs(config: ModelConfig, views: int, captions: int) -> ImageTextBatch:
         return ImageTextBatch(images, torch.zeros(_SAMPLES, captions, config.context_length, dtype=torch.long))
 
 
-def _model_and_batch(config: AnyModelConfig, views: int, captions: int, classes: int | None) -> tuple[Any, Any]:
+def _model_and_batch(config: AnyModelConfig, views: int, captions: int, classify: ClassifyConfig | None) -> tuple[Any, Any]:
     """On the meta device. Of a model for several tasks the dearest of its steps, that of pairs."""
     inner, whole = outline(config), GlobalBatch((_SAMPLES,))
     with torch.device("meta"):
@@ -116,11 +117,13 @@ def _model_and_batch(config: AnyModelConfig, views: int, captions: int, classes:
         match config:
             case DvaeConfig():
                 return DiscreteVae(inner, config), DvaeBatch(images[:, 0], 1.0, 1.0, whole)
-            case FlavaConfig() if classes is not None:
-                labelled = FusedClassifier(inner, ClassHead.of(inner.config, classes)).to(torch.bfloat16)
-                labelled.attend("sdpa")
+            case FlavaConfig() if classify is not None:
+                classifier = FusedClassifier(inner, ClassHead(inner.config, classify.num_classes, classify.sides)).to(torch.bfloat16)
+                classifier.attend("sdpa")
+                shown = classify.sides.modalities
                 ids = torch.zeros(_SAMPLES, config.context_length, dtype=torch.long)
-                return labelled, LabelledBatch(images[:, 0], ids, torch.zeros(_SAMPLES, dtype=torch.long))
+                labels = torch.zeros(_SAMPLES, dtype=torch.long)
+                return classifier, LabelledBatch(images[:, 0] if "image" in shown else None, ids if "text" in shown else None, labels)
             case FlavaConfig():
                 fused = Fused(inner).to(torch.bfloat16)
                 ids = torch.zeros(_SAMPLES, config.context_length, dtype=torch.long)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mm_core.models.pretrained import outline_of
+from mm_core.objectives.classify import ClassifyConfig
 from mm_core.optim import kept_numbers
 from mm_core.training.cost import SampleCost, sample_cost, teacher_flops
 from pipelines.train.config import TrainRun
-from pipelines.train.parts import classes_of
 
 FP32 = 4
 """Bytes of a number."""
@@ -23,7 +23,7 @@ def cost_of(run: TrainRun, *, checkpointing: bool = False) -> SampleCost:
         frozen=run.towers.frozen,
         patch_dropout=run.towers.patch_dropout,
         checkpointing=checkpointing,
-        classes=classes_of(run),
+        classify=run.objective if isinstance(run.objective, ClassifyConfig) else None,
     )
 
 

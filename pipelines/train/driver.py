@@ -38,8 +38,8 @@ from pipelines.train.evaluation_data import ZEROSHOT_INDEX, EvaluationData
 from pipelines.train.export import export_bundle, saved_tokenizer
 from pipelines.train.launch import check_resources, gpus_per_worker, launch, preemption_watched
 from pipelines.train.loop import WorkerTask
-from pipelines.train.parts import check_parts, classes_of
-from pipelines.train.preflight import Start, check_run, masking_for, named_weights, start_of, teacher_of, with_sources
+from pipelines.train.parts import check_parts, modalities_of, num_classes
+from pipelines.train.preflight import Start, check_run, masking_for, named_weights, start_of, teacher_of, with_codebook, with_sources
 from pipelines.train.report import log_data, log_goodput, log_results
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord
@@ -85,7 +85,8 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     """
     # 1. What can be wrong before Ray is there.
     data = RunData.open(request.sources)
-    run = request.run.model_copy(update={"tracking": request.run.tracking.resolved()})
+    run = with_codebook(request.run)
+    run = run.model_copy(update={"tracking": run.tracking.resolved()})
     check_run(run, data)
     heldout = EvaluationData.open(run, data, console)
     folder, record = claim(run, data, request.name, resume=request.resume, or_resume=request.or_resume)
@@ -194,7 +195,8 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
         tokenizer=None if tokenizer is None else caption_tokenizer(tokenizer, run.joint_model.context_length),
         captions=run.data.captions,
         masking=None if tokenizer is None else masking_for(run, tokenizer),
-        labels=classes_of(run) is not None,
+        labels=num_classes(run) is not None,
+        modalities=modalities_of(run),
         prompt_templates=run.data.prompt_templates,
         max_pixels=run.data.max_pixels,
         gap_bytes=run.data.gap_bytes,

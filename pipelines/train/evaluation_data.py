@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from mm_core.address import absolute
 from mm_core.console import Console
 from mm_core.data.index import Index
+from mm_core.data.labels import check_labels
 from mm_core.data.ledger import Source, compile_kept
 from mm_core.errors import ConfigError, DataError
 from mm_core.evaluation.evaluator import EvaluationSpec, ZeroShot
 from mm_core.models.tokenizer import caption_tokenizer
-from pipelines.evaluate import check_labels, check_need, classes_of, shards_of
+from pipelines.evaluate import check_need, classes_of, shards_of
 from pipelines.index import build_index
 from pipelines.shards import expand_shards
 from pipelines.train.config import TrainRun
@@ -70,7 +71,8 @@ class EvaluationData:
         with tempfile.TemporaryDirectory(prefix="mm-zeroshot-") as folder:
             index = Path(folder) / ZEROSHOT_INDEX
             try:
-                check_labels(build_index([shards_of(self.zeroshot)], str(index), need=("image",)), self.zeroshot)
+                built = build_index([shards_of(self.zeroshot)], str(index), need=("image",))
+                check_labels(built, compile_kept(built).ordinals, name=self.zeroshot)
             except DataError as error:
                 raise DataError(f"evaluation.zeroshot: {error}") from None
             yield index

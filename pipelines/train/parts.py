@@ -27,7 +27,6 @@ from mm_core.models.fused_batch import (
     MaskedImages,
     MaskedTexts,
     PairBatch,
-    Sides,
     Task,
     TextBatch,
 )
@@ -79,8 +78,8 @@ def wrapped(run: TrainRun, model: PreTrainedModel) -> Model:
                 hallucination=Hallucination(model.config) if objective.hallucination else None,
             )
         case FlavaConfig() as config, ClassifyConfig() as objective:
-            head = ClassHead.of(model.config, objective.classes)
-            whole = FusedClassifier(model, head, mean=config.image_mean, std=config.image_std, sides=objective.sides)
+            head = ClassHead(model.config, objective.num_classes, objective.sides)
+            whole = FusedClassifier(model, head, mean=config.image_mean, std=config.image_std)
         case DvaeConfig() as config, _:
             whole = DiscreteVae(model, config)
         case config, _:
@@ -132,7 +131,7 @@ def _check_untouched(run: TrainRun) -> None:
         raise ConfigError(f"towers.frozen and towers.patch_dropout are for two towers, and this is a {run.model.family} model")
     if run.parallel.micro_batch_size is not None:
         raise ConfigError(
-            f"parallel.micro_batch_size computes a batch in pieces, which the objectives of a {run.model.family} model do not allow: save"
+            f"parallel.micro_batch_size computes a batch in pieces, which is there for two towers, and this is a {run.model.family} model: save"
             " memory with parallel.activation_checkpointing=true, parallel.kind=fsdp or more workers"
         )
 
@@ -147,9 +146,16 @@ def check_parts(run: TrainRun) -> None:
         raise ConfigError("data.masking hides parts of one view and one text of a sample: leave data.augment.views and data.captions at 1")
     if isinstance(run.objective, ClassifyConfig):
         if (run.data.augment.views, run.data.captions) != (1, 1):
-            raise ConfigError("a class is told of one view and one text of a sample: leave data.augment.views and data.captions at 1")
+            raise ConfigError(
+                "objective.kind=classify is of one view and one text of a sample: leave data.augment.views and data.captions at 1"
+            )
         if run.data.masking is not None:
             raise ConfigError("objective.kind=classify shows a sample whole: leave data.masking at null")
+        if run.evaluation.every_steps is not None:
+            raise ConfigError(
+                "evaluation.… measures a joint space, which objective.kind=classify does not train: leave evaluation.every_steps at null,"
+                " and look at the bundle with mm eval --classify"
+            )
 
 
 def objective_of(run: TrainRun, *, rank: int, teacher: Teaching | None = None, around: Around = nullcontext) -> Objective:
@@ -185,10 +191,10 @@ def inputs_of(run: TrainRun, counts: Sequence[int], rank: int) -> Inputs:
     match run.objective:
         case MultitaskConfig() as tasks:
             return lambda batch, to_device: _fused_batch(run, tasks, batch, to_device, whole)
-        case ClassifyConfig() as objective:
-            return lambda batch, to_device: _labelled(objective.sides, batch, to_device)
-        case CodebookObjectiveConfig() as bound:
-            return lambda batch, to_device: _dvae_batch(bound, batch.step / run.steps, batch, to_device, whole)
+        case ClassifyConfig():
+            return _labelled
+        case CodebookObjectiveConfig() as objective:
+            return lambda batch, to_device: _dvae_batch(objective, batch.step / run.steps, batch, to_device, whole)
         case ObjectiveConfig():
             return _pairs
 
@@ -199,10 +205,10 @@ def _pairs(batch: StepBatch, to_device: Transfer) -> ImageTextBatch:
     return ImageTextBatch(to_device(batch.images), to_device(batch.input_ids).long())
 
 
-def _labelled(sides: Sides, batch: StepBatch, to_device: Transfer) -> LabelledBatch:
+def _labelled(batch: StepBatch, to_device: Transfer) -> LabelledBatch:
     assert batch.labels is not None, "they are read for this objective"
-    images = None if sides is Sides.TEXT or batch.images is None else to_device(batch.images[:, 0])
-    input_ids = None if sides is Sides.IMAGE or batch.input_ids is None else to_device(batch.input_ids[:, 0]).long()
+    images = None if batch.images is None else to_device(batch.images[:, 0])
+    input_ids = None if batch.input_ids is None else to_device(batch.input_ids[:, 0]).long()
     return LabelledBatch(images, input_ids, to_device(batch.labels))
 
 
@@ -243,9 +249,23 @@ def needs_of(run: TrainRun) -> frozenset[str]:
     return run.objective.sides.modalities if isinstance(run.objective, ClassifyConfig) else run.model.needs
 
 
-def classes_of(run: TrainRun) -> int | None:
-    """How many there are; None of a run that reads no labels."""
-    return run.objective.classes if isinstance(run.objective, ClassifyConfig) else None
+def modalities_of(run: TrainRun) -> frozenset[str]:
+    """What is read of a sample, where it has it."""
+    if isinstance(run.objective, ClassifyConfig):
+        return run.objective.sides.modalities
+    return frozenset({"image", "text"} if run.model.reads_text else {"image"})
+
+
+def contrasts(run: TrainRun) -> bool:
+    """Whether features of the whole batch are compared."""
+    if isinstance(run.objective, MultitaskConfig):
+        return Task.CONTRASTIVE in run.objective.weights.tasks
+    return isinstance(run.objective, ObjectiveConfig)
+
+
+def num_classes(run: TrainRun) -> int | None:
+    """None of a run that reads no labels."""
+    return run.objective.num_classes if isinstance(run.objective, ClassifyConfig) else None
 
 
 def serves(run: TrainRun, modalities: Sequence[str]) -> bool:

@@ -52,16 +52,21 @@ def check_parallel(run: TrainRun, ranks: int) -> None:
         )
 
 
+def with_codebook(run: TrainRun) -> TrainRun:
+    """The run with the codebook of the model that training starts from, where none is named."""
+    if not isinstance(run.model, FlavaConfig) or run.model.codebook_source is not None:
+        return run
+    return run.model_copy(update={"model": run.model.model_copy(update={"codebook_source": run.init})})
+
+
 def with_sources(run: TrainRun) -> TrainRun:
-    """The run with what its model's sources decide. A codebook, where none is named, is that of the model training starts from.
+    """The run with what its model's sources decide.
 
     Raises:
         ConfigError: a source that is not there or does not fit.
     """
-    model = run.model
-    if isinstance(model, FlavaConfig) and model.codebook_source is None:
-        model = model.model_copy(update={"codebook_source": run.init})
-    return run.model_copy(update={"model": resolved(model)})
+    run = with_codebook(run)
+    return run.model_copy(update={"model": resolved(run.model)})
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 
 from mm_core.data.index import Index
+from mm_core.data.labels import check_labels
 from mm_core.data.ledger import Kept, Source, compile_kept
 from mm_core.data.mix import Choice, MixedPlan, mixed_plan, source_seed
 from mm_core.data.personal import mask_personal
 from mm_core.data.plan import Plan, chunks_per_step
 from mm_core.errors import ConfigError
 from pipelines.train.config import TrainRun
-from pipelines.train.parts import classes_of, needs_of, serves
+from pipelines.train.parts import modalities_of, needs_of, num_classes, serves
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,11 @@ class RunData:
     def check_labels(self, run: TrainRun) -> None:
         """
         Raises:
-            ConfigError: the objective is of classes, and a sample has none, or one that there is not.
+            DataError: the objective is of classes, and a sample has none, or one that there is not.
         """
-        classes = classes_of(run)
-        if classes is None:
-            return
-        for index, kept in zip(self.indexes, self.kept, strict=True):
-            labels = np.concatenate([batch["label"].fill_null(-1).to_numpy() for batch in index.samples(["label"])])[kept.ordinals]
-            if without := int((labels < 0).sum()):
-                raise ConfigError(f"{without:,} samples of {index.url} have no class: each needs a .cls member beside its image or text")
-            if len(labels) and labels.max() >= classes:
-                raise ConfigError(
-                    f"{index.url} has the class {labels.max()}, and objective.classes={classes} are told apart, from 0 on:"
-                    f" --set objective.classes={labels.max() + 1}"
-                )
+        if (classes := num_classes(run)) is not None:
+            for index, kept in zip(self.indexes, self.kept, strict=True):
+                check_labels(index, kept.ordinals, classes)
 
     def plan(self, run: TrainRun) -> Plan | MixedPlan:
         """What is read when.
@@ -88,7 +80,8 @@ class RunData:
         Raises:
             ConfigError: nothing kept; a batch, chunk or mix that does not fit.
         """
-        kinds = {index.summary.need if run.model.reads_text else ("image",) for index in self.indexes}
+        read = modalities_of(run)
+        kinds = {tuple(modality for modality in index.summary.need if modality in read) for index in self.indexes}
         if run.data.mix.choice is Choice.CHUNK and len(kinds) > 1:
             raise ConfigError(
                 "the indexes differ in what their samples have, so a step must be of one of them: --set data.mix.choice=step, or index all"

@@ -14,7 +14,7 @@ from mm_core.training.gpus import gpu_named
 from mm_core.training.parallel import Parallelism
 from pipelines.train.config import TrainRun
 from pipelines.train.cost import FP32, TeacherCost, cost_of, state_bytes, teacher_cost
-from pipelines.train.parts import check_parts
+from pipelines.train.parts import check_parts, contrasts
 from pipelines.train.preflight import check_parallel, with_sources
 
 _BF16 = 2
@@ -69,15 +69,14 @@ def _memory(run: TrainRun, cost: SampleCost, teacher: TeacherCost, gpus: int, at
     sharded = run.parallel.kind is Parallelism.FSDP
     divided = gpus if sharded else 1
     state = {part: size / divided for part, size in state_bytes(run, cost).items()}
-    features = run.global_batch_size * run.joint_model.embed_dim * FP32 * (run.data.augment.views + run.data.captions)
+    similarities = {"features_of_all": 2 * _feature_bytes(run), "similarities": 3 * (run.parallel.logit_block_mb << 20)}
     return {
         **state,
         "weights": state["weights"] + (2 * cost.block_parameters * FP32 if sharded else 0),
         "weights_in_bf16": cost.trained_parameters * _BF16 if not sharded else 2 * cost.block_parameters * _BF16,
         **({"teacher": teacher.bytes} if teacher.bytes else {}),
         "activations": at_a_time * cost.activation_bytes,
-        "features_of_all": 2 * features,
-        "similarities": 3 * (run.parallel.logit_block_mb << 20),
+        **(similarities if contrasts(run) else {}),
         "reserved": _RESERVED_BYTES,
     }
 
@@ -92,18 +91,24 @@ def _flops(run: TrainRun, cost: SampleCost, teacher: TeacherCost, rank_batch: in
         "forward": rank_batch * cost.forward_flops * (2 if twice else 1),
         "backward": rank_batch * cost.backward_flops,
         **({"teacher": rank_batch * teacher.flops} if teacher.flops else {}),
-        "similarities": float(similarities),
+        **({"similarities": float(similarities)} if contrasts(run) else {}),
     }
 
 
 def _sent(run: TrainRun, cost: SampleCost, gpus: int, rank_batch: int, at_a_time: int) -> dict[str, float]:
     """Bytes that one GPU sends in a step, by rings: an all-gather and a reduce-scatter each send (n - 1)/n of the whole."""
     share, weights, trained = (gpus - 1) / gpus, cost.parameters * FP32, cost.trained_parameters * FP32
-    features = run.global_batch_size * run.joint_model.embed_dim * FP32 * (run.data.augment.views + run.data.captions)
     pieces = -(-rank_batch // at_a_time)
     forwards = pieces * (2 if pieces > 1 else 1)
     state = {
         Parallelism.DDP: 2 * trained,  # one all-reduce
         Parallelism.FSDP: forwards * weights + pieces * 2 * trained,  # gathered in each pass, and gradients scattered
     }[run.parallel.kind]
-    return {"weights_and_gradients": share * state, "features": 2 * share * features}
+    return {"weights_and_gradients": share * state, "features": 2 * share * _feature_bytes(run)}
+
+
+def _feature_bytes(run: TrainRun) -> float:
+    """Of the global batch, where its features are compared."""
+    if not contrasts(run):
+        return 0.0
+    return run.global_batch_size * run.joint_model.embed_dim * FP32 * (run.data.augment.views + run.data.captions)

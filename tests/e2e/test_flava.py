@@ -176,7 +176,7 @@ def test_its_bundle_is_transformers(undisturbed: tuple[TrainRun, TrainResult, Pa
 def test_it_is_fine_tuned_on_its_own_tokenizer_and_codebook(
     undisturbed: tuple[TrainRun, TrainResult, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    """Two ranks, with the image alone; `mm eval` says what it has learned."""
+    """Two ranks, with the image alone; the same command goes on with it, and `mm eval` says what it has learned."""
     write_corpus(tmp_path / "more", SynthConfig(samples=1, heldout_samples=24, zeroshot_samples=0, matching_samples=60, image_size=32))
     train_index, held = (
         build_index([str(tmp_path / "more" / "matching" / part)], str(tmp_path / part), need=("image", "text"))
@@ -187,10 +187,11 @@ def test_it_is_fine_tuned_on_its_own_tokenizer_and_codebook(
     settings = [*model, f"init={start}", "resources.workers=2", "objective.sides=image", "steps=4", "log_every_steps=1"]
     run = resolve(recipe("flava-tiny-classify"), overrides=[*shared(tmp_path), *settings, "checkpoint.every_steps=2"])[0]
     result = train(TrainRequest(run, (Source(index=train_index.url),), name="told"), Console(json=True))
+    assert train(TrainRequest(run, (Source(index=train_index.url),), name="told", resume=True), Console(json=True)).bundle == result.bundle
     metrics = MlflowClient(run.tracking.uri).get_run(result.run_id).data.metrics
     assert {"loss/classify", "accuracy/classify"} <= metrics.keys()
     before, after = load_bundle(start), load_bundle(result.bundle)
-    assert after.classes == 2
+    assert after.class_head.num_classes == 2
     assert after.tokenizer.get_vocab() == before.tokenizer.get_vocab()
     same = {name for name, tensor in before.model.state_dict().items() if torch.equal(tensor, after.model.state_dict()[name])}
     assert any(name.startswith("flava.text_model") for name in same)
@@ -198,9 +199,9 @@ def test_it_is_fine_tuned_on_its_own_tokenizer_and_codebook(
     report = evaluate_model(
         result.bundle, zeroshot=None, retrieval=(), classify=held.url, tracking=run.tracking, console=Console(json=True)
     )
-    assert report["classify"].keys() == {"image/accuracy", "text/accuracy", "both/accuracy"}
-    assert "eval/classify/both/accuracy" in MlflowClient(run.tracking.uri).get_run(result.run_id).data.metrics
-    with pytest.raises(BundleError, match="tells no classes"):
+    assert report["classify"].keys() == {"image/accuracy"}
+    assert "eval/classify/image/accuracy" in MlflowClient(run.tracking.uri).get_run(result.run_id).data.metrics
+    with pytest.raises(BundleError, match="has no classes"):
         evaluate_model(start, zeroshot=None, retrieval=(), classify=held.url, tracking=run.tracking, console=Console(json=True))
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
 from mm_core.config import resolve
 from mm_core.errors import ConfigError
+from mm_core.models.codebook import CodebookSizes, codebook_settings
 from pipelines.recipes import recipe
 from pipelines.train.config import TrainRun
-from pipelines.train.parts import check_parts, serves
+from pipelines.train.cost import cost_of
+from pipelines.train.parts import check_parts, contrasts, modalities_of, needs_of, num_classes, serves
+from pipelines.train.scale import describe_scale
 
 
 def run_of(name: str, *settings: str) -> TrainRun:
@@ -48,6 +54,34 @@ def test_an_objective_belongs_to_its_model() -> None:
         check_parts(run_of("flava-tiny", "objective={kind: contrastive}"))
     with pytest.raises(ConfigError, match=r"objective\.kind=codebook is none of a clip model"):
         check_parts(run_of("clip-tiny", "objective={kind: codebook}"))
+
+
+def test_fine_tuning_shows_whole_samples_and_compares_no_features() -> None:
+    run = run_of("flava-tiny-classify", "objective.sides=text")
+    check_parts(run)
+    assert (modalities_of(run), needs_of(run), num_classes(run), contrasts(run)) == ({"text"}, {"text"}, 2, False)
+    for settings, said in {
+        "data.masking={}": r"shows a sample whole: leave data\.masking at null",
+        "data.captions=2": "one view and one text",
+        "evaluation={every_steps: 1, retrieval: x}": r"mm eval --classify",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            check_parts(run_of("flava-tiny-classify", settings))
+    with pytest.raises(ConfigError, match=r"objective\.kind=classify is none of a clip model"):
+        check_parts(run_of("clip-tiny", "objective={kind: classify}"))
+
+
+def test_what_is_counted_is_what_is_shown(tmp_path: Path) -> None:
+    """Of one side no more than its tower and a shorter fusion; of neither a similarity."""
+    costs = {sides: cost_of(run_of("flava-tiny-classify", f"objective.sides={sides}")) for sides in ("image", "text", "both")}
+    alone = costs["image"].trained_parameters, costs["text"].trained_parameters
+    assert max(alone) < costs["both"].trained_parameters < sum(alone)
+    assert max(costs[side].forward_flops for side in ("image", "text")) < costs["both"].forward_flops
+    sizes = codebook_settings(CodebookSizes(width=8, blocks_per_group=1, entries=12))
+    FlavaImageCodebook(FlavaImageCodebookConfig(**sizes)).save_pretrained(tmp_path / "book")
+    found = describe_scale(run_of("flava-tiny-classify", f"model.codebook_source={tmp_path / 'book'}"), 2, "h100")
+    assert not {"tflop_similarities", "memory_gb_similarities"} & found.keys()
+    assert found["sent_mb_features"] == 0
 
 
 def test_a_source_teaches_something() -> None:

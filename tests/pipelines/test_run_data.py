@@ -13,7 +13,7 @@ from mm_core.data.index import Index
 from mm_core.data.ledger import Source
 from mm_core.data.personal import PersonalKind
 from mm_core.data.split import write_ledger
-from mm_core.errors import ConfigError
+from mm_core.errors import ConfigError, DataError
 from pipelines.index import build_index
 from pipelines.recipes import recipe
 from pipelines.train.run_data import RunData
@@ -52,14 +52,12 @@ def test_indexes_of_other_modalities_are_read_a_step_at_a_time(index: Index, cor
 
 def test_every_sample_has_a_class_that_the_model_tells(index: Index, corpus: Path, tmp_path: Path) -> None:
     run = recipe("flava-tiny-classify")
-    with pytest.raises(ConfigError, match=r"330 samples of .* have no class: each needs a \.cls member"):
+    with pytest.raises(DataError, match=r"330 samples of .* have no class: each needs a \.cls member"):
         RunData.open([Source(index=index.url)]).check_labels(run)
     RunData.open([Source(index=index.url)]).check_labels(recipe("flava-tiny"))
     labelled = build_index([str(corpus / "zeroshot" / "test")], str(tmp_path / "labelled"), need=("image",))
-    data, by_image = RunData.open([Source(index=labelled.url)]), ["objective.sides=image", "objective.classes=48"]
-    with pytest.raises(
-        ConfigError, match=r"has the class 47, and objective\.classes=2 are told apart, from 0 on: --set objective\.classes=48"
-    ):
+    data, by_image = RunData.open([Source(index=labelled.url)]), ["objective.sides=image", "objective.num_classes=48"]
+    with pytest.raises(DataError, match=r"has samples of class 47, and objective\.num_classes=2 are told apart, 0 to 1"):
         data.check_labels(run)
     with pytest.raises(ConfigError, match="made for image alone, but this recipe pairs images with texts"):
         data.check_modalities(run)

@@ -4,7 +4,7 @@
     OUT/heldout/00000.tar …   the same kind, other scenes: for retrieval
     OUT/zeroshot/             CLIP_benchmark's layout; the class of a picture is the colour and shape of its one object
 
-and where they are asked for, of the scenes of train and heldout, with the names of the classes in classnames.txt:
+and where they are asked for, of the same scenes, with the names of the classes in classnames.txt:
 
     OUT/questions/train/…, heldout/…    .jpg .txt .cls: a question, and which answer is right
     OUT/matching/train/…, heldout/…     .jpg .txt .cls: a caption, and whether it is true of the picture
@@ -44,7 +44,7 @@ _JPEG_QUALITY = 88
 class SynthConfig(Config):
     """How much is made, and how large."""
 
-    samples: int = Field(gt=0, description="Training samples.")
+    samples: int = Field(ge=0, description="Training samples.")
     seed: int = Field(default=0, ge=0)
     image_size: int = Field(default=96, ge=32, le=1024, description="Side of the pictures, pixels.")
     max_objects: int = Field(default=MAX_OBJECTS, ge=1, le=MAX_OBJECTS, description="Objects in a scene, at most.")
@@ -177,12 +177,12 @@ def _asked(truth: dict[str, Any], draw: random.Random) -> tuple[str, int]:
 
 
 def _claimed(scene: Scene, truth: dict[str, Any], draw: random.Random, config: SynthConfig) -> tuple[str, int]:
-    """A caption of the scene, or of one that shares none of its objects; and which."""
+    """A caption of the scene, or of one with none of its objects and other shapes; and which."""
     if draw.random() < 0.5:
         return draw.choice(truth["captions"]), MATCHES.index("true")
-    names = {thing.name for thing in scene.things}
+    names, shapes = {thing.name for thing in scene.things}, sorted(thing.shape for thing in scene.things)
     other = scene
-    while not names.isdisjoint(thing.name for thing in other.things):
+    while not names.isdisjoint(thing.name for thing in other.things) or shapes == sorted(thing.shape for thing in other.things):
         other = draw_scene(draw, config.max_objects)
     return draw.choice(captions(other, draw)), MATCHES.index("false")
 

@@ -1,4 +1,4 @@
-"""Classes told of pairs or of one side: what is trained for it, the loss on any number of ranks, and what a bundle keeps."""
+"""Pairs or one side of them are classified: what is trained for it, the loss on any number of ranks, and what a bundle keeps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLASSES = 3
 def model_of(sides: Sides = Sides.BOTH) -> FusedClassifier:
     torch.manual_seed(0)
     inner = build_model(SMALL, TOKENS)
-    return FusedClassifier(inner, ClassHead.of(inner.config, CLASSES), sides=sides)
+    return FusedClassifier(inner, ClassHead(inner.config, CLASSES, sides))
 
 
 def batch_of(sides: Sides = Sides.BOTH) -> LabelledBatch:
@@ -42,7 +42,7 @@ def batch_of(sides: Sides = Sides.BOTH) -> LabelledBatch:
 def test_what_is_trained_is_what_is_read(sides: Sides) -> None:
     """Ranks wait for the gradient of all that is trained, so nothing else may be."""
     model, batch = model_of(sides), batch_of(sides)
-    ClassifyObjective(ClassifyConfig(classes=CLASSES))(model(batch), batch, [COUNT]).total.backward()
+    ClassifyObjective(ClassifyConfig(num_classes=CLASSES))(model(batch), batch, [COUNT]).total.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     pulled = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert trained == pulled
@@ -52,7 +52,7 @@ def test_what_is_trained_is_what_is_read(sides: Sides) -> None:
 
 def test_it_learns_classes() -> None:
     model, batch = model_of(), batch_of()
-    objective = ClassifyObjective(ClassifyConfig(classes=CLASSES))
+    objective = ClassifyObjective(ClassifyConfig(num_classes=CLASSES))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(25):
         optimizer.zero_grad()
@@ -65,7 +65,7 @@ def test_it_learns_classes() -> None:
 
 def test_the_shares_of_uneven_ranks_are_the_whole_batchs() -> None:
     logits, labels = torch.randn(COUNT, CLASSES), torch.arange(COUNT) % CLASSES
-    objective = ClassifyObjective(ClassifyConfig(classes=CLASSES, label_smoothing=0.1))
+    objective = ClassifyObjective(ClassifyConfig(num_classes=CLASSES, label_smoothing=0.1))
     counts = [4, 2]
     parts = [
         objective(ClassOutput(rows), LabelledBatch(None, None, truth), counts)
@@ -83,7 +83,7 @@ def test_a_bundle_keeps_the_head_and_transformers_reads_the_rest(tmp_path: Path)
     config = SMALL.model_copy(update={"vocab_size": len(tokenizer)})
     torch.manual_seed(0)
     inner = build_model(config, special_tokens(tokenizer))
-    model = FusedClassifier(inner, ClassHead.of(inner.config, CLASSES)).eval()
+    model = FusedClassifier(inner, ClassHead(inner.config, CLASSES, Sides.BOTH)).eval()
     facts = {"tokenizer": tokenizer, "config": config, "recipe": "flava-tiny-classify", "data_fingerprint": "f", "metrics": {}}
     manifest = write_bundle(tmp_path / "b", model=inner, beside=model.beside, **facts)  # type: ignore[arg-type]
     assert CLASSIFIER in manifest.files
@@ -95,10 +95,18 @@ def test_a_bundle_keeps_the_head_and_transformers_reads_the_rest(tmp_path: Path)
     found = [bundle.classify(images, texts), bundle.classify(images, None), bundle.classify(None, texts)]
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert bundle.classes == CLASSES
+    assert (bundle.class_head.num_classes, bundle.class_head.sides) == (CLASSES, Sides.BOTH)
+    assert "to classify by 3 classes, of images with texts" in (tmp_path / "b" / "README.md").read_text()
     assert bundle.match(images, texts).shape == (2,)
     FlavaForPreTraining.from_pretrained(tmp_path / "b")
 
     write_bundle(tmp_path / "plain", model=inner, beside=Fused(inner).beside, **facts)  # type: ignore[arg-type]
-    with pytest.raises(BundleError, match=r"tells no classes: fine-tune a flava model with `mm train flava-tiny-classify --init`"):
+    with pytest.raises(BundleError, match=r"has no classes: fine-tune a flava model with `mm train flava-tiny-classify --init`"):
         load_bundle(tmp_path / "plain").classify(images, texts)
+
+    blind = FusedClassifier(inner, ClassHead(inner.config, CLASSES, Sides.TEXT))
+    write_bundle(tmp_path / "blind", model=inner, beside=blind.beside, **facts)  # type: ignore[arg-type]
+    bundle = load_bundle(tmp_path / "blind")
+    assert bundle.classify(None, texts).shape == (2, CLASSES)
+    with pytest.raises(BundleError, match="blind classifies by its text alone: give no images"):
+        bundle.classify(images, texts)
