@@ -131,8 +131,8 @@ def _check_untouched(run: TrainRun) -> None:
         raise ConfigError(f"towers.frozen and towers.patch_dropout are for two towers, and this is a {run.model.family} model")
     if run.parallel.micro_batch_size is not None:
         raise ConfigError(
-            f"parallel.micro_batch_size computes a batch in pieces, which is there for two towers, and this is a {run.model.family} model: save"
-            " memory with parallel.activation_checkpointing=true, parallel.kind=fsdp or more workers"
+            f"parallel.micro_batch_size computes a batch in pieces, which is there for two towers, and this is a {run.model.family} model:"
+            " save memory with parallel.activation_checkpointing=true, parallel.kind=fsdp or more workers"
         )
 
 

@@ -39,7 +39,7 @@ def test_patches_are_dropped_where_there_are_some_and_they_are_trained() -> None
 def test_what_is_for_two_towers_is_refused_elsewhere() -> None:
     check_parts(run_of("flava-tiny"))
     check_parts(run_of("codebook-tiny"))
-    with pytest.raises(ConfigError, match=r"micro_batch_size .* flava model .*activation_checkpointing"):
+    with pytest.raises(ConfigError, match=r"micro_batch_size .* flava model: .*activation_checkpointing"):
         check_parts(run_of("flava-tiny", "parallel.micro_batch_size=8"))
     with pytest.raises(ConfigError, match=r"towers\.frozen"):
         check_parts(run_of("codebook-tiny", "towers.frozen=vision"))
