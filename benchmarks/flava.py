@@ -192,7 +192,7 @@ def questions(bundle: Bundle, data: dict[str, Index], size: int) -> dict[str, di
     held = {sides: fused_features(bundle, held_images, held_texts, sides) for sides in Sides}
     for sides in Sides:
         found[sides.value] = linear_probe(features[sides], answers, held[sides], held_answers)
-    missing = np.arange(len(held_answers)) % 2 == 0
+    missing = np.arange(len(held_answers)) // 2 % 2 == 0  # of both kinds of questions half
     for sides, lost in ((Sides.TEXT, "half_without_image"), (Sides.IMAGE, "half_without_text")):
         mixed = np.where(missing[:, None], held[sides], held[Sides.BOTH])
         found[lost] = linear_probe(features[Sides.BOTH], answers, mixed, held_answers)
