@@ -62,7 +62,7 @@ VARIANTS: dict[str, list[str]] = {
     **{f"no-{task}": [f"objective.weights.{task}=0"] for task in TASKS},
     "modality-dropout": ["objective.modality_dropout=0.3"],
     "hallucination": ["objective.modality_dropout=0.3", "objective.hallucination=1"],
-    "uniform-negatives": ["objective.negatives=uniform"],
+    "hard-negatives": ["objective.hard_negatives=1"],
 }
 _HELDOUT = 480
 _CPU = torch.device("cpu")

@@ -22,7 +22,9 @@ class Negatives(NamedTuple):
     """False where every text is the image's own, word for word."""
 
 
-def draw_negatives(logits: Float[Tensor, "b n"], own: Int[Tensor, " b"], texts: Int[Tensor, " n"], draws: Float[Tensor, " b"]) -> Negatives:
+def draw_negatives(
+    logits: Float[Tensor, "b n"], own: Int[Tensor, " b"], texts: Int[Tensor, " n"], draws: Float[Tensor, " b"], *, hard: float = 1.0
+) -> Negatives:
     """A text per image, by the softmax of its similarities, among those that do not say the same as its own.
 
     One draw of a sample decides, so that the choice does not depend on how the batch is divided among ranks.
@@ -32,11 +34,13 @@ def draw_negatives(logits: Float[Tensor, "b n"], own: Int[Tensor, " b"], texts: 
         own: each image's text.
         texts: `text_keys` of the global batch.
         draws: in [0, 1).
+        hard: the share that is drawn so; the rest is any other text.
     """
     other = texts[own][:, None] != texts
     found = other.any(dim=1)
     logits = torch.where(other | ~found[:, None], logits.to(torch.promote_types(logits.dtype, torch.float32)), -torch.inf)
-    shares = logits.softmax(dim=1).cumsum(dim=1)
+    by_chance = torch.where(torch.isinf(logits), logits, 0.0).softmax(dim=1)
+    shares = (hard * logits.softmax(dim=1) + (1 - hard) * by_chance).cumsum(dim=1)
     rows = torch.searchsorted(shares, draws[:, None].to(shares.dtype) * shares[:, -1:], right=True)
     return Negatives(rows[:, 0].clamp(max=logits.shape[1] - 1), found)
 

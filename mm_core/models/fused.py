@@ -75,14 +75,14 @@ class Fused(nn.Module):
         mean: tuple[float, ...] = OPENAI_MEAN,
         std: tuple[float, ...] = OPENAI_STD,
         tasks: frozenset[Task] = ALL_TASKS,
-        hard_negatives: bool = True,
+        hard_negatives: float = 1.0,
         learns_balance: bool = False,
         hallucination: Hallucination | None = None,
     ) -> None:
         """
         Args:
             tasks: what is predicted in training; what serves none of them is not computed.
-            hard_negatives: negatives of `Task.ITM` by similarity; else any text of the batch.
+            hard_negatives: share of the negatives of `Task.ITM` that are drawn by similarity; without `Task.CONTRASTIVE` there is none.
             learns_balance: each task has a scalar parameter, for weights that are learned. They are not exported.
             hallucination: what stands in for a missing side; None: nothing does.
         """
@@ -202,24 +202,26 @@ class Fused(nn.Module):
         with torch.no_grad():
             keys = gather_rows(text_keys(ids), whole.counts)
             own = torch.arange(whole.first, whole.first + len(ids), device=ids.device)
-            negatives = draw_negatives(self._similarities(features, whole, len(ids)), own, keys, batch.draws)
+            similarities = self._similarities(features, whole, len(ids))
+            negatives = draw_negatives(similarities, own, keys, batch.draws, hard=self._hard_negatives)
         if not whole.is_divided and not batch.probed:  # what is probed are the pairs' own tokens, on any number of ranks
             return negatives, text[negatives.rows], self._is_text(ids[negatives.rows])
         theirs = gather_rows(ids, whole.counts)[negatives.rows]
         return negatives, self._text(theirs).hidden, self._is_text(theirs)
 
     def _similarities(self, features: tuple[Tensor, Tensor] | None, whole: GlobalBatch, count: int) -> Float[Tensor, "b n"]:
-        if features is None or not self._hard_negatives:
+        if features is None:
             return self.mean.new_zeros(count, sum(whole.counts))
         image, text = features
         return self.logit_scale * image @ gather_rows(text, whole.counts).T
 
     @torch.no_grad()
     def _entries(self, images: MaskedImages) -> Int[Tensor, " m"]:
-        """Of the codebook, at the masked patches."""
+        """Of the codebook, at the masked patches. What is to be predicted does not depend on the step's precision."""
         size = CODEBOOK_STRIDE * round(images.mask.shape[1] ** 0.5)
         pixels = codebook_pixels(images.pixels, size).to(self.mean.dtype)
-        return self.model.image_codebook.get_codebook_indices(pixels).flatten()[images.rows]
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.model.image_codebook.get_codebook_indices(pixels).flatten()[images.rows]
 
     # The parts.
 

@@ -36,12 +36,12 @@ class Hallucination(nn.Module):
         return torch.stack(guesses, dim=1)
 
     def of_image(self, image: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        """For the text that an image lacks."""
-        return self.text_token(self.text_of(image))
+        """For the text that an image lacks. Its tower is not pulled by it."""
+        return self.text_token(self.text_of(image.detach()))
 
     def of_text(self, text: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-        """For the image that a text lacks."""
-        return self.image_token(self.image_of(text))
+        """For the image that a text lacks. Its tower is not pulled by it."""
+        return self.image_token(self.image_of(text.detach()))
 
     def of_either(self, image: Float[Tensor, "b d"], text: Float[Tensor, "b d"], seen: Bool[Tensor, "b 2"]) -> Float[Tensor, "b d"]:
         """By what is seen of each pair; of one whose sides are both seen it is not to be read."""

@@ -19,9 +19,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mm_core.config import Config
+from mm_core.data.masking import uniform
 from mm_core.distributed import Around, GlobalBatch, sum_over_ranks
 
 _TINY = 1e-12
+_PROBED = 13
+"""Keeps the draw of the steps that are probed apart from others."""
 
 
 class BalanceKind(StrEnum):
@@ -42,7 +45,7 @@ class BalanceConfig(Config):
         default=0.0, ge=0, description="How much the gradient of the tower that is pulled harder is damped (after OGM-GE); 0: not at all."
     )
     probe_every_steps: int | None = Field(
-        default=None, gt=0, description="Steps between logs of each task's gradient norm and their cosines; null: none."
+        default=None, gt=0, description="One step in so many, on average, shows each task's gradient norm and their cosines; null: none."
     )
 
     @property
@@ -51,8 +54,10 @@ class BalanceConfig(Config):
 
     def probes(self, step: int) -> bool:
         """Whether the tokens' gradients are needed at a step."""
-        every = self.probe_every_steps
-        return self.kind is BalanceKind.GRADNORM or self.modulation > 0 or (every is not None and step % every == 0)
+        if self.kind is BalanceKind.GRADNORM or self.modulation > 0:
+            return True
+        # By a draw of the step: a mix of sources repeats, and every n-th step may be of texts alone.
+        return self.probe_every_steps is not None and uniform(_PROBED, step) * self.probe_every_steps < 1
 
 
 @dataclass(frozen=True)

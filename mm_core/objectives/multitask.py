@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from enum import StrEnum
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -36,13 +35,6 @@ from mm_core.objectives.balance import (
 from mm_core.objectives.output import LossOutput
 
 
-class NegativesKind(StrEnum):
-    HARD = "hard"
-    """By their similarity to the image."""
-    UNIFORM = "uniform"
-    """Any other text of the global batch."""
-
-
 class TaskWeights(Config):
     """0 leaves a task out, and what serves no other."""
 
@@ -67,7 +59,9 @@ class MultitaskConfig(Config):
 
     kind: Literal["multitask"] = "multitask"
     weights: TaskWeights = TaskWeights()
-    negatives: NegativesKind = Field(default=NegativesKind.HARD, description="Of image-text matching: hard, or uniform.")
+    hard_negatives: float = Field(
+        default=0.5, ge=0, le=1, description="Share of matching's negatives drawn by their similarity to the image; the rest is any text."
+    )
     balance: BalanceConfig = BalanceConfig()
     modality_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Share of pairs of which the fusion sees one side only, the image or the text."

@@ -37,7 +37,7 @@ from mm_core.objectives.classify import ClassifyConfig, ClassifyObjective
 from mm_core.objectives.codebook import CodebookObjective, CodebookObjectiveConfig
 from mm_core.objectives.config import ObjectiveConfig
 from mm_core.objectives.contrastive import Teaching, build_objective
-from mm_core.objectives.multitask import MultitaskConfig, MultitaskObjective, NegativesKind
+from mm_core.objectives.multitask import MultitaskConfig, MultitaskObjective
 from mm_core.objectives.output import Objective
 from mm_core.training.transfer import Transfer
 from pipelines.stream import StepBatch
@@ -67,13 +67,12 @@ def wrapped(run: TrainRun, model: PreTrainedModel) -> Model:
     whole: Model
     match run.model, run.objective:
         case FlavaConfig() as config, MultitaskConfig() as objective:
-            hard = objective.negatives is NegativesKind.HARD
             whole = Fused(
                 model,
                 mean=config.image_mean,
                 std=config.image_std,
                 tasks=objective.weights.tasks,
-                hard_negatives=hard,
+                hard_negatives=objective.hard_negatives,
                 learns_balance=objective.balance.learns,
                 hallucination=Hallucination(model.config) if objective.hallucination else None,
             )
