@@ -151,7 +151,7 @@ def timed(step: Step, steps: int, device: torch.device) -> float:
 
 
 def measure(name: str, step: str, samples: int, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
-    """Sides are warmed up and timed in turn; peak memory is of each side's own steps, everything that is held at the time included."""
+    """Sides are warmed up and timed in turn; peak memory is of each side's own steps, without what the others hold meanwhile."""
     config = MODELS[name]()
     batch = batch_of(config, samples, device)
     kinds: dict[str, FusedBatch] = {
@@ -159,19 +159,26 @@ def measure(name: str, step: str, samples: int, device: torch.device, options: a
         "images": ImageBatch(batch.images, batch.whole),
         "texts": TextBatch(batch.texts, batch.whole),
     }
-    sides: dict[str, Step] = {
-        "mm": ours(config, kinds[step], samples, device, options),
-        "mm_compiled": ours(config, kinds[step], samples, device, options, compiled=True),
-        "plain": theirs(config, inputs_of(config, batch, step, False), device, options),
+    makers: dict[str, Callable[[], Step]] = {
+        "mm": lambda: ours(config, kinds[step], samples, device, options),
+        "mm_compiled": lambda: ours(config, kinds[step], samples, device, options, compiled=True),
+        "plain": lambda: theirs(config, inputs_of(config, batch, step, False), device, options),
     }
     if step == "pairs":
-        sides["negatives"] = theirs(config, inputs_of(config, batch, step, True), device, options)
+        makers["negatives"] = lambda: theirs(config, inputs_of(config, batch, step, True), device, options)
+    sides, held = dict[str, Step](), dict[str, int]()
+    for side, make in makers.items():
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        sides[side] = make()
+        held[side] = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 0
     row: dict[str, Any] = {"model": name, "step": step, "samples": samples}
     found: dict[str, list[float]] = {side: [] for side in sides}
     for run in range(options.runs + 1):
         for side in [*found]:
+            others = 0
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
+                others = torch.cuda.memory_allocated(device) - held[side]
             try:
                 seconds = timed(sides[side], options.steps, device)
             except torch.OutOfMemoryError:
@@ -183,7 +190,8 @@ def measure(name: str, step: str, samples: int, device: torch.device, options: a
             if run:
                 found[side].append(seconds)
             if device.type == "cuda":
-                row[f"{side}_peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+                held[side] = torch.cuda.memory_allocated(device) - others
+                row[f"{side}_peak_gb"] = round((torch.cuda.max_memory_allocated(device) - others) / 1e9, 2)
     for side, seconds_of in found.items():
         row[f"{side}_ms"] = round(1e3 * statistics.median(seconds_of), 2)
         row[f"{side}_samples_per_s"] = round(samples / statistics.median(seconds_of), 1)

@@ -56,7 +56,7 @@ FORMAT = 1
 MANIFEST = "mm.json"
 _CARD = "README.md"
 _WEIGHTS = "model.safetensors"
-Task = Literal["contrastive", "multitask", "codebook"]
+Task = Literal["contrastive", "multitask", "codebook", "classify"]
 
 
 class BundleManifest(Config):
@@ -141,8 +141,9 @@ class Bundle:
         """The probability that each image and text belong together, by the fusion.
 
         Raises:
-            BundleError: the model has no fusion.
+            BundleError: the model has no fusion, or was fine-tuned to classify.
         """
+        self.check_pretrained()
         pixels, ids = self._pixels(images), self._ids(texts)
         assert pixels is not None, "a pair has both"
         assert ids is not None, "a pair has both"
@@ -160,6 +161,14 @@ class Bundle:
             raise BundleError(f"{self.name} classifies by its {head.sides} alone: give no {unknown.pop()}s")
         assert isinstance(self.towers, FusedClassifier), "it has the head"
         return self.towers.class_logits(self._pixels(images), self._ids(texts)).float().softmax(dim=1).cpu().numpy()
+
+    def check_pretrained(self) -> None:
+        """
+        Raises:
+            BundleError: the model was fine-tuned to classify, over heads that stayed as they were.
+        """
+        if isinstance(self.towers, FusedClassifier):
+            raise BundleError(f"{self.name} was fine-tuned to classify, and answers nothing else: take the model that it began as")
 
     @property
     def class_head(self) -> ClassHead:
@@ -221,11 +230,12 @@ def write_bundle(
             save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, temporary / file)
         if not isinstance(config, DvaeConfig):
             _write_json(temporary / "preprocessor_config.json", _preprocessor(config))
-        facts: dict[str, Any] = {"task": _task(config), "recipe": recipe, "data_fingerprint": data_fingerprint, "run_id": run_id}
-        facts |= {"metrics": dict(metrics), "model": config}
-        weights = _digests(temporary).get(_WEIGHTS)
         head = (beside or {}).get(CLASSIFIER)
         assert head is None or isinstance(head, ClassHead), "the file is of such a head"
+        task = _task(config) if head is None else "classify"
+        facts: dict[str, Any] = {"task": task, "recipe": recipe, "data_fingerprint": data_fingerprint, "run_id": run_id}
+        facts |= {"metrics": dict(metrics), "model": config}
+        weights = _digests(temporary).get(_WEIGHTS)
         card = model_card(folder.name, config, recipe, data_fingerprint, metrics, weights, head)
         (temporary / _CARD).write_text(card, encoding="utf-8")
         manifest = BundleManifest.model_validate(facts | {"files": _digests(temporary)})

@@ -62,7 +62,8 @@ def _listed(fs: Any, path: str, pattern: str) -> list[str]:
     except FileNotFoundError:
         return []
     inside = fs.find(path)
-    shards = [p for p in inside if p.endswith((".tar", *TEXT_SUFFIXES))]
+    # A folder of tars may have tables beside them, as img2dataset leaves them, which repeat what the tars say.
+    shards = [p for p in inside if p.endswith(".tar")] or [p for p in inside if p.endswith(TEXT_SUFFIXES)]
     compressed = [p for p in inside if p.endswith(_COMPRESSED_SUFFIXES)]
     if compressed and not shards:
         raise DataError(

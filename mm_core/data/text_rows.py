@@ -83,12 +83,32 @@ def lines(stream: Bytes) -> Iterator[TextRow | Hole]:
         for line in whole:
             yield from _line(line, start)
             start += len(line) + 1
-    yield from _line(rest, start)
+        if len(rest) > _MAX_LINE:
+            length, rest = _passed_over(stream, len(rest))
+            yield _too_long(length, start)
+            start += length + 1
+    for line in rest.split(b"\n"):
+        yield from _line(line, start)
+        start += len(line) + 1
+
+
+def _passed_over(stream: Bytes, length: int) -> tuple[int, bytes]:
+    """How long a line is of which `length` bytes are read, and what follows it; it is not kept."""
+    while chunk := stream.read(_CHUNK):
+        head, end, rest = chunk.partition(b"\n")
+        length += len(head)
+        if end:
+            return length, rest
+    return length, b""
+
+
+def _too_long(length: int, start: int) -> Hole:
+    return Hole(Reason.MEMBER_TOO_LARGE, start, f"a line of {length:,} bytes")
 
 
 def _line(line: bytes, start: int) -> Iterator[TextRow | Hole]:
     if len(line) > _MAX_LINE:
-        yield Hole(Reason.MEMBER_TOO_LARGE, start, f"a line of {len(line):,} bytes")
+        yield _too_long(len(line), start)
     elif line.strip():
         yield row_of(line, start, start + len(line))
 

@@ -7,7 +7,9 @@ import numpy as np
 from mm_core.bundle import Bundle
 from mm_core.data.decoded import decode_samples
 from mm_core.data.permutation import U64
+from mm_core.data.problems import SampleProblem
 from mm_core.data.reader import IndexReader
+from mm_core.data.sample import Sample
 from mm_core.evaluation.encoded import check_skipped
 from mm_core.models.fused_batch import Sides
 
@@ -34,17 +36,28 @@ def class_metrics(bundle: Bundle, reader: IndexReader, ordinals: U64) -> dict[st
     labels: list[np.ndarray] = []
     reasons: list[str] = []
     for start in range(0, len(ordinals), _AT_ONCE):
-        decoded = decode_samples(reader, ordinals[start : start + _AT_ONCE], bundle.image_size)
-        reasons += [reason for reason in decoded.reasons if reason is not None]
-        if not decoded.good.any():
+        images, texts, known, lost = _shown(reader, ordinals[start : start + _AT_ONCE], bundle)
+        reasons += lost
+        if not len(known):
             continue
-        labels.append(decoded.labels[decoded.good])
-        texts = [captions[0] for captions, good in zip(decoded.captions, decoded.good, strict=True) if good and captions]
+        labels.append(known)
         for sides in hits:
-            images = decoded.images if "image" in sides.modalities else None
-            probabilities = bundle.classify(images, texts if "text" in sides.modalities else None)
+            probabilities = bundle.classify(images if "image" in sides.modalities else None, texts if "text" in sides.modalities else None)
             hits[sides] += int((probabilities.argmax(axis=1) == labels[-1]).sum())
     truth = np.concatenate(labels) if labels else np.zeros(0, dtype=np.int64)
     check_skipped(reasons, len(truth), reader.index.url)
     constant = float(np.bincount(truth).max() / len(truth))
     return {sides.value: {"accuracy": right / len(truth), "constant_accuracy": constant} for sides, right in hits.items()}
+
+
+def _shown(reader: IndexReader, ordinals: U64, bundle: Bundle) -> tuple[np.ndarray | None, list[str], np.ndarray, list[str]]:
+    """Pictures, texts and classes of the samples that can be used, and why the others cannot. A model of texts needs no picture."""
+    if "image" in bundle.class_head.sides.modalities:
+        decoded = decode_samples(reader, ordinals, bundle.image_size)
+        texts = [captions[0] for captions, good in zip(decoded.captions, decoded.good, strict=True) if good and captions]
+        return decoded.images, texts, decoded.labels[decoded.good], [reason for reason in decoded.reasons if reason is not None]
+    samples = reader.read(ordinals)
+    good = [sample for sample in samples if isinstance(sample, Sample) and sample.captions]
+    lost = [sample.reason.value for sample in samples if isinstance(sample, SampleProblem)]
+    labels = np.array([-1 if sample.label is None else sample.label for sample in good], dtype=np.int64)
+    return None, [sample.captions[0] for sample in good], labels, lost

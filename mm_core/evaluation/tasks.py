@@ -83,11 +83,12 @@ def held_out(bundle: Bundle, reader: IndexReader, ordinals: U64) -> HeldOut:
     """Pairs as a bundle's model takes them, hidden as in the paper: blocks of 16 of 196 patches at least, in proportion.
 
     Raises:
-        BundleError: the model has no such tasks.
+        BundleError: the model has no such tasks, or was fine-tuned to classify.
         ConfigError: its tokenizer has no mask token.
     """
     if not bundle.is_multimodal:
         raise BundleError(f"{bundle.name} is two towers, which predict no words or patches: --tasks needs a flava model")
+    bundle.check_pretrained()
     config, marks = bundle.model.config, special_tokens(bundle.tokenizer)
     grid = bundle.image_size // config.image_config.patch_size
     hidden = MaskingConfig(min_block=max(1, round(grid**2 * 16 / 196)))
@@ -99,8 +100,8 @@ def held_out(bundle: Bundle, reader: IndexReader, ordinals: U64) -> HeldOut:
 def task_metrics(
     model: Fused, held: HeldOut, device: torch.device, *, hide: Hide | None = None, whole_images: bool = False
 ) -> dict[str, dict[str, float]]:
-    """By task the figures of `_Score.metrics`; `itm_uniform`: matching, with any other text of so many; `mmm_text_other_image`,
-    `mmm_text_no_image`: masked words beside the image of another sample, and beside none.
+    """By task the figures of `_Score.metrics`, `contrastive` among 64 pairs; `itm_uniform`: matching, with any other text of so many;
+    `mmm_text_other_image`, `mmm_text_no_image`: masked words beside the image of another sample, and beside none.
 
     Args:
         hide: which words are hidden; by default as in training.
@@ -121,6 +122,7 @@ def task_metrics(
                 if len(found.targets):
                     scores.setdefault(task, _Score()).add(found)
         scores.setdefault("itm_uniform", _Score()).add(_matched(model, batch))
+        scores.setdefault("contrastive", _Score()).add(_contrasted(model, batch))
         blind = torch.tensor([[False, True]] * len(batch.draws), device=device)
         others = {
             "mmm_text_other_image": replace(batch, images=replace(batch.images, pixels=batch.images.pixels.roll(1, 0))),
@@ -130,6 +132,14 @@ def task_metrics(
             if (found := model(other).predictions.get(Task.MMM_TEXT)) is not None:
                 scores.setdefault(name, _Score()).add(found)
     return {name: score.metrics() for name, score in scores.items()}
+
+
+def _contrasted(model: Fused, batch: PairBatch) -> Predictions:
+    """Of the batch's texts the one of each image, and of its images the one of each text."""
+    images, texts = model.image_features(batch.images.pixels), model.text_features(batch.texts.input_ids)
+    logits = model.logit_scale * images @ texts.T
+    own = torch.arange(len(logits), device=logits.device)
+    return Predictions(torch.cat([logits, logits.T]), own.repeat(2))
 
 
 def _matched(model: Fused, batch: PairBatch) -> Predictions:

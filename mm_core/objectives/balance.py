@@ -57,7 +57,7 @@ class BalanceConfig(Config):
         if self.kind is BalanceKind.GRADNORM or self.modulation > 0:
             return True
         # By a draw of the step: a mix of sources repeats, and every n-th step may be of texts alone.
-        return self.probe_every_steps is not None and uniform(_PROBED, step) * self.probe_every_steps < 1
+        return self.probe_every_steps is not None and bool(uniform(_PROBED, step) * self.probe_every_steps < 1)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ class MultitaskConfig(Config):
     def _has_a_task(self) -> MultitaskConfig:
         if not self.weights.tasks:
             raise ValueError("every weight is 0: there is no task")
+        if self.modality_dropout and not {Task.MMM_IMAGE, Task.MMM_TEXT} & self.weights.tasks:
+            raise ValueError("modality_dropout hides a side from masked pairs, which mmm_image=0 and mmm_text=0 leave out: set it to 0")
         if self.hallucination and not self.modality_dropout:
             raise ValueError(
                 "hallucination stands in for a side that is missing, and modality_dropout=0 leaves none out: set it too, to 0.3 say"

@@ -143,13 +143,13 @@ def check_parts(run: TrainRun) -> None:
     wrapped(run, outline(run.model))
     if run.data.masking is not None and (run.data.augment.views, run.data.captions) != (1, 1):
         raise ConfigError("data.masking hides parts of one view and one text of a sample: leave data.augment.views and data.captions at 1")
+    if run.data.masking is not None and not isinstance(run.objective, MultitaskConfig):
+        raise ConfigError(f"data.masking hides what objective.kind=multitask predicts, and this is {run.objective.kind}: leave it at null")
     if isinstance(run.objective, ClassifyConfig):
         if (run.data.augment.views, run.data.captions) != (1, 1):
             raise ConfigError(
                 "objective.kind=classify is of one view and one text of a sample: leave data.augment.views and data.captions at 1"
             )
-        if run.data.masking is not None:
-            raise ConfigError("objective.kind=classify shows a sample whole: leave data.masking at null")
         if run.evaluation.every_steps is not None:
             raise ConfigError(
                 "evaluation.… measures a joint space, which objective.kind=classify does not train: leave evaluation.every_steps at null,"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 
@@ -77,6 +80,23 @@ def test_a_step_is_of_one_kind_and_the_same_on_any_number_of_ranks_from_any_step
                 np.testing.assert_array_equal(values, parts(whole)[name])
     kinds = Counter((batch.images is not None, batch.input_ids is not None) for batch in alone)
     assert kinds == {(True, True): 6, (True, False): 2, (False, True): 4}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_texts_come_from_tables_and_lines(kind: str, tmp_path: Path) -> None:
+    texts = [f"a red circle number {n}" for n in range(3 * CHUNK)]
+    if kind == "jsonl":
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=10)
+    index = build_index([str(tmp_path / f"a.{kind}")], str(tmp_path / "index"), need=("text",))
+    kept, tokenizer = compile_kept(index), train_bpe(texts, vocab_size=320, context_length=16)
+    plan = Plan(len(kept), 0, CHUNK, 1, kept.fingerprint)
+    spec = ReadSpec((Source(index=index.url),), plan, 24, AugmentConfig(), caption_tokenizer(tokenizer, 16))
+    alone = ray.get(read.remote(spec, 0, 1))
+    assert all(batch.images is None for batch in alone)
+    epoch = np.concatenate([batch.input_ids for batch in alone])[: len(texts), 0]
+    assert sorted(map(tuple, epoch)) == sorted(map(tuple, caption_tokenizer(tokenizer, 16)(texts)))
 
 
 def test_a_class_comes_with_its_sample(corpus: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -182,6 +183,17 @@ def test_shards_are_named_in_many_ways(corpus: Path) -> None:
     everything = [str(folder / f"{i:05d}.tar") for i in range(4)]
     for patterns in ([str(folder)], [str(folder / "*.tar")], [str(folder / "{00000..00003}.tar")], [*everything, *everything]):
         assert expand_shards(patterns) == everything
+
+
+def test_tables_beside_tars_are_not_samples(corpus: Path, tmp_path: Path) -> None:
+    """img2dataset writes one of each shard's metadata."""
+    shard = min((corpus / "train").glob("*.tar"))
+    (tmp_path / "data").mkdir()
+    shutil.copy(shard, tmp_path / "data" / "00000.tar")
+    pq.write_table(pa.table({"caption": ["a cat"], "url": ["x"]}), tmp_path / "data" / "00000.parquet")
+    assert expand_shards([str(tmp_path / "data")]) == [str(tmp_path / "data" / "00000.tar")]
+    (tmp_path / "data" / "00000.tar").unlink()
+    assert expand_shards([str(tmp_path / "data")]) == [str(tmp_path / "data" / "00000.parquet")]
 
 
 def test_any_fsspec_store(corpus: Path, tmp_path: Path) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
 from mm_core.config import resolve
 from mm_core.errors import ConfigError
 from mm_core.models.codebook import CodebookSizes, codebook_settings
+from mm_core.models.fused_batch import PairBatch
+from mm_core.training.transfer import Transfer
 from pipelines.recipes import recipe
+from pipelines.stream import StepBatch, StepMasks
 from pipelines.train.config import TrainRun
 from pipelines.train.cost import cost_of
-from pipelines.train.parts import check_parts, contrasts, modalities_of, needs_of, num_classes, serves
+from pipelines.train.parts import check_parts, contrasts, inputs_of, modalities_of, needs_of, num_classes, serves
 from pipelines.train.scale import describe_scale
 
 
@@ -61,7 +67,7 @@ def test_fine_tuning_shows_whole_samples_and_compares_no_features() -> None:
     check_parts(run)
     assert (modalities_of(run), needs_of(run), num_classes(run), contrasts(run)) == ({"text"}, {"text"}, 2, False)
     for settings, said in {
-        "data.masking={}": r"shows a sample whole: leave data\.masking at null",
+        "data.masking={}": r"hides what objective\.kind=multitask predicts",
         "data.captions=2": "one view and one text",
         "evaluation={every_steps: 1, retrieval: x}": r"mm eval --classify",
     }.items():
@@ -69,6 +75,32 @@ def test_fine_tuning_shows_whole_samples_and_compares_no_features() -> None:
             check_parts(run_of("flava-tiny-classify", settings))
     with pytest.raises(ConfigError, match=r"objective\.kind=classify is none of a clip model"):
         check_parts(run_of("clip-tiny", "objective={kind: classify}"))
+    with pytest.raises(ConfigError, match=r"data\.masking hides what objective\.kind=multitask predicts, and this is contrastive"):
+        check_parts(run_of("clip-tiny", "data.masking={}"))
+
+
+def test_modality_dropout_hides_one_side_of_a_share_and_predicts_nothing_of_it() -> None:
+    run, count = run_of("flava-tiny", "objective.modality_dropout=0.4"), 2000
+    positions = np.arange(count, dtype=np.uint64)
+
+    def batch(rows: slice) -> PairBatch:
+        here = positions[rows]
+        images, ids = np.zeros((len(here), 1, 8, 8, 3), dtype=np.uint8), np.ones((len(here), 1, 4), dtype=np.int32)
+        masks = StepMasks(np.ones((len(here), 16), dtype=bool), ids[:, 0], np.ones((len(here), 4), dtype=bool))
+        step = StepBatch(0, images, ids, here, pa.table({}), masks)
+        found = inputs_of(run, [len(here)], 0)(step, Transfer(torch.device("cpu")))
+        assert isinstance(found, PairBatch)
+        return found
+
+    whole = batch(slice(None))
+    assert whole.seen is not None
+    seen = whole.seen.numpy()
+    assert seen.any(axis=1).all()
+    assert (~seen).mean(axis=0) == pytest.approx([0.2, 0.2], abs=0.03)
+    np.testing.assert_array_equal(np.unique(whole.images.rows.numpy() // 16), np.flatnonzero(seen[:, 0]))
+    np.testing.assert_array_equal(np.unique(whole.texts.rows.numpy() // 4), np.flatnonzero(seen[:, 1]))
+    parts = [batch(slice(0, 1200)).seen, batch(slice(1200, None)).seen]
+    np.testing.assert_array_equal(np.concatenate([part.numpy() for part in parts if part is not None]), seen)
 
 
 def test_what_is_counted_is_what_is_shown(tmp_path: Path) -> None:

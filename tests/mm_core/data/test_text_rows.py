@@ -12,7 +12,8 @@ import pytest
 
 from mm_core.data.problems import Reason, SampleProblem
 from mm_core.data.scan import scan_shard
-from mm_core.data.text_rows import TableReader, row_of_span, table_rows
+from mm_core.data.tar import Hole
+from mm_core.data.text_rows import TableReader, lines, row_of_span, table_rows
 from mm_core.errors import DataError
 
 TEXTS = ["a red circle", "ein grüner Kreis ", "a blue\nsquare", "赤い丸"]
@@ -91,6 +92,32 @@ def test_a_table_without_texts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match=r"cannot read .*broken\.parquet"):
         scanned(tmp_path / "broken.parquet")
+
+
+def test_a_line_that_is_too_long_is_not_held(tmp_path: Path) -> None:
+    """What follows it is found at its bytes."""
+    path = tmp_path / "a.jsonl"
+    long = b'{"text": "' + b"x" * (9 << 20) + b'"}'
+    path.write_bytes(b'{"text": "first"}\n' + long + b'\n{"text": "second"}\n{"text": "third"}')
+    sizes = []
+
+    class Watched:
+        def __init__(self) -> None:
+            self._file = path.open("rb")
+
+        def read(self, size: int, /) -> bytes:
+            sizes.append(size)
+            return self._file.read(size)
+
+    first, hole, *rest = lines(Watched())
+    assert isinstance(hole, Hole)
+    assert (hole.reason, hole.start, hole.detail) == (Reason.MEMBER_TOO_LARGE, 18, f"a line of {len(long):,} bytes")
+    data = path.read_bytes()
+    assert [data[row.first : row.last] for row in (first, *rest)] == [b'{"text": "first"}', b'{"text": "second"}', b'{"text": "third"}']
+    assert max(sizes) <= 1 << 20
+    path.write_bytes(long)
+    (hole,) = lines(Watched())
+    assert isinstance(hole, Hole)
 
 
 def test_many_lines_over_many_reads(tmp_path: Path) -> None:

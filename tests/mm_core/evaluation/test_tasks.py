@@ -14,13 +14,13 @@ from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
 from mm_core.data.reader import IndexReader
 from mm_core.errors import BundleError
-from mm_core.evaluation.probe import linear_probe
+from mm_core.evaluation.probe import fused_features, linear_probe
 from mm_core.evaluation.tasks import _Score, held_out, hiding, task_metrics
 from mm_core.models.clip import clip_tiny
 from mm_core.models.family import build_model
 from mm_core.models.flava import flava_tiny
 from mm_core.models.fused import Fused
-from mm_core.models.fused_batch import Predictions
+from mm_core.models.fused_batch import Predictions, Sides
 from mm_core.models.sizes import TowerConfig
 from mm_core.models.tokenizer import caption_tokenizer, special_tokens, train_bpe
 
@@ -62,10 +62,22 @@ def test_every_task_is_measured_the_same_each_time(index: Index, tmp_path: Path)
     assert isinstance(bundle.towers, Fused)
     held = held_out(bundle, IndexReader(index), compile_kept(index).ordinals)
     found = task_metrics(bundle.towers, held, torch.device("cpu"))
-    assert found.keys() == {"mim", "mlm", "mmm_image", "mmm_text", "mmm_text_other_image", "mmm_text_no_image", "itm", "itm_uniform"}
+    assert found.keys() == {
+        "mim",
+        "mlm",
+        "mmm_image",
+        "mmm_text",
+        "mmm_text_other_image",
+        "mmm_text_no_image",
+        "itm",
+        "itm_uniform",
+        "contrastive",
+    }
     assert found == task_metrics(bundle.towers, held, torch.device("cpu"))
     assert found["itm"]["constant_accuracy"] == pytest.approx(0.5, abs=0.05)
     assert found["mmm_text"]["places"] == found["mlm"]["places"]
+    assert found["contrastive"]["constant_loss"] == pytest.approx(math.log(64), abs=0.1)
+    assert found["contrastive"]["places"] == 2 * len(held.ordinals)
     colours = hiding({"red", "blue"}, held.tokenizer, held.masking.mask_id)
     named = task_metrics(bundle.towers, held, torch.device("cpu"), hide=colours, whole_images=True)
     assert not named.keys() & {"mim", "mmm_image"}
@@ -86,6 +98,17 @@ def test_named_words_are_hidden_with_all_their_tokens() -> None:
 def test_two_towers_have_no_such_tasks(index: Index, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="needs a flava model"):
         held_out(load_bundle(bundle_of("clip", tmp_path / "c")), IndexReader(index), compile_kept(index).ordinals)
+
+
+def test_what_the_fusion_gives_of_one_side_or_both(tmp_path: Path) -> None:
+    bundle = load_bundle(bundle_of("flava", tmp_path / "b"))
+    images = np.random.default_rng(0).integers(0, 256, (130, 64, 64, 3), dtype=np.uint8)
+    texts = ["a red circle", "a blue square"] * 65
+    found = {sides: fused_features(bundle, images, texts, sides) for sides in Sides}
+    assert {features.shape for features in found.values()} == {(130, 16)}
+    np.testing.assert_allclose(found[Sides.TEXT][128], bundle.multimodal_features(None, texts[:1])[0], atol=1e-5)
+    np.testing.assert_allclose(found[Sides.IMAGE][129], bundle.multimodal_features(images[129:], None)[0], atol=1e-5)
+    np.testing.assert_allclose(found[Sides.BOTH][129], bundle.multimodal_features(images[129:], texts[129:])[0], atol=1e-5)
 
 
 def test_a_probe_reads_what_is_linear() -> None:

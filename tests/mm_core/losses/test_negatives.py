@@ -27,6 +27,15 @@ def test_they_are_drawn_by_similarity_among_other_texts() -> None:
     torch.testing.assert_close(shares, expected / expected.sum(), atol=0.01, rtol=0)
 
 
+def test_a_share_of_them_is_any_other_text() -> None:
+    logits = torch.tensor([[3.0, 0.0, 1.0, 9.0, 2.0]]).repeat(30_000, 1)
+    draws = torch.rand(30_000, generator=torch.Generator().manual_seed(0))
+    rows = draw_negatives(logits, torch.zeros(30_000, dtype=torch.long), text_keys(IDS), draws, hard=0.4).rows
+    hard = torch.tensor([0.0, 0.0, 1.0, 0.0, 2.0]).exp() * torch.tensor([0, 1, 1, 0, 1])
+    expected = 0.4 * hard / hard.sum() + 0.6 * torch.tensor([0, 1, 1, 0, 1]) / 3
+    torch.testing.assert_close(torch.bincount(rows, minlength=5) / 30_000, expected, atol=0.01, rtol=0)
+
+
 def test_where_all_say_the_same_there_is_none() -> None:
     found = draw_negatives(torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([7, 7, 7]), torch.tensor([0.0, 0.99])).found
     assert found.tolist() == [False, False]

@@ -23,6 +23,7 @@ from mm_core.models.fused_batch import ImageBatch, MaskedImages, MaskedTexts, Pa
 from mm_core.models.sizes import SpecialTokens, TowerConfig
 from mm_core.models.tokenizer import special_tokens, train_bpe
 from mm_core.models.two_tower import normalise
+from mm_core.objectives.multitask import MultitaskConfig, MultitaskObjective
 
 TOKENS = SpecialTokens(bos=3, eos=4, pad=0)
 TOWER = TowerConfig(width=24, layers=2, heads=2)
@@ -120,6 +121,51 @@ def test_its_parts_give_what_transformers_forward_gives(implementation: Any) -> 
     torch.testing.assert_close(found.predictions[Task.ITM].logits[:COUNT], itm, **close)
     logits = found.logit_scale * found.image_features @ found.text_features.T
     torch.testing.assert_close(logits, expected.contrastive_logits_per_image, **close)
+
+
+def test_each_term_is_its_loss_times_its_weight() -> None:
+    """The contrastive one too: the mean of both directions over the batch."""
+    model, batch = model_of(), pairs()
+    weights = {"mmm_image": 0.5, "mmm_text": 2.0, "itm": 3.0, "contrastive": 4.0}
+    objective = MultitaskObjective(MultitaskConfig.model_validate({"weights": weights}))
+    with torch.no_grad():
+        output = model(batch)
+        found = objective(output, batch, [COUNT])
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = {
+        task.value: cross_entropy(p.logits[p.counts], p.targets[p.counts]) if p.counts is not None else cross_entropy(p.logits, p.targets)
+        for task, p in output.predictions.items()
+    }
+    logits, own = output.logit_scale * output.image_features @ output.text_features.T, torch.arange(COUNT)
+    expected["contrastive"] = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+    assert found.terms.keys() == weights.keys()
+    for task, weight in weights.items():
+        torch.testing.assert_close(found.terms[task], weight * expected[task], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.total, sum(found.terms.values()))
+
+
+def test_hard_negatives_are_the_most_similar_other_texts() -> None:
+    """With a sharp similarity the draw decides nothing; without hard ones the similarity decides nothing."""
+    drawn = {}
+    for hard in (1.0, 0.0):
+        model, batch = Fused(build_model(SMALL, TOKENS), hard_negatives=hard).double(), pairs()
+        model.load_state_dict(model_of().state_dict())
+        with torch.no_grad():
+            model.model.flava.logit_scale.fill_(12.0)
+            features = model.image_features(batch.images.pixels), model.text_features(batch.texts.input_ids)
+            drawn[hard] = model._negatives(batch, torch.zeros(COUNT, SMALL.context_length, 24).double(), features)[0].rows
+            similar = features[0] @ features[1].T
+    similar.fill_diagonal_(-2)
+    assert drawn[1.0].tolist() == similar.argmax(dim=1).tolist()
+    others = [[n for n in range(COUNT) if n != row] for row in range(COUNT)]
+    assert drawn[0.0].tolist() == [texts[int(draw * (COUNT - 1))] for texts, draw in zip(others, batch.draws.tolist(), strict=True)]
+
+
+def test_image_targets_are_the_same_in_any_precision() -> None:
+    model, batch = Fused(build_model(SMALL, TOKENS)), pairs(count=32)
+    exact = model._entries(batch.images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model._entries(batch.images), exact)
 
 
 def test_sdpa_and_checkpointing_change_no_gradient() -> None:

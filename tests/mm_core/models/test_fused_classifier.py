@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import FlavaForPreTraining
 
-from mm_core.bundle import load_bundle, write_bundle
+from mm_core.bundle import load_bundle, look_into, write_bundle
 from mm_core.errors import BundleError
 from mm_core.models.family import build_model
 from mm_core.models.fused import Fused
@@ -97,7 +97,9 @@ def test_a_bundle_keeps_the_head_and_transformers_reads_the_rest(tmp_path: Path)
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert (bundle.class_head.num_classes, bundle.class_head.sides) == (CLASSES, Sides.BOTH)
     assert "to classify by 3 classes, of images with texts" in (tmp_path / "b" / "README.md").read_text()
-    assert bundle.match(images, texts).shape == (2,)
+    with pytest.raises(BundleError, match="b was fine-tuned to classify, and answers nothing else"):
+        bundle.match(images, texts)
+    assert look_into(tmp_path / "b") == "classify"
     FlavaForPreTraining.from_pretrained(tmp_path / "b")
 
     write_bundle(tmp_path / "plain", model=inner, beside=Fused(inner).beside, **facts)  # type: ignore[arg-type]

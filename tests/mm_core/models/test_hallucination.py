@@ -77,6 +77,18 @@ def test_it_learns_and_does_not_pull_at_the_towers() -> None:
     assert float(found.measures["hallucination/cosine"]) > 0.95 > cosine
 
 
+def test_what_stands_in_pulls_at_no_tower() -> None:
+    """A masked patch beside a missing text is predicted from the image's tokens and from a guess made of its class token, which stays."""
+    model, batch = model_of(), pairs(SMALL)
+    blind = replace(batch, seen=torch.tensor([[True, False]] * COUNT), texts=replace(batch.texts, rows=batch.texts.rows[:0]))
+    found = MultitaskObjective(OBJECTIVE)(model(blind), blind, [COUNT])
+    found.terms["mmm_image"].backward()
+    assert model.hallucination is not None
+    assert model.hallucination.text_token.weight.grad is not None
+    assert model.model.flava.image_model.layernorm.weight.grad is None
+    assert model.model.flava.text_model.layernorm.weight.grad is None
+
+
 def test_a_bundle_keeps_it(tmp_path: Path) -> None:
     tokenizer = train_bpe(["a red circle", "a blue square"] * 3, vocab_size=300, context_length=10)
     config = SMALL.model_copy(update={"vocab_size": len(tokenizer)})
@@ -98,5 +110,7 @@ def test_a_bundle_keeps_it(tmp_path: Path) -> None:
 
 
 def test_without_modality_dropout_it_is_refused() -> None:
+    with pytest.raises(ValidationError, match="mmm_image=0 and mmm_text=0 leave out"):
+        MultitaskConfig.model_validate({"modality_dropout": 0.3, "weights": {"mmm_image": 0, "mmm_text": 0}})
     with pytest.raises(ValidationError, match="modality_dropout=0 leaves none out"):
         MultitaskConfig(hallucination=1.0)

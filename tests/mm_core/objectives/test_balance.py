@@ -8,9 +8,19 @@ import pytest
 import torch
 
 from mm_core.distributed import GlobalBatch
-from mm_core.objectives.balance import damping, gradnorm_loss, gradnorm_weights, pulls_of, uncertainty_terms
+from mm_core.objectives.balance import BalanceConfig, damping, gradnorm_loss, gradnorm_weights, pulls_of, uncertainty_terms
 
 ALONE = GlobalBatch((4,))
+
+
+def test_steps_of_every_kind_are_probed() -> None:
+    """Where sources come by turns, every fiftieth step may be of one of them alone."""
+    config = BalanceConfig(probe_every_steps=50)
+    probed = [step for step in range(20_000) if config.probes(step)]
+    assert len(probed) == pytest.approx(400, rel=0.15)
+    assert len({step % 5 for step in probed}) == 5
+    assert not any(BalanceConfig().probes(step) for step in range(100))
+    assert BalanceConfig(modulation=0.5).probes(3)
 
 
 def test_a_variance_settles_where_its_weight_is_half_over_the_loss() -> None:
