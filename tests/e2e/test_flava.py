@@ -120,9 +120,9 @@ def test_each_kind_of_step_has_its_tasks(undisturbed: tuple[TrainRun, TrainResul
 def test_killed_and_resumed_on_other_workers_it_is_as_undisturbed(
     undisturbed: tuple[TrainRun, TrainResult, Path], sources: tuple[Source, ...], codebook: tuple[TrainRun, TrainResult], tmp_path: Path
 ) -> None:
-    """Tasks and samples are the same, losses but for rounding; the weights at the end too."""
+    """From two ranks that divide the model to one: tasks and samples are the same, losses but for rounding; the weights at the end too."""
     whole, ended, audit = undisturbed
-    run = flava(tmp_path, codebook[1].bundle, 2)
+    run = flava(tmp_path, codebook[1].bundle, 2, "parallel.kind=fsdp")
     folder = RunFolder.of(str(tmp_path / "runs"), "torn")
     killer = threading.Thread(target=_kill_a_worker_after, args=(folder, 4), daemon=True)
     killer.start()
