@@ -6,6 +6,7 @@ is not: it computes every loss from one rank's batch alone, and waits for the de
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -220,7 +221,8 @@ class Fused(nn.Module):
         """Of the codebook, at the masked patches. What is to be predicted does not depend on the step's precision."""
         size = CODEBOOK_STRIDE * round(images.mask.shape[1] ** 0.5)
         pixels = codebook_pixels(images.pixels, size).to(self.mean.dtype)
-        with torch.autocast(pixels.device.type, enabled=False):
+        # The meta device, on which costs are counted, knows no autocast.
+        with nullcontext() if pixels.is_meta else torch.autocast(pixels.device.type, enabled=False):
             return self.model.image_codebook.get_codebook_indices(pixels).flatten()[images.rows]
 
     # The parts.
