@@ -50,7 +50,7 @@ from pipelines.recipes import recipe
 from pipelines.stream import Share, _split
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import build_step
-from pipelines.train.parts import inputs_of, masking_of, num_classes, wrapped
+from pipelines.train.parts import inputs_of, masking_of, modalities_of, num_classes, wrapped
 from pipelines.train.preflight import fed_by, named_weights, with_sources
 from pipelines.train.run_data import RunData
 
@@ -79,8 +79,16 @@ def train(run: TrainRun, data: RunData, tokenizer: PreTrainedTokenizerFast | Non
     step = build_step(run, model, StepClock(_CPU))
     masking = None if tokenizer is None else masking_of(run, mask_token(tokenizer), special_tokens(tokenizer).pad)
     light = None if tokenizer is None else caption_tokenizer(tokenizer, run.joint_model.context_length)
-    labels = num_classes(run) is not None
-    spec = ReadSpec(data.sources, data.plan(run), run.model.image_size, run.data.augment, light, masking=masking, labels=labels)
+    spec = ReadSpec(
+        data.sources,
+        data.plan(run),
+        run.model.image_size,
+        run.data.augment,
+        light,
+        masking=masking,
+        labels=num_classes(run) is not None,
+        modalities=modalities_of(run),
+    )
     reader, share = PlanReader(spec), Share(0, 1, run.global_batch_size // run.data.chunk)
     inputs, to_device = inputs_of(run, [run.global_batch_size], 0), Transfer(_CPU)
     losses: dict[str, float] = {}
@@ -211,12 +219,11 @@ def _questions(index: Index, count: int, size: int) -> tuple[np.ndarray, list[st
 def finetuned(work: Path, name: str, data: dict[str, Index], options: argparse.Namespace) -> dict[str, Any]:
     """A variant trained further on each of `LABELLED`, with both sides; `whole` with each alone too, which is another model."""
     figures = work / f"{name}-finetuned.json"
-    if figures.exists():
-        values: dict[str, Any] = json.loads(figures.read_text())
-        return values
-    row: dict[str, Any] = {"finetuned": name}
+    row: dict[str, Any] = json.loads(figures.read_text()) if figures.exists() else {"finetuned": name}
     for kind, classes in LABELLED.items():
         for sides in Sides if name == "whole" else [Sides.BOTH]:
+            if f"{kind}/{sides.value}" in row:
+                continue
             settings = [f"objective.num_classes={classes}", f"objective.sides={sides.value}", f"model.codebook_source={work / 'codebook'}"]
             if name != "scratch":
                 settings.append(f"init={work / 'models' / name}")
@@ -229,7 +236,7 @@ def finetuned(work: Path, name: str, data: dict[str, Index], options: argparse.N
                 write_bundle(Path(temporary) / "b", model=model.model, beside=model.beside, tokenizer=tokenizer, config=run.model, **facts)
                 found = accuracies(load_bundle(Path(temporary) / "b"), data[f"{kind}-heldout"], sides)
             row[f"{kind}/{sides.value}"] = found | {"seconds": round(losses["seconds"])}
-    figures.write_text(json.dumps(row, indent=1))
+            figures.write_text(json.dumps(row, indent=1))
     return row
 
 

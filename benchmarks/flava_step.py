@@ -150,6 +150,11 @@ def timed(step: Step, steps: int, device: torch.device) -> float:
     return (time.perf_counter() - began) / steps
 
 
+def allocated(device: torch.device) -> int:
+    """Bytes; on a processor none are counted."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def measure(name: str, step: str, samples: int, device: torch.device, options: argparse.Namespace) -> dict[str, Any]:
     """Sides are warmed up and timed in turn; peak memory is of each side's own steps, without what the others hold meanwhile."""
     config = MODELS[name]()
@@ -168,17 +173,16 @@ def measure(name: str, step: str, samples: int, device: torch.device, options: a
         makers["negatives"] = lambda: theirs(config, inputs_of(config, batch, step, True), device, options)
     sides, held = dict[str, Step](), dict[str, int]()
     for side, make in makers.items():
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        before = allocated(device)
         sides[side] = make()
-        held[side] = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 0
+        held[side] = allocated(device) - before
     row: dict[str, Any] = {"model": name, "step": step, "samples": samples}
     found: dict[str, list[float]] = {side: [] for side in sides}
     for run in range(options.runs + 1):
         for side in [*found]:
-            others = 0
+            others = allocated(device) - held[side]
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-                others = torch.cuda.memory_allocated(device) - held[side]
             try:
                 seconds = timed(sides[side], options.steps, device)
             except torch.OutOfMemoryError:
@@ -190,7 +194,7 @@ def measure(name: str, step: str, samples: int, device: torch.device, options: a
             if run:
                 found[side].append(seconds)
             if device.type == "cuda":
-                held[side] = torch.cuda.memory_allocated(device) - others
+                held[side] = allocated(device) - others
                 row[f"{side}_peak_gb"] = round((torch.cuda.max_memory_allocated(device) - others) / 1e9, 2)
     for side, seconds_of in found.items():
         row[f"{side}_ms"] = round(1e3 * statistics.median(seconds_of), 2)

@@ -159,8 +159,7 @@ class Bundle:
         head, given = self.class_head, {"image": images, "text": texts}
         if unknown := {name for name, side in given.items() if side is not None} - head.sides.modalities:
             raise BundleError(f"{self.name} classifies by its {head.sides} alone: give no {unknown.pop()}s")
-        assert isinstance(self.towers, FusedClassifier), "it has the head"
-        return self.towers.class_logits(self._pixels(images), self._ids(texts)).float().softmax(dim=1).cpu().numpy()
+        return self._classifier().class_logits(self._pixels(images), self._ids(texts)).float().softmax(dim=1).cpu().numpy()
 
     def check_pretrained(self) -> None:
         """
@@ -177,9 +176,12 @@ class Bundle:
         Raises:
             BundleError: the model was not fine-tuned to classify.
         """
+        return self._classifier().head
+
+    def _classifier(self) -> FusedClassifier:
         if not isinstance(self.towers, FusedClassifier):
             raise BundleError(f"{self.name} has no classes: fine-tune a flava model with `mm train flava-tiny-classify --init`")
-        return self.towers.head
+        return self.towers
 
     def _fused(self) -> Fused:
         if not isinstance(self.towers, Fused):

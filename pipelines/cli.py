@@ -64,14 +64,11 @@ def synth(
 
     console = Console(as_json)
     settings = SynthConfig(samples=samples, seed=seed, image_size=image_size, question_samples=questions, matching_samples=matching)
-    with console.progress("draw scenes", settings.total) as tracker:
+    with console.progress("draw scenes", sum(settings.parts.values())) as tracker:
         write_corpus(out, settings, workers=workers, on_progress=tracker.advance)
+    console.table((str(out), "samples"), [(part, f"{count:,}") for part, count in settings.parts.items()])
+    console.say(f"next: mm data index {out}/{next((part for part in settings.parts if part.endswith('train')), 'heldout')} --out INDEX")
     made = {"heldout": settings.heldout_samples, "zeroshot": settings.zeroshot_samples, "questions": questions, "matching": matching}
-    parts = [part for part, count in ({"train": samples} | made).items() if count]
-    first = parts[0] if samples else f"{parts[-1]}/train"
-    console.say(
-        f"{', '.join(f'{out}/{part}' for part in parts)} hold {settings.total:,} samples; next: mm data index {out}/{first} --out INDEX"
-    )
     console.result({"samples": samples} | made | {"out": str(out)})
 
 
@@ -249,7 +246,7 @@ def evaluate(
         str | None, typer.Option(help="Of a flava model: an index of pairs, or INDEX#LEDGER, for each task's figures.")
     ] = None,
     classify: Annotated[
-        str | None, typer.Option(help="Of a model fine-tuned to tell classes: an index of labelled pairs, or INDEX#LEDGER.")
+        str | None, typer.Option(help="Of a model fine-tuned to classify: an index of labelled pairs, or INDEX#LEDGER.")
     ] = None,
     ledger: Ledgers = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the recall bars and the gallery.")] = None,

@@ -7,13 +7,15 @@ import numpy as np
 from mm_core.bundle import Bundle
 from mm_core.data.decoded import decode_samples
 from mm_core.data.permutation import U64
-from mm_core.data.problems import SampleProblem
+from mm_core.data.problems import Reason, SampleProblem
 from mm_core.data.reader import IndexReader
 from mm_core.data.sample import Sample
 from mm_core.evaluation.encoded import check_skipped
 from mm_core.models.fused_batch import Sides
 
 _AT_ONCE = 128
+_Shown = tuple[np.ndarray | None, list[str], np.ndarray, list[str]]
+"""Pictures, texts and classes of the samples that can be used, and why the others cannot."""
 
 
 def sides_of(bundle: Bundle, need: tuple[str, ...]) -> list[Sides]:
@@ -36,7 +38,9 @@ def class_metrics(bundle: Bundle, reader: IndexReader, ordinals: U64) -> dict[st
     labels: list[np.ndarray] = []
     reasons: list[str] = []
     for start in range(0, len(ordinals), _AT_ONCE):
-        images, texts, known, lost = _shown(reader, ordinals[start : start + _AT_ONCE], bundle)
+        here = ordinals[start : start + _AT_ONCE]
+        pictured = any("image" in sides.modalities for sides in hits)
+        images, texts, known, lost = _pictured(reader, here, bundle.image_size) if pictured else _texts(reader, here)
         reasons += lost
         if not len(known):
             continue
@@ -50,14 +54,18 @@ def class_metrics(bundle: Bundle, reader: IndexReader, ordinals: U64) -> dict[st
     return {sides.value: {"accuracy": right / len(truth), "constant_accuracy": constant} for sides, right in hits.items()}
 
 
-def _shown(reader: IndexReader, ordinals: U64, bundle: Bundle) -> tuple[np.ndarray | None, list[str], np.ndarray, list[str]]:
-    """Pictures, texts and classes of the samples that can be used, and why the others cannot. A model of texts needs no picture."""
-    if "image" in bundle.class_head.sides.modalities:
-        decoded = decode_samples(reader, ordinals, bundle.image_size)
-        texts = [captions[0] for captions, good in zip(decoded.captions, decoded.good, strict=True) if good and captions]
-        return decoded.images, texts, decoded.labels[decoded.good], [reason for reason in decoded.reasons if reason is not None]
-    samples = reader.read(ordinals)
-    good = [sample for sample in samples if isinstance(sample, Sample) and sample.captions]
-    lost = [sample.reason.value for sample in samples if isinstance(sample, SampleProblem)]
-    labels = np.array([-1 if sample.label is None else sample.label for sample in good], dtype=np.int64)
-    return None, [sample.captions[0] for sample in good], labels, lost
+def _pictured(reader: IndexReader, ordinals: U64, size: int) -> _Shown:
+    decoded = decode_samples(reader, ordinals, size)
+    texts = [captions[0] for captions, good in zip(decoded.captions, decoded.good, strict=True) if good and captions]
+    return decoded.images, texts, decoded.labels[decoded.good], [reason for reason in decoded.reasons if reason is not None]
+
+
+def _texts(reader: IndexReader, ordinals: U64) -> _Shown:
+    """Where no picture is shown none is needed."""
+    good, lost = list[Sample](), list[str]()
+    for sample in reader.read(ordinals):
+        if isinstance(sample, Sample) and sample.captions:
+            good.append(sample)
+        else:
+            lost.append((sample.reason if isinstance(sample, SampleProblem) else Reason.NO_TEXT).value)
+    return None, [sample.captions[0] for sample in good], np.array([sample.label for sample in good], dtype=np.int64), lost

@@ -38,9 +38,9 @@ def draw_negatives(
     """
     other = texts[own][:, None] != texts
     found = other.any(dim=1)
-    logits = torch.where(other | ~found[:, None], logits.to(torch.promote_types(logits.dtype, torch.float32)), -torch.inf)
-    by_chance = torch.where(torch.isinf(logits), logits, 0.0).softmax(dim=1)
-    shares = (hard * logits.softmax(dim=1) + (1 - hard) * by_chance).cumsum(dim=1)
+    allowed = other | ~found[:, None]
+    logits = torch.where(allowed, logits.to(torch.promote_types(logits.dtype, torch.float32)), -torch.inf)
+    shares = (hard * logits.softmax(dim=1) + (1 - hard) * allowed / allowed.sum(dim=1, keepdim=True)).cumsum(dim=1)
     rows = torch.searchsorted(shares, draws[:, None].to(shares.dtype) * shares[:, -1:], right=True)
     return Negatives(rows[:, 0].clamp(max=logits.shape[1] - 1), found)
 

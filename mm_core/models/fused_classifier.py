@@ -54,8 +54,14 @@ class ClassHead(nn.Module):
         super().__init__()
         width: int = config.multimodal_config.hidden_size
         self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, num_classes))
-        self.num_classes, self.sides = num_classes, sides
+        self.sides = sides
         self.register_buffer("shown", torch.tensor([[*Sides].index(sides)]))  # so that a bundle knows
+
+    @property
+    def num_classes(self) -> int:
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear), "made above"
+        return last.out_features
 
     def forward(self, token: Float[Tensor, "b d"]) -> Float[Tensor, "b c"]:
         logits: Tensor = self.layers(token)
@@ -82,6 +88,8 @@ class FusedClassifier(Fused):
     def forward(self, batch: LabelledBatch | FusedBatch | ImageTextBatch) -> Any:
         """A `ClassOutput` of labelled samples; of others what `Fused` gives."""
         if isinstance(batch, LabelledBatch):
+            shown = {"image": batch.images, "text": batch.input_ids}
+            assert {name for name, side in shown.items() if side is not None} == self.head.sides.modalities, "what is read is what it needs"
             return ClassOutput(self.class_logits(batch.images, batch.input_ids))
         return super().forward(batch)
 

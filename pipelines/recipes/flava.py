@@ -14,6 +14,8 @@ from mm_core.schedule import ScheduleConfig
 from pipelines.train.config import CheckpointConfig, DataConfig, TokenizerConfig, TrainRun
 
 _BY_STEP = MixConfig(choice=Choice.STEP)
+_WHOLE = {"mix": MixConfig(), "masking": None}
+"""Of the data where samples are classified: nothing is hidden of them."""
 
 
 def flava_tiny() -> TrainRun:
@@ -61,16 +63,18 @@ def flava_base() -> TrainRun:
 
 def flava_tiny_classify() -> TrainRun:
     """`flava-tiny`, fine-tuned with `--init` to classify pairs: by the answer to a question, or whether a caption is true."""
-    return TrainRun(
-        recipe="flava-tiny-classify",
-        model=models.flava_tiny(),
-        objective=ClassifyConfig(),
-        data=DataConfig(chunk=16, augment=AugmentConfig(crop_area=(0.9, 1.0))),
-        optimizer=OptimizerConfig(lr=5e-4, weight_decay=0.1),
-        schedule=ScheduleConfig(warmup_steps=50),
-        steps=600,
-        global_batch_size=64,
-        checkpoint=CheckpointConfig(every_steps=200),
+    base = flava_tiny()
+    return base.model_copy(
+        update={
+            "recipe": "flava-tiny-classify",
+            "objective": ClassifyConfig(),
+            "tokenizer": TokenizerConfig(),
+            "data": base.data.model_copy(update=_WHOLE),
+            "optimizer": OptimizerConfig(lr=5e-4, weight_decay=0.1),
+            "schedule": ScheduleConfig(warmup_steps=50),
+            "steps": 600,
+            "checkpoint": CheckpointConfig(every_steps=200),
+        }
     )
 
 
@@ -80,14 +84,17 @@ def flava_base_classify() -> TrainRun:
     Batch, rate, decay and epochs are ViLT's (Kim et al. 2021, arXiv 2102.03334, section 4.2). What differs: one answer is right, by
     cross-entropy, where ViLT scores several; the head learns at the rate of the rest.
     """
-    return TrainRun(
-        recipe="flava-base-classify",
-        model=models.flava_base().model_copy(update={"codebook_source": None}),
-        objective=ClassifyConfig(num_classes=3129),
-        data=DataConfig(chunk=32),
-        optimizer=OptimizerConfig(lr=1e-4, beta2=0.999, eps=1e-8, weight_decay=0.01),
-        schedule=ScheduleConfig(warmup_steps=1_700),
-        steps=17_000,
-        global_batch_size=256,
-        checkpoint=CheckpointConfig(every_steps=1000),
+    base = flava_base()
+    return base.model_copy(
+        update={
+            "recipe": "flava-base-classify",
+            "model": base.model.model_copy(update={"codebook_source": None}),
+            "objective": ClassifyConfig(num_classes=3129),
+            "tokenizer": TokenizerConfig(),
+            "data": base.data.model_copy(update=_WHOLE | {"chunk": 32, "run_length": 1}),
+            "optimizer": OptimizerConfig(lr=1e-4, beta2=0.999, eps=1e-8, weight_decay=0.01),
+            "schedule": ScheduleConfig(warmup_steps=1_700),
+            "steps": 17_000,
+            "global_batch_size": 256,
+        }
     )

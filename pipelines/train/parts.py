@@ -141,20 +141,17 @@ def check_parts(run: TrainRun) -> None:
         ConfigError: as `wrapped`, and sizes that do not fit one another; nothing is allocated.
     """
     wrapped(run, outline(run.model))
-    if run.data.masking is not None and (run.data.augment.views, run.data.captions) != (1, 1):
-        raise ConfigError("data.masking hides parts of one view and one text of a sample: leave data.augment.views and data.captions at 1")
     if run.data.masking is not None and not isinstance(run.objective, MultitaskConfig):
         raise ConfigError(f"data.masking hides what objective.kind=multitask predicts, and this is {run.objective.kind}: leave it at null")
-    if isinstance(run.objective, ClassifyConfig):
-        if (run.data.augment.views, run.data.captions) != (1, 1):
-            raise ConfigError(
-                "objective.kind=classify is of one view and one text of a sample: leave data.augment.views and data.captions at 1"
-            )
-        if run.evaluation.every_steps is not None:
-            raise ConfigError(
-                "evaluation.… measures a joint space, which objective.kind=classify does not train: leave evaluation.every_steps at null,"
-                " and look at the bundle with mm eval --classify"
-            )
+    if isinstance(run.objective, MultitaskConfig | ClassifyConfig) and (run.data.augment.views, run.data.captions) != (1, 1):
+        raise ConfigError(
+            f"objective.kind={run.objective.kind} is of one view and one text of a sample: leave data.augment.views and data.captions at 1"
+        )
+    if isinstance(run.objective, ClassifyConfig) and run.evaluation.every_steps is not None:
+        raise ConfigError(
+            "evaluation.… measures a joint space, which objective.kind=classify does not train: leave evaluation.every_steps at null,"
+            " and look at the bundle with mm eval --classify"
+        )
 
 
 def objective_of(run: TrainRun, *, rank: int, teacher: Teaching | None = None, around: Around = nullcontext) -> Objective:

@@ -38,6 +38,7 @@ from mm_core.errors import ConfigError
 CLASSES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 TEMPLATES = ["a picture of a {c}", "a {c}", "a large {c}", "a small {c}", "a {c} on a white background", "a {c} on a black background"]
 MATCHES = ["false", "true"]
+_CLASSNAMES = {"zeroshot": CLASSES, "questions": ANSWERS, "matching": MATCHES}
 _JPEG_QUALITY = 88
 
 
@@ -57,10 +58,13 @@ class SynthConfig(Config):
     )
 
     @property
-    def total(self) -> int:
-        """Samples of all parts."""
-        labelled = [number for number in (self.question_samples, self.matching_samples) if number]
-        return self.samples + self.zeroshot_samples + sum(labelled) + (1 + len(labelled)) * self.heldout_samples
+    def parts(self) -> dict[str, int]:
+        """Samples of each part that is made, by its folder."""
+        found = {"train": self.samples, "heldout": self.heldout_samples}
+        for kind, samples in (("questions", self.question_samples), ("matching", self.matching_samples)):
+            if samples:
+                found |= {f"{kind}/train": samples, f"{kind}/heldout": self.heldout_samples}
+        return {part: samples for part, samples in (found | {"zeroshot": self.zeroshot_samples}).items() if samples}
 
 
 @dataclass(frozen=True)
@@ -127,24 +131,19 @@ def _write_all(shards: list[_Shard], config: SynthConfig, workers: int) -> Itera
 
 def _layout(out: Path, config: SynthConfig) -> list[_Shard]:
     shards = []
-    parts = {"train": config.samples, "heldout": config.heldout_samples}
-    for kind, samples, names in (("questions", config.question_samples, ANSWERS), ("matching", config.matching_samples, MATCHES)):
-        if samples:
-            parts |= {f"{kind}/train": samples, f"{kind}/heldout": config.heldout_samples}
-            (out / kind).mkdir(parents=True)
-            (out / kind / "classnames.txt").write_text("\n".join(names) + "\n")
-    for part, samples in parts.items():
-        if samples:
+    for part, samples in config.parts.items():
+        kind = part.partition("/")[0]
+        if part == "zeroshot":
+            (out / part / "test").mkdir(parents=True)
+            (out / part / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+            (out / part / "test" / "nshards.txt").write_text("1")
+            shards.append(_Shard(out / part / "test" / "0.tar", part, 0, samples))
+        else:
             (out / part).mkdir(parents=True)
-        for number, first in enumerate(range(0, samples, config.samples_per_shard)):
-            shards.append(_Shard(out / part / f"{number:05d}.tar", part, first, min(samples, first + config.samples_per_shard)))
-    if config.zeroshot_samples:
-        folder = out / "zeroshot"
-        (folder / "test").mkdir(parents=True)
-        (folder / "classnames.txt").write_text("\n".join(CLASSES) + "\n")
-        (folder / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
-        (folder / "test" / "nshards.txt").write_text("1")
-        shards.append(_Shard(folder / "test" / "0.tar", "zeroshot", 0, config.zeroshot_samples))
+            for number, first in enumerate(range(0, samples, config.samples_per_shard)):
+                shards.append(_Shard(out / part / f"{number:05d}.tar", part, first, min(samples, first + config.samples_per_shard)))
+        if kind in _CLASSNAMES:
+            (out / kind / "classnames.txt").write_text("\n".join(_CLASSNAMES[kind]) + "\n")
     return shards
 
 

@@ -323,7 +323,7 @@ def _holds_of(caption: str, truth: dict[str, Any]) -> bool:
 def test_questions_and_claims_are_of_the_scenes_and_their_classes_are_right(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"samples": 60, "heldout_samples": 20, "question_samples": 60, "matching_samples": 60})
     paths = write_corpus(tmp_path / "corpus", config)
-    assert sum(len(_read(path)) for path in paths) == config.total
+    assert sum(len(_read(path)) for path in paths) == sum(config.parts.values())
     for part in ("train", "heldout"):
         scenes, asked, claimed = (_samples(tmp_path / "corpus" / folder / part) for folder in ("", "questions", "matching"))
         claims = Counter[str]()
