@@ -173,8 +173,8 @@ def feed_rows() -> Iterator[tuple[str, str, str]]:
     yield both("prefixes of S3 for that", [f"{math.ceil(rate * REQUESTS.value / PREFIX_GETS.value)}" for rate in rates])
     yield both("GETs/s, three tenths kept", [f"{rate * REQUESTS_KEPT.value:,.0f}" for rate in rates])
     config = StreamConfig()
-    held = GPUS_PER_NODE * config.ahead_blocks * config.block_bytes
-    yield both("object store of a node", [size(held)] * 2)
+    held = [config.blocks_ahead(rate.value / DECODED.value) * config.block_bytes for rate in (B32_RATE, L14_RATE)]
+    yield both("object store of a node", [size(GPUS_PER_NODE * each) for each in held])
 
 
 def failure_rows() -> Iterator[tuple[str, ...]]:

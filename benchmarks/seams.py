@@ -13,7 +13,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmarks.loader import BATCH, RANKS, WARM_UP, make_spec, ours
+from benchmarks.loader import CHUNK, RANKS, WARM_UP, make_spec, ours
 from pipelines.index import build_index
 from pipelines.session import ray_session
 from pipelines.shards import expand_shards
@@ -32,10 +32,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ray_session():
         spec = make_spec(build_index(expand_shards(arguments.shards), str(Path(folder) / "index")), arguments.size)
         runs = [(ours(spec, arguments.images, seams), ours(spec, arguments.images, none)) for _ in range(arguments.runs)]
-    steps = seams.steps_per_block(BATCH // RANKS * row_bytes(1, arguments.size, *spec.text_shape))
+    chunks = arguments.images // CHUNK // RANKS * (WARM_UP - 1) // WARM_UP
     result = {
         "benchmark": "seams",
-        "seams_of_a_rank": arguments.images // BATCH * (WARM_UP - 1) // WARM_UP // steps // arguments.blocks,
+        "seams_of_a_rank": chunks // seams.chunks_per_block(CHUNK * row_bytes(1, arguments.size, *spec.text_shape)) // arguments.blocks,
         "images_per_s_with_seams": round(statistics.median(run[0] for run in runs)),
         "without": round(statistics.median(run[1] for run in runs)),
         "ratio": round(statistics.median(run[0] / run[1] for run in runs), 3),

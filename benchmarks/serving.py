@@ -54,6 +54,7 @@ from serve.run import look_at, start
 
 _WORDS = ["a", "photo", "of", "two", "small", "red", "circles", "and", "one", "large", "blue", "square", "on", "a", "white", "background"]
 _BATCHES = (1, 8, 16, 32, 64)
+_GPU_BATCHES = (32, 128, 512)
 _MODEL = "served"
 _CALLERS = {1: 48, 32: 6}
 """Who together keep it busy, by the inputs of a call."""
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="clip-vit-b32")
     parser.add_argument("--seconds", type=float, default=20, help="of each throughput, and a sixth of the longer trials")
     parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--gpus", type=float, default=0, help="of each copy, and one of the model alone")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of mm serve")
@@ -99,10 +101,13 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         register_bundle(tracking, name=_MODEL, bundle_folder=made(options.recipe, folder / f"bundle-{seed}", seed), alias="champion")
     registry = RegistryModels(tracking)
     open_client(tracking).set_registered_model_alias(_MODEL, "champion", "1")
-    compute = Compute(replicas=options.replicas, precision=Precision(options.precision), compile=options.compile)
+    compute = Compute(
+        replicas=options.replicas, gpus_per_replica=options.gpus, precision=Precision(options.precision), compile=options.compile
+    )
     config, _ = resolve(ServeConfig(port=free_port(), compute=compute), environment={}, overrides=options.set)
     server = start(look_at(wanted_models([f"{_MODEL}=models:/{_MODEL}@champion"], ()), config, registry))
-    bench = Bench(server.url, load_bundle(folder / "bundle-0"), registry, folder, config, options.seconds)
+    bundle = load_bundle(folder / "bundle-0", device="cuda" if options.gpus else "cpu")
+    bench = Bench(server.url, bundle, registry, folder, config, options.seconds)
     try:
         for part in options.parts.split(","):
             print(json.dumps({"part": part} | PARTS[part](bench)), flush=True)
@@ -142,17 +147,18 @@ def bodies(kind: str, inputs: int, count: int = 16, **more: Any) -> list[bytes]:
 def direct(bundle: Bundle, kind: str, seconds: float) -> tuple[float, int]:
     """Inputs/s of the model alone, decoding and tokenising included, and the batch size that gave it."""
     torch.set_num_threads(os.cpu_count() or 1)
-    photos, texts = [photo(i) for i in range(max(_BATCHES))], [text(i) for i in range(max(_BATCHES))]
+    batches = _BATCHES if bundle.device.type == "cpu" else _GPU_BATCHES
+    photos, texts = [photo(i) for i in range(max(batches))], [text(i) for i in range(max(batches))]
     rates = {}
     with ThreadPoolExecutor(os.cpu_count()) as threads, torch.inference_mode():
-        for batch in _BATCHES:
+        for batch in batches:
             done, started = 0, time.perf_counter()
-            while (took := time.perf_counter() - started) < seconds / len(_BATCHES):
+            while (took := time.perf_counter() - started) < seconds / len(batches):
                 if kind == "image":
                     bundle.image_features(np.stack(list(threads.map(lambda d: decode_centre(d, bundle.image_size), photos[:batch]))))
                 else:
                     ids, lengths = bundle.tokenise.with_lengths(texts[:batch])
-                    bundle.towers.text_features(torch.from_numpy(ids[:, : lengths.max()]).long())
+                    bundle.towers.text_features(torch.from_numpy(ids[:, : lengths.max()]).long().to(bundle.device)).cpu()
                 done += batch
             rates[done / took] = batch
     return max(rates), rates[max(rates)]

@@ -1,21 +1,23 @@
 """The stream of one rank: a Ray Data dataset made in the Train worker from the data cursor, in strict order, without end.
 
 Guarantees: rank r of n receives, for each global step, exactly the chunks the plan gives it, in order, or `StreamOrderError`.
-A block is one read task: this rank's chunks of one or more steps. The order runs in segments of a bounded number of blocks, so the
-task list stays small; the next segment is opened before the last ends.
+A block is one read task: some of this rank's chunks, part of a step or several steps. The order runs in segments of a bounded number of
+blocks, so the task list stays small; the next segment is opened before the last ends.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +38,9 @@ from pipelines import exported
 from pipelines.causes import own_error
 
 logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+_FEWEST_AHEAD = 4
+_SEGMENTS_AHEAD = 16
 _REST_S = 0.02
 _WORKING_ROUNDS = 5
 
@@ -43,14 +48,27 @@ _WORKING_ROUNDS = 5
 class StreamConfig(Config):
     """How far the stream reads ahead, and what it may use."""
 
-    block_bytes: int = Field(default=64 << 20, gt=0, description="Decoded bytes of one block, at most (one step at least).")
-    segment_blocks: int = Field(default=64, gt=0, description="Read tasks planned at a time.")
-    ahead_blocks: int = Field(default=4, gt=0, description="Blocks decoded ahead of the training loop and held in the object store.")
+    block_bytes: int = Field(default=64 << 20, gt=0, description="Decoded bytes of one block, at most (one chunk at least).")
+    segment_blocks: int | None = Field(default=None, gt=0, description="Read tasks planned at a time; by default 16 times those ahead.")
+    ahead_blocks: int | None = Field(
+        default=None,
+        gt=0,
+        description="Blocks being decoded and held in the object store ahead of the training loop; by default two for each CPU that"
+        " reads, and four at least.",
+    )
     cpus_per_rank: float | None = Field(default=None, gt=0, description="CPUs for reading, per rank; by default an equal share of all.")
 
-    def steps_per_block(self, step_bytes: int) -> int:
-        """How many steps a block holds, once the stream is under way, of `step_bytes` decoded bytes of this rank each."""
-        return max(1, self.block_bytes // max(1, step_bytes))
+    def chunks_per_block(self, chunk_bytes: int) -> int:
+        """How many chunks of `chunk_bytes` decoded bytes a block holds, once the stream is under way."""
+        return max(1, self.block_bytes // max(1, chunk_bytes))
+
+    def blocks_ahead(self, cpus: float) -> int:
+        """Each CPU's own block, and as many that are decoded and wait: for the loop, or for one before them."""
+        return self.ahead_blocks or max(_FEWEST_AHEAD, 2 * math.ceil(cpus))
+
+    def blocks_planned(self, cpus: float) -> int:
+        """Of a segment, of which the last are read while the next one opens."""
+        return self.segment_blocks or _SEGMENTS_AHEAD * self.blocks_ahead(cpus)
 
 
 @dataclass(frozen=True)
@@ -61,11 +79,20 @@ class Share:
     world_size: int
     chunks_per_step: int
 
+    @property
+    def chunks(self) -> range:
+        """Which of a step's chunks are this rank's."""
+        return rank_chunks(self.chunks_per_step, self.rank, self.world_size)
+
     def positions(self, step: int, chunk: int) -> NDArray[np.uint64]:
         """The plan's positions of this rank at a global step."""
-        chunks = rank_chunks(self.chunks_per_step, self.rank, self.world_size)
-        first = (step * self.chunks_per_step + chunks.start) * chunk
-        return np.arange(first, first + len(chunks) * chunk, dtype=np.uint64)
+        return self.positions_of(range(step * len(self.chunks), (step + 1) * len(self.chunks)), chunk)
+
+    def positions_of(self, chunks: range, chunk: int) -> NDArray[np.uint64]:
+        """The plan's positions of this rank's `chunks`, counted from its first of step 0 on."""
+        steps, within = np.divmod(np.arange(chunks.start, chunks.stop), len(self.chunks))
+        firsts = (steps * self.chunks_per_step + self.chunks.start + within) * chunk
+        return (firsts[:, None] + np.arange(chunk)).reshape(-1).astype(np.uint64)
 
 
 @dataclass(frozen=True)
@@ -121,36 +148,33 @@ def stream(spec: ReadSpec, share: Share, *, first_step: int, last_step: int, con
         StreamOrderError: a block is not the one that the plan puts next.
         DataError: from the reader, where nothing of a chunk can be used.
     """
-    segments = _segments(spec, share, first_step, last_step, config)
+    segments = _segments(spec, share, first_step, last_step, config, cpus)
     spec_ref = ray.put(spec)
-    blocks = _opened_ahead(segments, lambda segment: _open(spec, spec_ref, share, segment, config, cpus))
+    start = partial(_open, spec, spec_ref, share, config, cpus)
+    # Where a step is several blocks, joining them copies it: a thread does, while the loop takes the step before.
+    batches = _Ahead(lambda: _steps(spec, share, _opened_ahead(segments, start, config.blocks_ahead(cpus)), first_step), ahead=1)
     step = first_step
-    for block in blocks:
-        for batch in _split(spec, share, block, step):
+    try:
+        for batch in batches:
             yield batch
             step += 1
+    finally:
+        batches.stop()
     if step != last_step:
         raise StreamOrderError(f"the stream ended at step {step}, {last_step} were planned")
 
 
-@dataclass(frozen=True)
-class _Block:
-    """A read task's work: steps [first, last)."""
-
-    first: int
-    last: int
-
-
-def _segments(spec: ReadSpec, share: Share, first: int, last: int, config: StreamConfig) -> Iterator[list[_Block]]:
-    """The blocks of the run, a segment at a time. Early blocks are one step each, so the first batch comes soon."""
-    step_bytes = len(share.positions(first, spec.plan.chunk)) * _row_bytes(spec)
-    steps_per_block = config.steps_per_block(step_bytes)
-    blocks: list[_Block] = []
+def _segments(spec: ReadSpec, share: Share, first: int, last: int, config: StreamConfig, cpus: float) -> Iterator[list[range]]:
+    """The blocks of the steps [first, last), a segment at a time: each the rank's chunks that one task reads. A block is part of a step
+    or several, so that all CPUs read however long a step is. Early blocks are short, so that the first batch comes soon."""
+    most = config.chunks_per_block(spec.plan.chunk * _row_bytes(spec))
+    begin, end = first * len(share.chunks), last * len(share.chunks)
+    blocks: list[range] = []
     length = 1
-    while first < last:
-        blocks.append(_Block(first, min(first + length, last)))
-        first, length = blocks[-1].last, min(length * 2, steps_per_block)
-        if len(blocks) == config.segment_blocks:
+    while begin < end:
+        blocks.append(range(begin, min(begin + length, end)))
+        begin, length = blocks[-1].stop, min(length * 2, most)
+        if len(blocks) == config.blocks_planned(cpus):
             yield blocks
             blocks = []
     if blocks:
@@ -169,7 +193,7 @@ def _row_bytes(spec: ReadSpec) -> int:
 class _SegmentSource(Datasource):
     """The blocks of one segment as Ray Data read tasks."""
 
-    def __init__(self, spec: ReadSpec, spec_ref: ray.ObjectRef, share: Share, blocks: list[_Block]) -> None:
+    def __init__(self, spec: ReadSpec, spec_ref: ray.ObjectRef, share: Share, blocks: list[range]) -> None:
         super().__init__()
         self._spec, self._spec_ref, self._share, self._blocks = spec, spec_ref, share, blocks
 
@@ -188,17 +212,16 @@ class _SegmentSource(Datasource):
             tasks.append(ReadTask(_read_block(self._spec_ref, self._spec.plan.fingerprint, self._share, block), metadata))
         return tasks
 
-    def _rows(self, block: _Block) -> int:
-        return len(self._share.positions(block.first, self._spec.plan.chunk)) * (block.last - block.first)
+    def _rows(self, block: range) -> int:
+        return len(block) * self._spec.plan.chunk
 
 
-def _read_block(spec_ref: ray.ObjectRef, fingerprint: str, share: Share, block: _Block) -> Any:
+def _read_block(spec_ref: ray.ObjectRef, fingerprint: str, share: Share, block: range) -> Any:
     """A read function. The spec travels as a reference: it is fetched once per process, not once per task."""
 
     def read() -> Iterator[pa.Table]:
         reader, began = _reader(_Fetch(spec_ref, fingerprint)), time.monotonic()
-        chunk = reader.spec.plan.chunk
-        rows = reader.read(np.concatenate([share.positions(step, chunk) for step in range(block.first, block.last)]))
+        rows = reader.read(share.positions_of(block, reader.spec.plan.chunk))
         _count(rows, time.monotonic() - began)
         yield rows
 
@@ -251,7 +274,7 @@ class _Rest(ExecutionCallback):
 
 
 def _open(
-    spec: ReadSpec, spec_ref: ray.ObjectRef, share: Share, blocks: list[_Block], config: StreamConfig, cpus: float
+    spec: ReadSpec, spec_ref: ray.ObjectRef, share: Share, config: StreamConfig, cpus: float, blocks: list[range]
 ) -> Iterator[pa.Table]:
     """Start a segment's dataset and return its blocks as they come."""
     context = ray.data.DataContext.get_current().copy()
@@ -260,8 +283,10 @@ def _open(
     context.execution_options.preserve_order = True
     # Without a bound on memory Ray Data decodes ahead until half the object store is full: gigabytes, lost at every restart, and on a
     # CPU taken from the training that runs beside it.
+    # A limit below what the tasks in flight will make keeps CPUs idle: each counts as a block.
+    memory = config.blocks_ahead(cpus) * max(config.block_bytes, spec.plan.chunk * _row_bytes(spec))
     limits = context.execution_options.resource_limits
-    context.execution_options.resource_limits = limits.copy(cpu=cpus, object_store_memory=config.ahead_blocks * config.block_bytes)
+    context.execution_options.resource_limits = limits.copy(cpu=cpus, object_store_memory=memory)
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Rest]
     with ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(
@@ -273,39 +298,33 @@ def _open(
     return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
 
 
-_LOOKAHEAD_BLOCKS = 4
-"""A segment is opened when the one before it has this many blocks left: a first block took 0.5 to 4 s on a busy machine."""
+class _Ahead(Generic[Item]):
+    """Items of an iterator that a thread pulls, a few before they are asked for: Ray Data, too, works only while it is pulled."""
 
-
-class _Segment:
-    """One segment being read: a thread pulls its blocks, as Ray Data works only while it is pulled."""
-
-    def __init__(self, blocks: list[_Block], start: Callable[[list[_Block]], Iterator[pa.Table]]) -> None:
-        self.blocks = len(blocks)
-        self._queue: queue.Queue[pa.Table | BaseException] = queue.Queue(maxsize=2)
+    def __init__(self, items: Callable[[], Iterator[Item]], ahead: int) -> None:
+        self._queue: queue.Queue[Item | _End] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
-        threading.Thread(target=self._run, args=(blocks, start), name="mm-stream", daemon=True).start()
+        threading.Thread(target=self._run, args=(items,), name="mm-stream", daemon=True).start()
 
-    def __iter__(self) -> Iterator[pa.Table]:
-        for _ in range(self.blocks):
-            item = self._queue.get()
-            if isinstance(item, BaseException):
-                raise item
+    def __iter__(self) -> Iterator[Item]:
+        while not isinstance(item := self._queue.get(), _End):
             yield item
+        if item.error is not None:
+            raise item.error
 
     def stop(self) -> None:
         self._stop.set()
 
-    def _run(self, blocks: list[_Block], start: Callable[[list[_Block]], Iterator[pa.Table]]) -> None:
+    def _run(self, items: Callable[[], Iterator[Item]]) -> None:
         try:
-            for block in start(blocks):
-                if not self._put(block):
+            for item in items():
+                if not self._put(item):
                     return
-            self._put(StreamOrderError("a segment of the stream ended before all its blocks came"))
+            self._put(_End())
         except BaseException as error:
-            self._put(own_error(error) or error)
+            self._put(_End(own_error(error) or error))
 
-    def _put(self, item: pa.Table | BaseException) -> bool:
+    def _put(self, item: Item | _End) -> bool:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.5)
@@ -315,48 +334,61 @@ class _Segment:
         return False
 
 
-def _opened_ahead(segments: Iterator[list[_Block]], start: Callable[[list[_Block]], Iterator[pa.Table]]) -> Iterator[pa.Table]:
-    """The blocks of all segments in a row, each segment opened before the one ahead of it ends."""
-    current = next(segments, None)
-    reading = _Segment(current, start) if current else None
-    following: _Segment | None = None
+@dataclass(frozen=True)
+class _End:
+    """Of what a thread pulls."""
+
+    error: BaseException | None = None
+
+
+def _opened_ahead(segments: Iterator[list[range]], start: Callable[[list[range]], Iterator[pa.Table]], ahead: int) -> Iterator[pa.Table]:
+    """The blocks of all segments in a row, each segment opened when the one before it has as many blocks left as are read ahead: its last
+    are under way then, and CPUs would idle. A first block took 0.5 to 4 s on a busy machine."""
+
+    def opened() -> tuple[int, _Ahead[pa.Table]] | None:
+        blocks = next(segments, None)
+        return (len(blocks), _Ahead(partial(start, blocks), ahead=2)) if blocks else None
+
+    reading, following = opened(), None
     try:
         while reading is not None:
-            following = None
-            for delivered, block in enumerate(reading, 1):
-                if following is None and delivered >= reading.blocks - _LOOKAHEAD_BLOCKS:
-                    coming = next(segments, None)
-                    following = _Segment(coming, start) if coming else None
-                yield block
+            (blocks, tables), following, delivered = reading, None, 0
+            for delivered, table in enumerate(islice(tables, blocks), 1):  # not waiting for what else ends a dataset
+                if following is None and delivered >= blocks - ahead:
+                    following = opened()
+                yield table
+            if delivered < blocks:
+                raise StreamOrderError("a segment of the stream ended before all its blocks came")
             reading = following
     finally:
         for segment in (reading, following):
             if segment is not None:
-                segment.stop()
+                segment[1].stop()
 
 
-def _split(spec: ReadSpec, share: Share, block: pa.Table, step: int) -> Iterator[StepBatch]:
-    """A block's steps, each checked against the plan."""
-    size = spec.image_size
-    while block.num_rows:
-        expected = share.positions(step, spec.plan.chunk)
-        rows = block.slice(0, len(expected))
-        positions = rows["position"].to_numpy()
-        if not np.array_equal(positions, expected):
-            raise StreamOrderError(
-                f"rank {share.rank} at step {step} expected positions {expected[:1]}… and received {positions[:1]}… ({len(positions)} rows)"
+def _steps(spec: ReadSpec, share: Share, blocks: Iterator[pa.Table], step: int) -> Iterator[StepBatch]:
+    """The blocks' steps from `step` on, each checked against the plan."""
+    size, length = spec.image_size, len(share.chunks) * spec.plan.chunk
+    held: list[pa.Table] = []
+    for block in blocks:
+        held.append(block)
+        while sum(table.num_rows for table in held) >= length:
+            table = held[0] if len(held) == 1 else pa.concat_tables(held)
+            rows, rest = table.slice(0, length), table.slice(length)
+            held = [rest] if rest.num_rows else []
+            expected, positions = share.positions(step, spec.plan.chunk), rows["position"].to_numpy()
+            if not np.array_equal(positions, expected):
+                raise StreamOrderError(f"rank {share.rank} at step {step} expected positions {expected[:1]}… and received {positions[:1]}…")
+            yield StepBatch(
+                step=step,
+                images=rows_of(rows["image"], (spec.augment.views, size, size, 3), np.uint8),
+                input_ids=rows_of(rows["input_ids"], spec.text_shape, np.int32),
+                positions=positions,
+                rows=rows.select(["source", "epoch", "uid", "replaced", "replaced_shard"]),
+                masks=None if spec.masking is None else _masks(rows, spec),
+                labels=rows["label"].to_numpy() if spec.labels else None,
             )
-        yield StepBatch(
-            step=step,
-            images=rows_of(rows["image"], (spec.augment.views, size, size, 3), np.uint8),
-            input_ids=rows_of(rows["input_ids"], spec.text_shape, np.int32),
-            positions=positions,
-            rows=rows.select(["source", "epoch", "uid", "replaced", "replaced_shard"]),
-            masks=None if spec.masking is None else _masks(rows, spec),
-            labels=rows["label"].to_numpy() if spec.labels else None,
-        )
-        block = block.slice(len(expected))
-        step += 1
+            step += 1
 
 
 def _masks(rows: pa.Table, spec: ReadSpec) -> StepMasks:

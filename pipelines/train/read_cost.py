@@ -65,11 +65,11 @@ def read_cost(data: RunData, run: TrainRun, *, blocks: int = _BLOCKS) -> ReadCos
     plan, chunks = data.plan(run), chunks_per_step(run.global_batch_size, run.data.chunk, run.resources.workers)
     share = Share(0, run.resources.workers, chunks)
     texts = (0, 0) if isinstance(run.model, DvaeConfig) else (run.data.captions, run.model.context_length)
-    step_bytes = len(share.positions(0, run.data.chunk)) * row_bytes(run.data.augment.views, run.model.image_size, *texts)
-    steps = run.stream.steps_per_block(step_bytes)
+    each = run.stream.chunks_per_block(run.data.chunk * row_bytes(run.data.augment.views, run.model.image_size, *texts))
+    end = run.steps * len(share.chunks)
     samples = requests = read = needed = 0
-    for first in np.unique(np.linspace(0, max(0, run.steps - steps), blocks).astype(int) // steps * steps).tolist():
-        positions = np.concatenate([share.positions(step, run.data.chunk) for step in range(first, min(first + steps, run.steps))])
+    for first in np.unique(np.linspace(0, max(0, end - each), blocks).astype(int) // each * each).tolist():
+        positions = share.positions_of(range(first, min(first + each, end)), run.data.chunk)
         places = plan.locate(positions)
         samples += len(positions)
         for source, (reader, kept) in enumerate(zip(readers, data.kept, strict=True)):

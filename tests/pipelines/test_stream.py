@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import tarfile
+import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 
+import pipelines.stream
 from mm_core.data.augment import AugmentConfig
 from mm_core.data.index import Index
 from mm_core.data.ledger import Source, compile_kept
@@ -19,7 +24,7 @@ from mm_core.data.split import write_ledger
 from mm_core.errors import DataError, StreamOrderError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from pipelines.index import build_index
-from pipelines.stream import Share, StepBatch, StreamConfig, _split, stream
+from pipelines.stream import Share, StepBatch, StreamConfig, _steps, stream
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -166,12 +171,56 @@ def test_shards_that_are_gone_stop_the_stream_with_one_clear_error(corpus: Path,
     assert "moved or changed since it was indexed" in str(caught.value.cause)
 
 
+@ray.remote(num_cpus=0)
+def reads_at_once(spec: ReadSpec, cpus: int, folder: Path) -> int:
+    """The most blocks that were being read at a time, each half a second, where a step is five of them."""
+    whole = pipelines.stream._read_block
+
+    def slow(*arguments: Any) -> Callable[[], Iterator[pa.Table]]:
+        read = whole(*arguments)
+
+        def watched() -> Iterator[pa.Table]:
+            began = time.time()
+            time.sleep(0.5)
+            yield from read()
+            (folder / f"{began}").write_text(str(time.time()))
+
+        return watched
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines.stream, "_read_block", slow)
+        config = StreamConfig(block_bytes=1)
+        list(stream(spec, Share(0, 1, CHUNKS), first_step=0, last_step=8, config=config, cpus=cpus))
+    spans = [(float(path.name), float(path.read_text())) for path in folder.iterdir()]
+    assert len(spans) == 8 * CHUNKS
+    return max(sum(began <= moment < ended for began, ended in spans) for moment, _ in spans)
+
+
+@pytest.mark.parametrize("cpus", [1, 4])
+def test_all_cpus_of_a_rank_read_however_long_a_step_is(cpus: int, spec: ReadSpec, tmp_path: Path) -> None:
+    assert ray.get(reads_at_once.remote(spec, cpus, tmp_path)) == cpus
+
+
+def test_a_step_that_is_read_in_parts_is_the_same(spec: ReadSpec) -> None:
+    """Blocks of a chunk, of seven chunks and of all, where a step is five."""
+    share, whole = Share(0, 1, CHUNKS), PlanReader(spec).read(np.arange(STEPS * CHUNKS * CHUNK, dtype=np.uint64))
+    expected = list(_steps(spec, share, iter([whole]), 0))
+    assert len(expected) == STEPS
+    for chunks in (1, 7):
+        blocks = (whole.slice(first, chunks * CHUNK) for first in range(0, len(whole), chunks * CHUNK))
+        for found, step in zip(_steps(spec, share, blocks, 0), expected, strict=True):
+            assert found.step == step.step
+            assert found.rows.equals(step.rows)
+            for name in ("images", "input_ids", "positions"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(step, name))
+
+
 def test_a_block_out_of_order_is_an_error(spec: ReadSpec) -> None:
     share = Share(0, 1, CHUNKS)
     block = PlanReader(spec).read(share.positions(1, CHUNK))
-    assert next(_split(spec, share, block, 1)).step == 1
+    assert next(_steps(spec, share, iter([block]), 1)).step == 1
     with pytest.raises(StreamOrderError, match="step 0 expected positions"):
-        next(_split(spec, share, block, 0))
+        next(_steps(spec, share, iter([block]), 0))
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from mm_core.distributed import GlobalBatch
 from mm_core.losses.contrastive import contrastive_loss
 from mm_core.models.clip import ClipConfig
+from mm_core.models.codebook import CodebookSizes
 from mm_core.models.family import ModelConfig, build_model
+from mm_core.models.flava import FlavaConfig
+from mm_core.models.fused import Fused
+from mm_core.models.fused_batch import MaskedImages, MaskedTexts, PairBatch
 from mm_core.models.siglip import SiglipConfig
 from mm_core.models.sizes import SpecialTokens, TowerConfig
 from mm_core.models.two_tower import ImageTextBatch, TwoTower
 from mm_core.objectives.config import ObjectiveConfig, ObjectiveKind
 from mm_core.objectives.contrastive import build_objective
+from mm_core.objectives.multitask import MultitaskConfig, MultitaskObjective
 from mm_core.optim import OptimizerConfig, build_optimizer
 from mm_core.schedule import ScheduleConfig
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint
@@ -36,6 +42,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 TOWER = TowerConfig(width=64, layers=2, heads=2)
 SIZES: dict[str, Any] = {"image_size": 32, "patch_size": 8, "context_length": 12, "vocab_size": 96, "vision": TOWER, "text": TOWER}
 CLIP, SIGLIP = ClipConfig(embed_dim=32, **SIZES), SiglipConfig(embed_dim=64, **SIZES)
+FLAVA = FlavaConfig(embed_dim=32, text_positions=12, fusion=TOWER, codebook=CodebookSizes(width=4, blocks_per_group=1, entries=9), **SIZES)
 SAMPLES, STEPS = 24, 3
 
 
@@ -55,6 +62,19 @@ def batch_on(device: str, samples: int = SAMPLES) -> ImageTextBatch:
     return ImageTextBatch(images.to(device), input_ids.to(device))
 
 
+def pairs_on(device: str) -> PairBatch:
+    """With two patches of five and every third word hidden."""
+    batch = batch_on("cpu")
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand(SAMPLES, FLAVA.patches, generator=generator) < 0.4
+    ids = batch.input_ids[:, 0]
+    hidden = torch.rand(ids.shape, generator=generator) < 0.3
+    rows = [each.flatten().nonzero()[:, 0].to(device) for each in (mask, hidden)]
+    images = MaskedImages(batch.images[:, 0].to(device), mask.to(device), rows[0])
+    texts = MaskedTexts(ids.to(device), torch.where(hidden, 1, ids).to(device), rows[1])
+    return PairBatch(images, texts, torch.rand(SAMPLES, generator=generator).to(device), GlobalBatch((SAMPLES,)))
+
+
 def trained(
     device: str,
     config: ModelConfig = CLIP,
@@ -69,7 +89,8 @@ def trained(
     """After some steps: the step, the weights, and each step's loss."""
     torch.manual_seed(0)
     where = torch.device(device, 0) if device == "cuda" else torch.device(device)
-    model = TwoTower(build_model(config, SpecialTokens(bos=3, eos=4, pad=0)))
+    fused = isinstance(config, FlavaConfig)
+    model = (Fused if fused else TwoTower)(build_model(config, SpecialTokens(bos=3, eos=4, pad=0)))
     model.attend_for(where)
     if compiled:
         model.compile_blocks()
@@ -81,8 +102,8 @@ def trained(
     optimizer = OptimizerConfig(lr=1e-3)
     kind = ObjectiveKind.SIGMOID if config.family == "siglip" else ObjectiveKind.CONTRASTIVE
     step = TrainStep(
-        parallelise(model, parallelism, where, clock, blocks=model.blocks()),
-        build_objective(ObjectiveConfig(kind=kind)),
+        parallelise(model, parallelism, where, clock, blocks=model.blocks(), in_parts=model.trains_in_parts),
+        MultitaskObjective(MultitaskConfig()) if fused else build_objective(ObjectiveConfig(kind=kind)),
         build_optimizer(model, optimizer, blocks=model.blocks()),
         optimizer_config=optimizer,
         schedule=ScheduleConfig(warmup_steps=0),
@@ -93,23 +114,26 @@ def trained(
         clock=clock,
         micro_batch_size=micro_batch,
     )
-    losses = [float(sum(step(batch_on(device, samples), number).terms.values())) for number in range(STEPS)]
+    batch = pairs_on(device) if fused else batch_on(device, samples)
+    losses = [float(sum(step(batch, number).terms.values())) for number in range(STEPS)]
     weights = {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu() for name, p in model.named_parameters()}
     return step, weights, losses
 
 
-@pytest.mark.parametrize("config", [CLIP, SIGLIP], ids=["clip", "siglip"])
+HOW: list[dict[str, Any]] = [
+    {},
+    {"checkpointing": True},
+    {"micro_batch": 7},
+    {"compiled": True},
+    {"compiled": True, "checkpointing": True, "micro_batch": 7},
+    {"parallelism": Parallelism.FSDP, "compiled": True},
+]
+
+
 @pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"checkpointing": True},
-        {"micro_batch": 7},
-        {"compiled": True},
-        {"compiled": True, "checkpointing": True, "micro_batch": 7},
-        {"parallelism": Parallelism.FSDP, "compiled": True},
-    ],
-    ids=str,
+    ("config", "how"),
+    [(config, how) for config in (CLIP, SIGLIP, FLAVA) for how in HOW if config is not FLAVA or "micro_batch" not in how],
+    ids=lambda value: value.family if hasattr(value, "family") else str(value),
 )
 def test_the_same_steps_as_on_a_processor(config: ModelConfig, how: dict[str, Any]) -> None:
     _, expected, expected_losses = trained("cpu", config)
