@@ -6,12 +6,21 @@ import socket
 import ssl
 import stat
 import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from cluster.certificates import NodeFiles, make_authority, make_node
 from mm_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from conftest import RunningHead
+
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""With which a client of HTTP/2 begins: this, and settings that change nothing (RFC 9113, 3.4)."""
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +87,32 @@ def test_a_node_under_another_name_is_refused(authority: Path, tmp_path: Path) -
 def test_a_node_of_another_authority_is_refused(authority: Path, tmp_path: Path) -> None:
     make_authority(tmp_path / "other")
     refused(authority, make_node(tmp_path / "other", tmp_path / "a"), tmp_path / "b")
+
+
+def test_a_head_of_ray_answers_nodes_of_its_authority_alone(running_head: RunningHead, tmp_path: Path) -> None:
+    """The real one: its first bytes are HTTP/2's settings, to whom it lets in."""
+    own = NodeFiles(*(Path(running_head.environment[f"RAY_TLS_{name}"]) for name in ("SERVER_CERT", "SERVER_KEY", "CA_CERT")))
+    make_authority(tmp_path / "other")
+    stranger = make_node(tmp_path / "other", tmp_path / "a")
+    nameless = ssl.create_default_context(cafile=str(own.authority))
+
+    assert _answer(running_head, context(own, ssl.Purpose.SERVER_AUTH))[3:4] == b"\x04"
+    assert _answer(running_head, context(NodeFiles(stranger.certificate, stranger.key, own.authority), ssl.Purpose.SERVER_AUTH)) == b""
+    assert _answer(running_head, nameless) == b""
+    assert _answer(running_head, None) == b""
+
+
+def _answer(head: RunningHead, how: ssl.SSLContext | None) -> bytes:
+    """Of the head's GCS to the start of a call; nothing where it hangs up."""
+    with socket.create_connection(("127.0.0.1", int(head.gcs_port)), timeout=10) as plain, suppress(ssl.SSLError, ConnectionError):
+        if how is None:
+            plain.sendall(_PREFACE)
+            return plain.recv(64)
+        how.set_alpn_protocols(["h2"])
+        with how.wrap_socket(plain, server_hostname="127.0.0.1") as asking:
+            asking.sendall(_PREFACE)
+            return asking.recv(64)
+    return b""
 
 
 def test_a_node_cannot_sign_others(authority: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import httpx
 import psutil
 import pytest
 from ray.runtime_env import RuntimeEnv
@@ -189,6 +190,22 @@ def test_the_given_address_wins_and_another_token_is_refused(running_head: Runni
     assert refused.returncode == 1
     assert "asks for a token" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_head_with_a_token_refuses_who_has_none(running_head: RunningHead, tmp_path: Path) -> None:
+    """Over HTTP, by the command line, and a driver that would join."""
+    assert httpx.get(f"{running_head.address}/api/jobs/").status_code == 401
+    variables = {"HOME": str(tmp_path), "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none"), "RAY_gcs_server_request_timeout_seconds": "5"}
+    refused = mm(running_head, "jobs", "list", "--address", running_head.address, folder=tmp_path, **variables)
+    assert refused.returncode == 1
+    assert "token" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    join = [sys.executable, "-c", f"import ray; ray.init(address='127.0.0.1:{running_head.gcs_port}')"]
+    for mode in ("token", "disabled"):
+        environment = running_head.environment | variables | {"RAY_AUTH_MODE": mode}
+        joined = subprocess.run(join, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert joined.returncode != 0
+        assert "oken" in joined.stdout + joined.stderr
 
 
 def test_a_token_is_sent_although_no_variable_asks_for_it(running_head: RunningHead, tmp_path: Path) -> None:
