@@ -206,8 +206,19 @@ def train(
     rows = {key: value for key, value in asdict(result).items() if key not in ("run_id", "name")}
     console.table(("", result.name), list(rows.items()))
     console.say(f"follow: {describe_run(run.tracking.resolved(), result.run_id)}")
-    console.say(f"next: mm eval {result.bundle} --retrieval SHARDS; mm serve {result.bundle}")
+    console.say(f"next: {_next(run.objective.kind, result.bundle)}")
     console.result(asdict(result))
+
+
+def _next(objective: str, bundle: str) -> str:
+    """What a run's bundle is for."""
+    match objective:
+        case "classify":
+            return f"mm eval {bundle} --classify INDEX"
+        case "codebook":
+            return f"mm train flava-tiny --data INDEX --set model.codebook_source={bundle}"
+        case _:
+            return f"mm eval {bundle} --retrieval SHARDS; mm serve {bundle}"
 
 
 def _dry_run(run: TrainRun, sources: Sequence[Source], prices: Prices, samples_per_s: float | None, console: Console) -> None:

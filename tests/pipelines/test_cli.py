@@ -13,7 +13,7 @@ from mm_core.config import resolve
 from mm_core.data.index import Index
 from mm_core.data.ledger import compile_kept
 from mm_core.errors import ConfigError, DataError, MMError
-from pipelines.cli import resolve_run
+from pipelines.cli import _next, resolve_run
 from pipelines.index import build_index
 from pipelines.recipes import RECIPES, recipe
 
@@ -146,3 +146,18 @@ def test_shards_changed_since_they_were_indexed_stop_the_run(corpus: Path, tmp_p
     assert isinstance(error, DataError)
     assert "s.tar had" in str(error)
     assert "index the shards again" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("clip-tiny", ["mm eval b --retrieval", "mm serve b"]),
+        ("flava-tiny", ["mm eval b --retrieval", "mm serve b"]),
+        ("flava-tiny-classify", ["mm eval b --classify"]),
+        ("codebook-tiny", ["model.codebook_source=b"]),
+    ],
+)
+def test_a_runs_end_says_what_its_bundle_is_for(name: str, expected: list[str]) -> None:
+    said = _next(recipe(name).objective.kind, "b")
+    assert all(one in said for one in expected)
+    assert ("mm serve" in said) == ("mm serve b" in expected)
