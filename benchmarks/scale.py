@@ -174,7 +174,7 @@ def feed_rows() -> Iterator[tuple[str, str, str]]:
     yield both("GETs/s, three tenths kept", [f"{rate * REQUESTS_KEPT.value:,.0f}" for rate in rates])
     config = StreamConfig()
     held = [config.blocks_ahead(rate.value / DECODED.value) * config.block_bytes for rate in (B32_RATE, L14_RATE)]
-    yield both("object store of a node", [size(GPUS_PER_NODE * each) for each in held])
+    yield both("object store of a node, where segments meet", [size(2 * GPUS_PER_NODE * each) for each in held])
 
 
 def failure_rows() -> Iterator[tuple[str, ...]]:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
@@ -41,6 +42,9 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 _FEWEST_AHEAD = 4
 _SEGMENTS_AHEAD = 16
+_LOOK_S = 0.5
+_CONTEXT = threading.Lock()
+"""Ray Data's context is one of a process, and a stream's segments are opened by several threads."""
 _REST_S = 0.02
 _WORKING_ROUNDS = 5
 
@@ -54,7 +58,7 @@ class StreamConfig(Config):
         default=None,
         gt=0,
         description="Blocks being decoded and held in the object store ahead of the training loop; by default two for each CPU that"
-        " reads, and four at least.",
+        " reads, as far as the rank's share of a quarter of the store goes, and four at least.",
     )
     cpus_per_rank: float | None = Field(default=None, gt=0, description="CPUs for reading, per rank; by default an equal share of all.")
 
@@ -62,13 +66,13 @@ class StreamConfig(Config):
         """How many chunks of `chunk_bytes` decoded bytes a block holds, once the stream is under way."""
         return max(1, self.block_bytes // max(1, chunk_bytes))
 
-    def blocks_ahead(self, cpus: float) -> int:
-        """Each CPU's own block, and as many that are decoded and wait: for the loop, or for one before them."""
-        return self.ahead_blocks or max(_FEWEST_AHEAD, 2 * math.ceil(cpus))
+    def blocks_ahead(self, cpus: float, room: float = math.inf) -> int:
+        """Each CPU's own block, and as many that are decoded and wait: for the loop, or for one before them.
 
-    def blocks_planned(self, cpus: float) -> int:
-        """Of a segment, of which the last are read while the next one opens."""
-        return self.segment_blocks or _SEGMENTS_AHEAD * self.blocks_ahead(cpus)
+        Args:
+            room: bytes of the object store that they may fill; `ahead_blocks` and the least that a stream needs do not ask.
+        """
+        return self.ahead_blocks or int(max(_FEWEST_AHEAD, min(2 * math.ceil(cpus), room // self.block_bytes)))
 
 
 @dataclass(frozen=True)
@@ -148,23 +152,32 @@ def stream(spec: ReadSpec, share: Share, *, first_step: int, last_step: int, con
         StreamOrderError: a block is not the one that the plan puts next.
         DataError: from the reader, where nothing of a chunk can be used.
     """
-    segments = _segments(spec, share, first_step, last_step, config, cpus)
-    spec_ref = ray.put(spec)
-    start = partial(_open, spec, spec_ref, share, config, cpus)
+    ahead = config.blocks_ahead(cpus, _room(cpus))
+    segments = _segments(spec, share, first_step, last_step, config, ahead)
+    start = partial(_open, spec, ray.put(spec), share, ahead * max(config.block_bytes, spec.plan.chunk * _row_bytes(spec)), cpus)
+    stopped = threading.Event()
     # Where a step is several blocks, joining them copies it: a thread does, while the loop takes the step before.
-    batches = _Ahead(lambda: _steps(spec, share, _opened_ahead(segments, start, config.blocks_ahead(cpus)), first_step), ahead=1)
+    batches = _Ahead(lambda: _steps(spec, share, _opened_ahead(segments, start, ahead, stopped), first_step), 1, stopped)
     step = first_step
     try:
         for batch in batches:
             yield batch
             step += 1
     finally:
-        batches.stop()
+        stopped.set()
     if step != last_step:
         raise StreamOrderError(f"the stream ended at step {step}, {last_step} were planned")
 
 
-def _segments(spec: ReadSpec, share: Share, first: int, last: int, config: StreamConfig, cpus: float) -> Iterator[list[range]]:
+def _room(cpus: float) -> float:
+    """Bytes of this node's object store for one segment of a rank that reads with so many of its CPUs: a quarter of their share, since two
+    segments are open where one follows another, and batches and checkpoints go through the store too."""
+    here = ray.get_runtime_context().get_node_id()
+    node: dict[str, float] = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == here), {})
+    return node.get("object_store_memory", math.inf) / 4 * min(1.0, cpus / max(1.0, node.get("CPU", 1.0)))
+
+
+def _segments(spec: ReadSpec, share: Share, first: int, last: int, config: StreamConfig, ahead: int) -> Iterator[list[range]]:
     """The blocks of the steps [first, last), a segment at a time: each the rank's chunks that one task reads. A block is part of a step
     or several, so that all CPUs read however long a step is. Early blocks are short, so that the first batch comes soon."""
     most = config.chunks_per_block(spec.plan.chunk * _row_bytes(spec))
@@ -174,7 +187,7 @@ def _segments(spec: ReadSpec, share: Share, first: int, last: int, config: Strea
     while begin < end:
         blocks.append(range(begin, min(begin + length, end)))
         begin, length = blocks[-1].stop, min(length * 2, most)
-        if len(blocks) == config.blocks_planned(cpus):
+        if len(blocks) == (config.segment_blocks or _SEGMENTS_AHEAD * ahead):
             yield blocks
             blocks = []
     if blocks:
@@ -273,22 +286,23 @@ class _Rest(ExecutionCallback):
         self._resumed = time.perf_counter()
 
 
-def _open(
-    spec: ReadSpec, spec_ref: ray.ObjectRef, share: Share, config: StreamConfig, cpus: float, blocks: list[range]
-) -> Iterator[pa.Table]:
-    """Start a segment's dataset and return its blocks as they come."""
+def _open(spec: ReadSpec, spec_ref: ray.ObjectRef, share: Share, memory: int, cpus: float, blocks: list[range]) -> Iterator[pa.Table]:
+    """Start a segment's dataset and return its blocks as they come.
+
+    Args:
+        memory: bytes of blocks in the object store, those under way included.
+    """
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.target_max_block_size = None
     context.execution_options.preserve_order = True
     # Without a bound on memory Ray Data decodes ahead until half the object store is full: gigabytes, lost at every restart, and on a
     # CPU taken from the training that runs beside it.
-    # A limit below what the tasks in flight will make keeps CPUs idle: each counts as a block.
-    memory = config.blocks_ahead(cpus) * max(config.block_bytes, spec.plan.chunk * _row_bytes(spec))
+    # A limit below what the tasks in flight will make keeps CPUs idle, too.
     limits = context.execution_options.resource_limits
     context.execution_options.resource_limits = limits.copy(cpu=cpus, object_store_memory=memory)
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _Rest]
-    with ray.data.DataContext.current(context):
+    with _CONTEXT, ray.data.DataContext.current(context):
         dataset = ray.data.read_datasource(
             _SegmentSource(spec, spec_ref, share, blocks),
             override_num_blocks=len(blocks),
@@ -301,19 +315,27 @@ def _open(
 class _Ahead(Generic[Item]):
     """Items of an iterator that a thread pulls, a few before they are asked for: Ray Data, too, works only while it is pulled."""
 
-    def __init__(self, items: Callable[[], Iterator[Item]], ahead: int) -> None:
+    def __init__(self, items: Callable[[], Iterator[Item]], ahead: int, stopped: threading.Event) -> None:
+        """
+        Args:
+            stopped: of all threads of a stream: they end, and so does who waits for one of them.
+        """
         self._queue: queue.Queue[Item | _End] = queue.Queue(maxsize=ahead)
-        self._stop = threading.Event()
+        self._stopped = stopped
         threading.Thread(target=self._run, args=(items,), name="mm-stream", daemon=True).start()
 
     def __iter__(self) -> Iterator[Item]:
-        while not isinstance(item := self._queue.get(), _End):
-            yield item
-        if item.error is not None:
-            raise item.error
-
-    def stop(self) -> None:
-        self._stop.set()
+        while not self._stopped.is_set():
+            try:
+                item = self._queue.get(timeout=_LOOK_S)
+            except queue.Empty:
+                continue
+            if not isinstance(item, _End):
+                yield item
+            elif item.error is not None:
+                raise item.error
+            else:
+                return
 
     def _run(self, items: Callable[[], Iterator[Item]]) -> None:
         try:
@@ -325,12 +347,10 @@ class _Ahead(Generic[Item]):
             self._put(_End(own_error(error) or error))
 
     def _put(self, item: Item | _End) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.5)
-            except queue.Full:
-                continue
-            return True
+        while not self._stopped.is_set():
+            with suppress(queue.Full):
+                self._queue.put(item, timeout=_LOOK_S)
+                return True
         return False
 
 
@@ -341,29 +361,26 @@ class _End:
     error: BaseException | None = None
 
 
-def _opened_ahead(segments: Iterator[list[range]], start: Callable[[list[range]], Iterator[pa.Table]], ahead: int) -> Iterator[pa.Table]:
+def _opened_ahead(
+    segments: Iterator[list[range]], start: Callable[[list[range]], Iterator[pa.Table]], ahead: int, stopped: threading.Event
+) -> Iterator[pa.Table]:
     """The blocks of all segments in a row, each segment opened when the one before it has as many blocks left as are read ahead: its last
     are under way then, and CPUs would idle. A first block took 0.5 to 4 s on a busy machine."""
 
     def opened() -> tuple[int, _Ahead[pa.Table]] | None:
         blocks = next(segments, None)
-        return (len(blocks), _Ahead(partial(start, blocks), ahead=2)) if blocks else None
+        return (len(blocks), _Ahead(partial(start, blocks), 2, stopped)) if blocks else None
 
-    reading, following = opened(), None
-    try:
-        while reading is not None:
-            (blocks, tables), following, delivered = reading, None, 0
-            for delivered, table in enumerate(islice(tables, blocks), 1):  # not waiting for what else ends a dataset
-                if following is None and delivered >= blocks - ahead:
-                    following = opened()
-                yield table
-            if delivered < blocks:
-                raise StreamOrderError("a segment of the stream ended before all its blocks came")
-            reading = following
-    finally:
-        for segment in (reading, following):
-            if segment is not None:
-                segment[1].stop()
+    reading = opened()
+    while reading is not None:
+        (blocks, tables), following, delivered = reading, None, 0
+        for delivered, table in enumerate(islice(tables, blocks), 1):  # not waiting for what else ends a dataset
+            if following is None and delivered >= blocks - ahead:
+                following = opened()
+            yield table
+        if delivered < blocks:
+            raise StreamOrderError("a segment of the stream ended before all its blocks came")
+        reading = following
 
 
 def _steps(spec: ReadSpec, share: Share, blocks: Iterator[pa.Table], step: int) -> Iterator[StepBatch]:
@@ -379,7 +396,7 @@ def _steps(spec: ReadSpec, share: Share, blocks: Iterator[pa.Table], step: int) 
             expected, positions = share.positions(step, spec.plan.chunk), rows["position"].to_numpy()
             if not np.array_equal(positions, expected):
                 raise StreamOrderError(f"rank {share.rank} at step {step} expected positions {expected[:1]}… and received {positions[:1]}…")
-            yield StepBatch(
+            batch = StepBatch(
                 step=step,
                 images=rows_of(rows["image"], (spec.augment.views, size, size, 3), np.uint8),
                 input_ids=rows_of(rows["input_ids"], spec.text_shape, np.int32),
@@ -388,6 +405,8 @@ def _steps(spec: ReadSpec, share: Share, blocks: Iterator[pa.Table], step: int) 
                 masks=None if spec.masking is None else _masks(rows, spec),
                 labels=rows["label"].to_numpy() if spec.labels else None,
             )
+            del table, rows  # what is joined is copied: its blocks may go
+            yield batch
             step += 1
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 import tarfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -199,6 +201,37 @@ def reads_at_once(spec: ReadSpec, cpus: int, folder: Path) -> int:
 @pytest.mark.parametrize("cpus", [1, 4])
 def test_all_cpus_of_a_rank_read_however_long_a_step_is(cpus: int, spec: ReadSpec, tmp_path: Path) -> None:
     assert ray.get(reads_at_once.remote(spec, cpus, tmp_path)) == cpus
+
+
+@ray.remote(num_cpus=0)
+def left_of_a_stream_that_is_closed(spec: ReadSpec) -> list[str]:
+    """Threads that still run a little later: as where a run is rolled back, its stream is left at a batch."""
+    batches = stream(spec, Share(0, 1, CHUNKS), first_step=0, last_step=10_000, config=TINY_BLOCKS, cpus=1)
+    next(batches)
+    assert [each for each in threading.enumerate() if each.name == "mm-stream"]
+    batches.close()  # type: ignore[attr-defined]
+    until = time.monotonic() + 20
+    while (left := [each.name for each in threading.enumerate() if each.name == "mm-stream"]) and time.monotonic() < until:
+        time.sleep(0.1)
+    return left
+
+
+def test_a_stream_that_is_closed_leaves_no_thread(spec: ReadSpec) -> None:
+    assert ray.get(left_of_a_stream_that_is_closed.remote(spec)) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "cpus", "room", "expected"),
+    [
+        (StreamConfig(), 1, math.inf, 4),
+        (StreamConfig(), 16, math.inf, 32),
+        (StreamConfig(), 16, 640 << 20, 10),
+        (StreamConfig(), 16, 1, 4),
+        (StreamConfig(ahead_blocks=2), 16, 1, 2),
+    ],
+)
+def test_how_far_it_reads_ahead(config: StreamConfig, cpus: float, room: float, expected: int) -> None:
+    assert config.blocks_ahead(cpus, room) == expected
 
 
 def test_a_step_that_is_read_in_parts_is_the_same(spec: ReadSpec) -> None:
