@@ -38,8 +38,8 @@ def read_pinned(file: Path) -> dict[str, str]:
     return {each.name: next(iter(each.specifier)).version for each in found}
 
 
-def flaws(report: Mapping[str, Any]) -> tuple[list[str], int, int]:
-    """Of pip-audit's report: a line for each flaw, how many packages were looked up, and how many there are."""
+def flaws(report: Mapping[str, Any]) -> tuple[list[str], int, list[str]]:
+    """Of pip-audit's report: a line for each flaw, how many packages were looked up, and the names of those that were not."""
     packages = report["dependencies"]
     looked_up = [each for each in packages if "skip_reason" not in each]
     found = [
@@ -47,7 +47,7 @@ def flaws(report: Mapping[str, Any]) -> tuple[list[str], int, int]:
         for each in looked_up
         for flaw in each["vulns"]
     ]
-    return found, len(looked_up), len(packages)
+    return found, len(looked_up), [each["name"] for each in packages if "skip_reason" in each]
 
 
 def _ask(file: Path, more: Sequence[str]) -> dict[str, Any] | str:
@@ -75,13 +75,14 @@ def audit(file: Path, more: Sequence[str] = ()) -> tuple[list[str], bool]:
             *said,
             f"NOT AUDITED: the database of published flaws is out of reach here ({report}); run it where there is a network",
         ], False
-    found, looked_up, all_of_them = flaws(report)
+    found, looked_up, passed_over = flaws(report)
     said += found
     if looked_up == 0:
         said.append("NOT AUDITED: the index here has no database of published flaws; run it where https://pypi.org is reached")
     else:
-        said.append(f"{looked_up} of {all_of_them} packages were looked up, {len(found)} flaws")
-    return said, well and not found and looked_up > 0
+        said.append(f"{looked_up} of {looked_up + len(passed_over)} packages were looked up, {len(found)} flaws")
+        said += [f"NOT AUDITED: {', '.join(passed_over)}: not in the index here"] if passed_over else []
+    return said, well and not found and looked_up > 0 and not passed_over
 
 
 def main() -> int:

@@ -225,4 +225,4 @@ def tls_node(
 
     files = make_node(authority, out, name or (), days=days)
     for variable, value in files.environment.items():
-        typer.echo(f"export {variable}={value}")
+        typer.echo(f"export {variable}={shlex.quote(value)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
 LIVE = ("PENDING", "RUNNING")
+_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,23 @@ def read_log(head: Head, job_id: str) -> str:
 
 
 def follow_log(head: Head, job_id: str) -> Iterator[str]:
-    """What the job wrote and writes, in pieces, until it has ended."""
+    """What the job wrote and writes, in pieces, until it has ended; where the line is cut meanwhile, from there on again."""
     import asyncio
 
     _known(head, job_id)
-    with head.asked(), asyncio.Runner() as runner:
-        pieces = head.client.tail_job_logs(job_id)
-        while (piece := runner.run(_next(pieces))) is not None:
-            yield piece
+    shown = 0
+    while True:
+        passed = 0
+        with head.asked(), asyncio.Runner() as runner, suppress(RuntimeError):  # the client's, of a connection that broke
+            pieces = head.client.tail_job_logs(job_id)
+            while (piece := runner.run(_next(pieces))) is not None:
+                if fresh := piece[max(0, shown - passed) :]:
+                    yield fresh
+                passed += len(piece)
+                shown = max(shown, passed)
+        if job_status(head, job_id) not in LIVE:
+            return
+        time.sleep(_AGAIN_S)
 
 
 def stop(head: Head, job_id: str) -> bool:

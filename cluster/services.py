@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from packaging.version import InvalidVersion, Version
+
 from cluster.check import Check, fail, ok, warn
+from cluster.machine import FLOORS
 from mm_core.address import without_password
 
 _TIMEOUT_S = 3.0
@@ -85,6 +89,8 @@ def tracking() -> Check:
     scheme, shown = parts.scheme.partition("+")[0], f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}"
     if scheme in ("http", "https"):
         reason = _no_answer(f"{uri.rstrip('/')}/health")
+        if reason is None:
+            return _let_in(name, uri.rstrip("/"), shown)
     elif parts.hostname:
         reason = None if _listens(parts.hostname, parts.port or _DEFAULT_PORTS.get(scheme, 0)) else "no answer"
     else:
@@ -92,6 +98,34 @@ def tracking() -> Check:
     if reason:
         remedy = "start it with `mlflow server`, correct MM_SET__TRACKING__URI, or unset it to keep runs in sqlite:///mlflow.db"
         return fail(name, f"{shown}: {reason}", remedy)
+    return ok(name, f"{shown} answers")
+
+
+def _let_in(name: str, uri: str, shown: str) -> Check:
+    """Whether an MLflow server that is up takes this machine's requests: its `/health` answers whom it refuses all else."""
+    import requests
+
+    user, password, token = (os.environ.get(f"MLFLOW_TRACKING_{each}", "") for each in ("USERNAME", "PASSWORD", "TOKEN"))
+    headers = {"Authorization": f"Bearer {token}"} if token and not user else {}
+    credentials = (user, password) if user else None
+    try:
+        version = requests.get(f"{uri}/version", timeout=_TIMEOUT_S).text.strip()
+        asked = f"{uri}/api/2.0/mlflow/experiments/search"
+        answer = requests.get(asked, params={"max_results": 1}, headers=headers, auth=credentials, timeout=_TIMEOUT_S)
+    except requests.RequestException as error:
+        return fail(name, f"{shown}: no answer ({type(error).__name__})", "look at the server's log")
+    if answer.status_code == 403 and "host" in answer.text.lower():
+        remedy = f"start the server with --allowed-hosts {urlsplit(uri).netloc.rpartition('@')[2]} among its options"
+        return fail(name, f"{shown} does not know the name it is called by, and refuses every run", remedy)
+    if answer.status_code in (401, 403):
+        remedy = "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of a user who may"
+        return fail(name, f"{shown} refuses these credentials (HTTP status {answer.status_code})", remedy)
+    if answer.status_code != 200:
+        return fail(name, f"{shown} gives HTTP status {answer.status_code}", "correct MM_SET__TRACKING__URI, or look at the server's log")
+    with suppress(InvalidVersion):
+        if Version(version) < Version(FLOORS["mlflow"]):
+            remedy = f"raise the server's MLflow to {FLOORS['mlflow']}: before it, it has published flaws"
+            return fail(name, f"{shown} answers, with MLflow {version}", remedy)
     return ok(name, f"{shown} answers")
 
 

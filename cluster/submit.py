@@ -235,8 +235,9 @@ def _runtime_env(request: Request) -> Iterator[dict[str, Any]]:
 
 
 def pinned() -> list[str]:
-    """What mm needs, in the versions that are installed here; without Ray, which must be the cluster's."""
-    return [f"{name}=={version(name)}" for name in required() if name != "ray"]
+    """What mm needs, in the versions that are installed here; without Ray, which must be the cluster's, and without what a version says of
+    its build: `2.13.0+cpu` of this machine is no package of the index, and not the one for a cluster with GPUs."""
+    return [f"{name}=={version(name).partition('+')[0]}" for name in required() if name != "ray"]
 
 
 def _stage(folder: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 
-_PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)|([?&](?:password|passwd|pwd|token)=)[^&#\s'\"]+", re.IGNORECASE)
+_IN_USER = r"""(://[^/\s:@'"]*:)(?!\d+(?:[/?#,\s'"]|$))(?:(?!://)[^\s'"])+(?=@)"""
+"""What stands between a user and the last `@` of a URL: a password may hold `/` and `@` itself, as SQLAlchemy takes it. A port is none."""
+_IN_QUERY = r"""([?&](?:password|passwd|pwd|token|sig|x-amz-signature|x-amz-security-token)=)[^&#\s'"]+"""
+_PASSWORD = re.compile(f"{_IN_USER}|{_IN_QUERY}", re.IGNORECASE)
 
 
 def absolute(address: str) -> str:

@@ -72,6 +72,7 @@ class Measured:
     def traffic(self, traffic: Traffic) -> None:
         self._percent.clear()
         for slot in traffic.slots:
+            self._lost.labels(slot.name)  # 0 until then: what begins at 1 has not risen, for an alert
             self._refused.labels(slot.name).set(slot.refused is not None)
             for share in slot.shares:
                 self._percent.labels(slot.name, share.version.reference).set(share.percent)

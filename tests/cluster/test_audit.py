@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from cluster.audit import audit, below_floors, flaws, read_pinned
 from cluster.machine import FLOORS
@@ -31,7 +34,18 @@ def test_flaws_are_told_with_the_version_that_mends_them() -> None:
             {"name": "mm-own", "skip_reason": "Dependency not found on PyPI"},
         ]
     }
-    assert flaws(report) == (["ray 2.52.0: CVE-2026-1, mended in 2.56.1"], 2, 3)
+    assert flaws(report) == (["ray 2.52.0: CVE-2026-1, mended in 2.56.1"], 2, ["mm-own"])
+
+
+def test_a_package_that_was_not_looked_up_is_named_and_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = tmp_path / "constraints.txt"
+    pinned.write_text("".join(f"{name}=={floor}\n" for name, floor in FLOORS.items()))
+    good: list[dict[str, Any]] = [{"name": name, "version": floor, "vulns": []} for name, floor in FLOORS.items()]
+    for more, well in ([], True), ([{"name": "mm-own", "skip_reason": "Dependency not found on PyPI"}], False):
+        monkeypatch.setattr("cluster.audit._ask", lambda *_, more=more: {"dependencies": [*good, *more]})
+        said, passed = audit(pinned)
+        assert passed == well
+        assert any("NOT AUDITED: mm-own" in line for line in said) != well
 
 
 def test_without_a_network_it_says_so_and_is_no_pass(tmp_path: Path) -> None:

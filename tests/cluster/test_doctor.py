@@ -14,6 +14,7 @@ import pytest
 
 from cluster import machine, services
 from cluster.check import State
+from tests.tracking_server import TrackingServer
 
 NOBODY = "127.0.0.1:9"
 
@@ -137,6 +138,32 @@ def test_tracking_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, uri: str
     check = services.tracking()
     assert check.state is State.FAIL
     assert "carries a password" not in check.evidence
+
+
+@pytest.fixture(scope="module")
+def tracking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    """Of which `localhost` is not among the names that it is told."""
+    folder = tmp_path_factory.mktemp("server")
+    server = TrackingServer(folder, f"sqlite:///{folder}/mlflow.db", variables={"MLFLOW_SERVER_ALLOWED_HOSTS": "127.0.0.1:*"})
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_a_tracking_server_that_does_not_know_its_name_fails(monkeypatch: pytest.MonkeyPatch, tracking_server: TrackingServer) -> None:
+    """As one on another machine is called: it says that it is well, and refuses every run."""
+    uri = tracking_server.config.uri
+    monkeypatch.setenv("MM_SET__TRACKING__URI", uri)
+    assert services.tracking().state is State.OK
+    called = uri.replace("127.0.0.1", "localhost")
+    monkeypatch.setenv("MM_SET__TRACKING__URI", called)
+    check = services.tracking()
+    assert check.state is State.FAIL
+    assert check.remedy == f"start the server with --allowed-hosts {called.removeprefix('http://')} among its options"
+    monkeypatch.setitem(services.FLOORS, "mlflow", "999")
+    monkeypatch.setenv("MM_SET__TRACKING__URI", uri)
+    check = services.tracking()
+    assert (check.state, "raise the server's MLflow to 999" in check.remedy) == (State.FAIL, True)
 
 
 def test_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:

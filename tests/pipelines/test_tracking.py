@@ -179,7 +179,19 @@ def test_a_store_with_a_password_is_refused_without_showing_it(uri: str) -> None
 def test_passwords_are_not_shown() -> None:
     assert without_password("at http://me:pw@host/x and http://host") == "at http://me:***@host/x and http://host"
     assert without_password('{"a": "pg://db/x?Password=pw&user=me", "b": 1}') == '{"a": "pg://db/x?Password=***&user=me", "b": 1}'
-    assert without_password("x?max_tokens=5&passwords=no") == "x?max_tokens=5&passwords=no"
+    for plain in (
+        "x?max_tokens=5&passwords=no",
+        "http://h:5000/#/runs/a@b and models:/m@champion",
+        "http://h:80 s3://b/x@y",
+        "pg://me@db/x",
+    ):
+        assert without_password(plain) == plain
+    assert without_password("s3://b/k?X-Amz-Signature=pw&X-Amz-Date=1") == "s3://b/k?X-Amz-Signature=***&X-Amz-Date=1"
+
+
+@pytest.mark.parametrize("password", ["pa/ss", "p@ss", "1p/w@x", "a:b", "p%40w"])
+def test_a_password_is_hidden_whole_whatever_it_is_made_of(password: str) -> None:
+    assert without_password(f"(pg://me:{password}@db:5432/x, http://h:80/y)") == "(pg://me:***@db:5432/x, http://h:80/y)"
 
 
 def test_metrics_arrive_with_their_steps(tracking: TrackingConfig, run_id: str, tmp_path: Path) -> None:
