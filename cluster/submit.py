@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cluster import again
 from cluster.head import Head
 from cluster.jobs import LIVE, list_jobs
 from cluster.machine import required
@@ -83,13 +84,21 @@ Place = Here | Elsewhere | InImage
 
 
 def entrypoint(arguments: Sequence[str], place: Place) -> str:
-    """The job's shell command: `python -m mm ARGUMENTS`, quoted."""
-    match place:
-        case Here(folder):
-            return f"cd {shlex.quote(str(folder))} && exec {shlex.join([sys.executable, '-m', 'mm', *arguments])}"
-        case Elsewhere(python, checked) | InImage(_, python, checked):
-            look = f"{shlex.join([python, '-m', 'mm', 'doctor', '--failures'])} && " if checked else ""
-            return f"{look}exec {shlex.join([python, '-m', 'mm', *arguments])}"
+    """The job's shell command: `python -m mm ARGUMENTS`, quoted; of a run, started again where it is killed, since it then goes on."""
+    python = sys.executable if isinstance(place, Here) else place.python
+    command = [python, "-m", "mm", *arguments]
+    if run_of(arguments) is not None:
+        match place:  # by its file where it is known: a folder called `cluster` may lie in the job's
+            case Here():
+                command = [python, str(Path(again.__file__)), *command]
+            case Elsewhere():
+                command = [python, "cluster/again.py", *command]
+            case InImage():
+                command = [python, "-m", "cluster.again", *command]
+    if isinstance(place, Here):
+        return f"cd {shlex.quote(str(place.folder))} && exec {shlex.join(command)}"
+    look = f"{shlex.join([python, '-m', 'mm', 'doctor', '--failures'])} && " if place.checked else ""
+    return f"{look}exec {shlex.join(command)}"
 
 
 def read_labels(texts: Sequence[str]) -> dict[str, str]:

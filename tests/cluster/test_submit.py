@@ -24,6 +24,7 @@ import psutil
 import pytest
 from ray.runtime_env import RuntimeEnv
 
+from cluster import again
 from cluster.head import Head, choose_address, is_this_machine
 from cluster.run_names import named, run_of, submission_id
 from cluster.submit import (
@@ -87,6 +88,22 @@ def test_a_job_runs_in_the_callers_folder_and_joins_the_cluster(running_head: Ru
     listed = mm(running_head, "jobs", "list", "--json", folder=tmp_path)
     assert result_of(listed)["jobs"][0]["job_id"] == job["job_id"]
     assert "s3cr3t" not in process.stdout + process.stderr + listed.stdout + listed.stderr
+
+
+def test_a_driver_that_is_killed_is_started_again_by_its_job(running_head: RunningHead, tmp_path: Path) -> None:
+    (tmp_path / "mm.py").write_text(
+        "import os, pathlib, signal, sys\n"
+        "first = not pathlib.Path('seen').exists()\n"
+        "pathlib.Path('seen').open('a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+        "if first:\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"print('run x   mlflow run {RUN_ID} (experiment mm)')\n"
+    )
+    job = result_of(mm(running_head, "submit", "--json", "--", "train", "clip-tiny", "--name", "killed", folder=tmp_path))
+    followed = mm(running_head, "jobs", "logs", "-f", job["job_id"], folder=tmp_path)
+    assert followed.returncode == 0, followed.stdout
+    assert "was killed (SIGKILL)" in followed.stdout
+    assert (tmp_path / "seen").read_text() == "train clip-tiny --name killed --or-resume\n" * 2
 
 
 def test_a_secret_is_in_no_process_list_and_in_no_log(running_head: RunningHead, tmp_path: Path) -> None:
@@ -336,6 +353,13 @@ def test_entrypoint_is_quoted() -> None:
     assert entrypoint(["train", "a b"], Elsewhere(checked=False)) == "exec python -m mm train 'a b'"
     assert entrypoint(["train", "a b"], Elsewhere()) == "python -m mm doctor --failures && exec python -m mm train 'a b'"
     assert entrypoint(["x;y"], Here(Path("/a b"))) == f"cd '/a b' && exec {sys.executable} -m mm 'x;y'"
+
+
+def test_a_run_is_started_again_where_its_driver_is_killed() -> None:
+    run = ["train", "x", "--name", "r"]
+    assert entrypoint(run, Elsewhere(checked=False)) == "exec python cluster/again.py python -m mm train x --name r"
+    assert entrypoint(run, InImage("i", checked=False)) == "exec python -m cluster.again python -m mm train x --name r"
+    assert entrypoint(run, Here(Path("/a"))) == f"cd /a && exec {sys.executable} {again.__file__} {sys.executable} -m mm train x --name r"
 
 
 def test_a_training_command_has_a_name_and_can_be_given_again() -> None:

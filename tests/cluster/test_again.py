@@ -1,0 +1,56 @@
+"""A command that is killed is started again, one that ends is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+AGAIN = Path(__file__).parents[2] / "cluster" / "again.py"
+COUNTED = """
+import os, pathlib, signal, sys, time
+file = pathlib.Path("n")
+n = int(file.read_text()) if file.exists() else 0
+file.write_text(str(n + 1))
+"""
+
+
+def again(code: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, AGAIN, sys.executable, "-c", COUNTED + code], cwd=folder, stderr=subprocess.PIPE, text=True)
+
+
+def test_one_that_was_killed_is_started_again(tmp_path: Path) -> None:
+    process = again("os.kill(os.getpid(), signal.SIGKILL) if n == 0 else sys.exit(3)", tmp_path)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert (tmp_path / "n").read_text() == "2"
+    assert "killed (SIGKILL): it is started again in 5 s, 7 times at most" in said
+
+
+@pytest.mark.parametrize("code", [0, 1, 137])
+def test_one_that_ended_is_not(code: int, tmp_path: Path) -> None:
+    process = again(f"sys.exit({code})", tmp_path)
+    process.communicate(timeout=60)
+    assert (process.returncode, (tmp_path / "n").read_text()) == (code, "1")
+
+
+def test_one_that_was_asked_to_end_has_its_time_and_is_not(tmp_path: Path) -> None:
+    """As Ray stops a job: both get the signal."""
+    end = "lambda *_: (time.sleep(1), pathlib.Path('tidied').touch(), os._exit(143))"
+    wait = f"signal.signal(signal.SIGTERM, {end})\npathlib.Path('ready').touch()\ntime.sleep(60)"
+    command = [sys.executable, AGAIN, sys.executable, "-c", COUNTED + wait]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
+    until = time.monotonic() + 30
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert (tmp_path / "tidied").exists()
+    assert (tmp_path / "n").read_text() == "1"
