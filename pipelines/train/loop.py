@@ -48,7 +48,7 @@ from pipelines.train.meter import Meter
 from pipelines.train.outcome import Outcome
 from pipelines.train.parts import Model, inputs_of, objective_of, wrapped
 from pipelines.train.remedies import LeftOut, Remedies, Rollback, is_left_out, not_finite, too_many_replaced
-from pipelines.train.run_checkpoints import RunCheckpoints, next_attempt
+from pipelines.train.run_checkpoints import RunCheckpoints, is_taken_over, next_attempt
 from pipelines.train.run_log import Preemption, RunLog, watching
 
 
@@ -103,6 +103,9 @@ def _attempts(task: WorkerTask, clock: StepClock, log: RunLog, watchdog: Watchdo
     return ended
 
 
+_TAKEN_OVER = "another command has gone on with it since, from the last checkpoint, and goes on; follow that one, or stop it and resume"
+
+
 def _attempt(
     task: WorkerTask, clock: StepClock, left_out: LeftOut, log: RunLog, watchdog: Watchdog, remedies: Remedies
 ) -> Outcome | LeftOut:
@@ -135,7 +138,8 @@ class _Attempt:
         self._step = build_step(run, model, clock, ray.get(task.teacher) if task.teacher else None)
 
         # 3. Where an earlier attempt stopped: weights, optimiser, step. The step gives schedule, random state and data cursor.
-        self._number = next_attempt(task.folder, Ranks(clock.device))
+        self._ranks = Ranks(clock.device)
+        self._number = next_attempt(task.folder, self._ranks)
         self._audit = Audit(task.audit, rank=rank, attempt=self._number) if task.audit else None
         self.checkpoints = RunCheckpoints(task, model, self._step, chunks, log.metrics, self._audit)
         self._start = self.checkpoints.restore(left_out)
@@ -144,7 +148,8 @@ class _Attempt:
         # 4. The samples from there on, and the steps.
         task, first, run = self._task, self._start.step, self._task.run
         evaluate = evaluation_of(task.evaluation, self._step, run.steps, self._log.evaluated, self._log.warn)
-        tools = LoopTools(self._log.metrics, evaluate, self.checkpoints.save, watchdog.step_done, preempted, remedies)
+        taken_over = partial(is_taken_over, task.folder, self._number, self._ranks)
+        tools = LoopTools(self._log.metrics, evaluate, self.checkpoints.save, watchdog.step_done, preempted, taken_over, remedies)
         self._log.started(first)
         batches = stream(task.spec, self._share, first_step=first, last_step=run.steps, config=run.stream, cpus=_stream_cpus(run))
         return run_steps(run, self._step, batches, first, tools, left_out=self._start.left_out, audit=self._audit)
@@ -204,6 +209,8 @@ class LoopTools:
     """Told after every step which is the next one."""
     preempted: Callable[[], bool] = lambda: False
     """Asked at log steps, on all ranks: whether a node is about to be taken away."""
+    taken_over: Callable[[], bool] = lambda: False
+    """Asked before a checkpoint, on all ranks: whether another command trains this run now, whose checkpoints this one would spoil."""
     remedies: Remedies = field(default_factory=Remedies)
 
 
@@ -269,6 +276,8 @@ def run_steps(
                 found = tools.evaluate(done) or {}
         leaving = log_due and tools.preempted()
         if save_due or leaving:
+            if tools.taken_over():
+                return Outcome(done, metrics, _TAKEN_OVER)
             with clock.phase(Phase.CHECKPOINT):
                 tools.save(done, metrics | found, leaving or done == run.steps)
         if evaluation_due or save_due or leaving:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from mm_core.errors import CheckpointError
@@ -128,3 +129,14 @@ def next_attempt(folder: str, ranks: Ranks) -> int:
         number = int(fs.cat_file(path)) + 1 if fs.exists(path) else 1
         write_whole(f"{folder}/attempt", str(number).encode())
     return int(ranks.from_first(number))
+
+
+def is_taken_over(folder: str, attempt: int, ranks: Ranks) -> bool:
+    """Whether workers of this run have been started since those of `attempt`, by another command: as after a head that was cut off, not
+    lost. Where the store does not say, it is not. A collective."""
+    found = None
+    if ranks.rank == 0:
+        fs, path = open_store(f"{folder}/attempt")
+        with suppress(OSError):
+            found = int(fs.cat_file(path)) != attempt
+    return bool(ranks.from_first(bool(found)))

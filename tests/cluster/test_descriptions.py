@@ -161,12 +161,45 @@ def test_spot_workers_give_notice_before_they_go() -> None:
     assert int(sleep[1]) < int(drain[-1]) < spot["terminationGracePeriodSeconds"]
 
 
+def _labels(selector: dict[str, Any]) -> str:
+    assert selector.keys() <= {"matchLabels"}
+    return ",".join(f"{key}={value}" for key, value in selector.get("matchLabels", {}).items()) or "all"
+
+
+def _allowed(policy: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """(policy, in or out, who on the other side, ports) of each thing that a policy lets through."""
+    name, spec = policy["metadata"]["name"], policy["spec"]
+    assert spec.keys() <= {"podSelector", "policyTypes", "ingress", "egress"}
+    for way, peers in ("ingress", "from"), ("egress", "to"):
+        assert (way in spec) <= (way.capitalize() in spec["policyTypes"])
+        for rule in spec.get(way, ()):
+            assert rule.keys() <= {peers, "ports"}
+            assert rule
+            ports = ",".join(f"{port['port']}/{port['protocol']}" for port in rule["ports"]) if "ports" in rule else "all"
+            for peer in rule.get(peers) or [{}]:
+                assert peer.keys() <= {"namespaceSelector", "podSelector"}
+                where = f"{_labels(peer['namespaceSelector'])}: " if "namespaceSelector" in peer else ""
+                yield name, way, where + (_labels(peer["podSelector"]) if "podSelector" in peer else "all") if peer else "anywhere", ports
+
+
 def test_the_network_denies_what_it_does_not_name() -> None:
-    policies = {each["metadata"]["name"]: each["spec"] for each in objects("network.yaml") if each["kind"] == "NetworkPolicy"}
-    assert policies["deny-all"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    incoming = {name: spec["ingress"] for name, spec in policies.items() if "ingress" in spec}
-    assert all(rule["from"] for rules in incoming.values() for rule in rules)
-    assert {port["port"] for name in ("ray-operator", "endpoint") for rule in incoming[name] for port in rule["ports"]} == {8265, 8000}
+    """All that is let through, word by word: a rule that is added or widened must be added here."""
+    policies = [each for each in objects("network.yaml") if each["kind"] == "NetworkPolicy"]
+    (deny,) = [each["spec"] for each in policies if each["metadata"]["name"] == "deny-all"]
+    assert deny == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    node, mlflow = "ray.io/is-ray-node=yes", "app.kubernetes.io/name=mlflow"
+    assert {each for policy in policies for each in _allowed(policy)} == {
+        ("dns", "egress", "kubernetes.io/metadata.name=kube-system: k8s-app=kube-dns", "53/UDP,53/TCP"),
+        ("ray-nodes", "ingress", node, "all"),
+        ("ray-nodes", "egress", node, "all"),
+        ("ray-nodes", "egress", mlflow, "5000/TCP"),
+        ("ray-nodes", "egress", "anywhere", "443/TCP,6443/TCP"),
+        ("mlflow", "ingress", node, "5000/TCP"),
+        ("mlflow", "egress", "anywhere", "443/TCP,5432/TCP"),
+        ("ray-operator", "ingress", "all: app.kubernetes.io/name=kuberay-operator", "8265/TCP"),
+        ("endpoint", "ingress", "mm/asks=yes: all", "8000/TCP"),
+        ("prometheus", "ingress", "kubernetes.io/metadata.name=monitoring: app.kubernetes.io/name=prometheus", "8080/TCP,8000/TCP"),
+    }
 
 
 def covers(wide: dict[str, Any], narrow: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -315,6 +316,25 @@ def test_a_run_that_cannot_be_read_is_passed_over(
     assert newest_run(str(tmp_path), record.identity, record.data_fingerprint) == RunFolder.of(str(tmp_path), "tiny")
     assert "foreign holds no run that can be continued" in caplog.text
     assert "\n" not in caplog.records[-1].getMessage()
+
+
+def test_a_run_that_another_command_has_taken_over_ends_without_a_checkpoint(index: Index, tmp_path: Path) -> None:
+    """As where a head was cut off and its job goes on, beside the one that was submitted again."""
+    endless = tiny_run(tmp_path, 2, "steps=100000", "checkpoint.every_steps=20")
+
+    def take_over() -> None:
+        folder = tmp_path / "runs" / "tiny"
+        while not reached(tmp_path, 20):
+            time.sleep(0.05)
+        (folder / "attempt").write_text(str(attempts(tmp_path) + 1))
+
+    other = threading.Thread(target=take_over, daemon=True)
+    other.start()
+    with pytest.raises(TrainingError, match="another command has gone on with it since"):
+        train(TrainRequest(endless, (Source(index=index.url),), name="tiny"), Console(json=True))
+    other.join(10)
+    assert attempts(tmp_path) == 2
+    assert not reached(tmp_path, 1000)
 
 
 @pytest.mark.long

@@ -7,13 +7,17 @@ import io
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 
+from serve.app import create_app
 from serve.config import ServeConfig
+from serve.measured import Measured
+from serve.upstream import Upstream
 
 
 def picture(kind: str = "JPEG") -> bytes:
@@ -164,6 +168,53 @@ def test_a_body_above_the_bound_is_refused_without_a_length(client: httpx.Client
 def test_another_path_or_method_is_a_problem_document(client: httpx.Client) -> None:
     refused(client.get("/v1/nothing"), 404)
     refused(client.get("/v1/embeddings"), 405)
+
+
+ROUTES = {
+    "GET /",
+    "GET /healthz",
+    "GET /metrics",
+    "GET /openapi.json",
+    "GET /page.css",
+    "GET /page.js",
+    "GET /readyz",
+    "GET /v1/models",
+    "GET /v1/models/{name:path}",
+    "GET /v1/search",
+    "GET /v1/search/items/{item}/thumbnail",
+    "GET /v1/search/map",
+    "POST /v1/classify",
+    "POST /v1/embeddings",
+    "POST /v1/match",
+    "POST /v1/search",
+}
+
+
+def test_an_endpoint_has_these_routes_and_no_others() -> None:
+    """Each takes texts, pictures and numbers: a new one has to be looked at for what else a caller could make it do."""
+
+    async def nothing(*_: Any) -> Any:
+        raise AssertionError("no request is sent")
+
+    config = ServeConfig()
+    upstream = Upstream(config.bounds.max_waiting_inputs, Measured(), nothing)
+    app = create_app(config, ["contrastive"], upstream, searcher=object())  # type: ignore[arg-type]
+    found = {f"{method} {route.path}" for route in app.routes for method in getattr(route, "methods", ())}  # type: ignore[attr-defined]
+    assert {route for route in found if not route.startswith("HEAD ")} == ROUTES
+
+
+def test_a_path_that_a_caller_names_is_not_read(client: httpx.Client, tmp_path: Path) -> None:
+    """A picture of this machine, that the endpoint's processes could read."""
+    file = tmp_path / "picture.jpg"
+    file.write_bytes(picture())
+    (expected,) = client.post("/v1/embeddings", json={"input": uri(picture())}).json()["data"]
+    for named in (str(file), f"file://{file}", f"../../..{file}"):
+        answer = client.post("/v1/embeddings", json={"input": named})
+        assert answer.status_code < 500
+        if answer.status_code == 200:  # a text like any other
+            assert answer.json()["data"][0]["embedding"] != expected["embedding"]
+        assert client.get(f"/v1/models/{named}").status_code == 404
+        assert client.post("/v1/embeddings", json={"model": named, "input": "x"}).status_code in (404, 422)
 
 
 def test_above_its_bound_the_endpoint_answers_429_and_goes_on(client: httpx.Client, serve_config: ServeConfig) -> None:
