@@ -139,6 +139,6 @@ def test_a_bad_configuration_of_prometheus_is_told(tmp_path: Path, text: str, sa
 
 def test_alerts_are_raised_when_they_should_be() -> None:
     if (promtool := shutil.which("promtool")) is None:
-        pytest.skip("no promtool here: it comes with Prometheus")
+        pytest.skip("no promtool here: it comes with Prometheus, or by .ci/debian-packages")
     done = subprocess.run([promtool, "test", "rules", "tests/cluster/alerts.test.yaml"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
