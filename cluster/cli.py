@@ -89,12 +89,12 @@ def submit(
     console = Console(as_json)
     variables, labels = passed_variables(env or ()), read_labels(label or ())
     head = connect(address)
+    place = _place(head.address, send_code, python, image, checked=not skip_checks)
     if not skip_checks:
-        found = target.checks(head)
+        found = target.checks(head, elsewhere=isinstance(place, Elsewhere))
         target.refuse(found, head.address)
         for check in found:
             console.note(f"{check.name}: {check.evidence}" + (f"; {check.remedy}" if check.remedy else ""))
-    place = _place(head.address, send_code, python, image, checked=not skip_checks)
     if isinstance(place, Elsewhere):
         console.note("the code is sent along; data, storage and tracking.uri must be URLs or absolute paths that the cluster sees")
     if variables:

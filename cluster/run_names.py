@@ -7,16 +7,24 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import PurePath
 
+from mm_core.errors import ConfigError
+
 LABEL = "mm.run"
 """Of jobs, in Ray's metadata."""
 
 
 def named(arguments: Sequence[str], now: datetime) -> list[str]:
-    """A `train` command with a name, and so that it continues the run of that name if there is one. Other commands as they are."""
+    """A `train` command with a name, and so that it continues the run of that name if there is one. Other commands as they are.
+
+    Raises:
+        ConfigError: it would continue a run without naming it, so that two such jobs could train the same.
+    """
     if not is_training(arguments):
         return list(arguments)
     found = list(arguments)
-    if run_of(found) is None and "--resume" not in found:
+    if run_of(found) is None and "--resume" in found:
+        raise ConfigError("--resume without --name: name the run, so that it has one job at a time")
+    if run_of(found) is None:
         found += ["--name", f"{_recipe(found)}-{now:%Y%m%d-%H%M%S}"]
     if run_of(found) is not None and not {"--resume", "--or-resume"} & set(found):
         found.append("--or-resume")

@@ -165,6 +165,9 @@ def check_resources(run: TrainRun, console: Console) -> None:
         if not may_grow():
             raise ConfigError(f"resources: {lack}")
         console.note(f"{lack}: training waits until nodes with more join it, an autoscaler's or yours")
+    machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    if len(machines) > 1 and is_local(run.storage):
+        console.note(f"storage {run.storage} must be a folder that all {len(machines)} machines share, or a URL: --set storage=s3://…")
     if run.precision is Precision.FP8:
         _check_fp8(run)
 

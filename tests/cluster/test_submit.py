@@ -367,7 +367,9 @@ def test_a_training_command_has_a_name_and_can_be_given_again() -> None:
     assert named(["train", "clip-tiny"], now) == ["train", "clip-tiny", "--name", "clip-tiny-20260102-030405", "--or-resume"]
     assert named(["train", "my/clip.yaml"], now)[3] == "clip-20260102-030405"
     assert named(["train", "x", "--name=a"], now) == ["train", "x", "--name=a", "--or-resume"]
-    for as_it_is in (["train", "x", "--resume"], ["train", "x", "--name", "a", "--resume"], ["train", "x", "--dry-run"], ["doctor"], []):
+    with pytest.raises(ConfigError, match="--resume without --name"):
+        named(["train", "x", "--resume"], now)
+    for as_it_is in (["train", "x", "--name", "a", "--resume"], ["train", "x", "--dry-run"], ["doctor"], []):
         assert named(as_it_is, now) == as_it_is
     assert [run_of(["train", "x", *more]) for more in (["--name", "a"], ["--name=b"], [])] == ["a", "b", None]
     assert run_of(["eval", "--name", "a"]) is None

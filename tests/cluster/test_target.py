@@ -111,6 +111,12 @@ def test_an_open_head_on_another_machine_is_refused(open_door: str, monkeypatch:
         target.refuse([ok("a", "b"), check], open_door)
 
 
+def test_an_open_head_behind_a_tunnel_is_refused_too(open_door: str) -> None:
+    """Its address is this machine's; that the code is sent along says that it is not here."""
+    assert target.door(nobody(open_door)).state is State.WARN
+    assert target.door(nobody(open_door), elsewhere=True).state is State.FAIL
+
+
 def test_what_is_good_passes_and_all_failures_are_told() -> None:
     target.refuse([ok("a", "b")], "http://head")
     with pytest.raises(ServiceError, match="a: seen: mend it; b: seen: mend that"):

@@ -34,6 +34,26 @@ GPUS = ("resources.workers=2", "resources.gpus_per_worker=1")
 @pytest.fixture(autouse=True)
 def _one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes("a", "a"))
+
+
+def nodes(*hosts: str) -> list[dict[str, object]]:
+    """What Ray tells of nodes, and of one that is gone."""
+    gone = {"Alive": False, "NodeManagerHostname": "gone"}
+    return [*({"Alive": True, "NodeManagerHostname": host} for host in hosts), gone]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "storage", "noted"), [(("a", "b"), "runs", True), (("a", "b"), "s3://bucket/runs", False), (("a", "a"), "runs", False)]
+)
+def test_a_folder_of_one_machine_is_no_storage_for_two(
+    hosts: tuple[str, ...], storage: str, noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: nodes(*hosts))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    console = Notes()
+    check_resources(run_with(f"storage={storage}"), console)
+    assert ["must be a folder that all 2 machines share" in text for text in console.said] == [True] * noted
 
 
 @pytest.mark.parametrize("address", [None, "", "local"])
