@@ -106,7 +106,7 @@ class Scene:
             case Role.DRIVER:
                 training.process.kill()
                 training.process.wait()
-                training.start(draw.randint(1, MOST_WORKERS))
+                training.start(draw.randint(1, MOST_WORKERS))  # as its job does by itself (cluster/again.py), and on other workers besides
             case Role.TRACKING:
                 self.outage.begin()
         return at
