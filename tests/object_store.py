@@ -57,14 +57,15 @@ class ObjectStore:
         self._process.terminate()
         self._process.wait()
 
-    def faults(self, *, fail: float = 0.0, latency_s: float = 0.0) -> None:
+    def faults(self, *, fail: float = 0.0, latency_s: float = 0.0, every_write: int = 0) -> None:
         """From now on `fail` of the reads (GETs and HEADs of objects) fail, half of them with 503, half cut off in the middle of the
-        body, and each read waits `latency_s`. Counts start at 0."""
-        body = json.dumps({"fail": fail, "latency_s": latency_s}).encode()
+        body, and each read waits `latency_s`. Of writes (PUTs, POSTs and DELETEs) every `every_write`th fails with 503, by turns before
+        and after it is done. Counts start at 0."""
+        body = json.dumps({"fail": fail, "latency_s": latency_s, "every_write": every_write}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self._url}/faults", data=body, method="PUT"), timeout=30).read()
 
     def counts(self) -> dict[str, int]:
-        """`requests`, `bytes` and `failed` of reads since `faults` was called."""
+        """`requests`, `bytes` and `failed` of reads, `writes` and `failed_writes`, since `faults` was called."""
         counts: dict[str, int] = json.loads(urllib.request.urlopen(f"{self._url}/counts", timeout=30).read())
         return counts
 
@@ -77,8 +78,8 @@ class _FaultyStore:
 
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._lock, self._random = threading.Lock(), random.Random(0)
-        self._faults = {"fail": 0.0, "latency_s": 0.0}
-        self._counts = {"requests": 0, "bytes": 0, "failed": 0}
+        self._faults = {"fail": 0.0, "latency_s": 0.0, "every_write": 0}
+        self._counts = {"requests": 0, "bytes": 0, "failed": 0, "writes": 0, "failed_writes": 0}
 
     def __call__(self, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
         match environ["REQUEST_METHOD"], environ["PATH_INFO"]:
@@ -91,7 +92,24 @@ class _FaultyStore:
                 return self._json(start, self._counts)
             case (("GET" | "HEAD"), path) if path.count("/") > 1 and "list-type" not in environ.get("QUERY_STRING", ""):
                 return self._read(environ, start)
+            case (("PUT" | "POST" | "DELETE"), path) if path.count("/") > 1:
+                return self._write(environ, start)
         return self._moto(environ, start)
+
+    def _write(self, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
+        with self._lock:
+            self._counts["writes"] += 1
+            fails = self._faults["every_write"] > 0 and self._counts["writes"] % self._faults["every_write"] == 0
+            self._counts["failed_writes"] += fails
+            done = self._counts["failed_writes"] % 2 == 0
+        if not fails:
+            return self._moto(environ, start)
+        if done:
+            b"".join(self._moto(environ, lambda *_: None))
+        else:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        start("503 Slow Down", [("Content-Length", "0"), ("Connection", "close")])
+        return [b""]
 
     def _read(self, environ: dict[str, Any], start: Start) -> Iterable[bytes]:
         time.sleep(self._faults["latency_s"])

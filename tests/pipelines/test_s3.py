@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import mm
+from mm_core.bundle import load_bundle
 from mm_core.data.augment import AugmentConfig
 from mm_core.data.index import Index
 from mm_core.data.ledger import Source, compile_kept
@@ -177,8 +178,9 @@ def test_a_shard_with_another_etag_stops_the_run(corpus: Path, index: Index, obj
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resumed", [False, pytest.param(True, marks=pytest.mark.chaos)], ids=["run", "run and resume"])
-def test_a_run_from_s3_to_s3(resumed: bool, index: Index, tmp_path: Path) -> None:
-    """Data, checkpoints, bundle: nothing of a run is on the local disk but what MLflow keeps."""
+def test_a_run_from_s3_to_s3(resumed: bool, index: Index, object_store: ObjectStore, tmp_path: Path) -> None:
+    """Data, checkpoints, bundle: nothing of a run is on the local disk but what MLflow keeps. Of the store's writes every fifth fails, of
+    its reads one in twenty."""
     storage, tower = bucket(f"storage-{resumed}".lower()), "{width: 32, layers: 1, heads: 2}"
     common = ["train", "clip-tiny", "--data", index.url, "--name", "first", "--verify", "--json", "--set=tokenizer.vocab_size=320"]
     common += [f"--set=model.vision={tower}", f"--set=model.text={tower}"]
@@ -190,10 +192,18 @@ def test_a_run_from_s3_to_s3(resumed: bool, index: Index, tmp_path: Path) -> Non
         assert result.exit_code == 0
         return dict(json.loads(result.stdout.splitlines()[-1]))
 
-    first = train()
+    object_store.faults(fail=0.05, every_write=5)
+    try:
+        first = train()
+        counts = object_store.counts()
+    finally:
+        object_store.faults()
+    assert counts["failed_writes"] > 2
     assert first["bundle"] == f"{storage}/runs/first/bundle"
     fs, path = open_store(first["bundle"])
     assert fs.exists(f"{path}/model.safetensors")
+    fs.get(path, str(tmp_path / "bundle"), recursive=True)
+    load_bundle(tmp_path / "bundle")  # whole, by its digests
     assert first["checkpoint"] == f"{storage}/runs/first/checkpoint_00000004"
     assert first["samples_per_s"] > 0
     if resumed:
