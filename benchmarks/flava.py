@@ -47,7 +47,7 @@ from mm_core.training.clock import StepClock
 from mm_core.training.transfer import Transfer
 from pipelines.index import build_index
 from pipelines.recipes import recipe
-from pipelines.stream import Share, _split
+from pipelines.stream import Share, steps_of
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import build_step
 from pipelines.train.parts import inputs_of, masking_of, modalities_of, num_classes, wrapped
@@ -95,7 +95,7 @@ def train(run: TrainRun, data: RunData, tokenizer: PreTrainedTokenizerFast | Non
     began = time.monotonic()
     for number in range(run.steps):
         table = reader.read(share.positions(number, run.data.chunk))
-        (batch,) = _split(spec, share, table, number)
+        (batch,) = steps_of(spec, share, iter([table]), number)
         seed_step(run.seed, number, 0)
         result = step(inputs(batch, to_device), number)
         losses |= {name: float(value) for name, value in (result.terms | result.measures).items()}

@@ -157,7 +157,7 @@ def stream(spec: ReadSpec, share: Share, *, first_step: int, last_step: int, con
     start = partial(_open, spec, ray.put(spec), share, ahead * max(config.block_bytes, spec.plan.chunk * _row_bytes(spec)), cpus)
     stopped = threading.Event()
     # Where a step is several blocks, joining them copies it: a thread does, while the loop takes the step before.
-    batches = _Ahead(lambda: _steps(spec, share, _opened_ahead(segments, start, ahead, stopped), first_step), 1, stopped)
+    batches = _Ahead(lambda: steps_of(spec, share, _opened_ahead(segments, start, ahead, stopped), first_step), 1, stopped)
     step = first_step
     try:
         for batch in batches:
@@ -383,7 +383,7 @@ def _opened_ahead(
         reading = following
 
 
-def _steps(spec: ReadSpec, share: Share, blocks: Iterator[pa.Table], step: int) -> Iterator[StepBatch]:
+def steps_of(spec: ReadSpec, share: Share, blocks: Iterator[pa.Table], step: int) -> Iterator[StepBatch]:
     """The blocks' steps from `step` on, each checked against the plan."""
     size, length = spec.image_size, len(share.chunks) * spec.plan.chunk
     held: list[pa.Table] = []

@@ -23,7 +23,7 @@ from mm_core.training.step import TrainStep
 from mm_core.training.transfer import Transfer
 from pipelines.index import build_index
 from pipelines.recipes import recipe
-from pipelines.stream import Share, _steps
+from pipelines.stream import Share, steps_of
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import build_step
 from pipelines.train.parts import inputs_of, wrapped
@@ -69,7 +69,7 @@ class Runner:
         reader, share, inputs = PlanReader(self._spec), Share(0, 1, 2), inputs_of(self.run, [16], 0)
         losses = []
         for number in range(first, last):
-            (batch,) = _steps(self._spec, share, iter([reader.read(share.positions(number, 8))]), number)
+            (batch,) = steps_of(self._spec, share, iter([reader.read(share.positions(number, 8))]), number)
             seed_step(self.run.seed, number, 0)
             losses.append({name: float(term) for name, term in step(inputs(batch, Transfer(CPU)), number).terms.items()})
         return losses

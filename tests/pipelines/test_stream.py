@@ -26,7 +26,7 @@ from mm_core.data.split import write_ledger
 from mm_core.errors import DataError, StreamOrderError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
 from pipelines.index import build_index
-from pipelines.stream import Share, StepBatch, StreamConfig, _steps, stream
+from pipelines.stream import Share, StepBatch, StreamConfig, steps_of, stream
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -237,11 +237,11 @@ def test_how_far_it_reads_ahead(config: StreamConfig, cpus: float, room: float, 
 def test_a_step_that_is_read_in_parts_is_the_same(spec: ReadSpec) -> None:
     """Blocks of a chunk, of seven chunks and of all, where a step is five."""
     share, whole = Share(0, 1, CHUNKS), PlanReader(spec).read(np.arange(STEPS * CHUNKS * CHUNK, dtype=np.uint64))
-    expected = list(_steps(spec, share, iter([whole]), 0))
+    expected = list(steps_of(spec, share, iter([whole]), 0))
     assert len(expected) == STEPS
     for chunks in (1, 7):
         blocks = (whole.slice(first, chunks * CHUNK) for first in range(0, len(whole), chunks * CHUNK))
-        for found, step in zip(_steps(spec, share, blocks, 0), expected, strict=True):
+        for found, step in zip(steps_of(spec, share, blocks, 0), expected, strict=True):
             assert found.step == step.step
             assert found.rows.equals(step.rows)
             for name in ("images", "input_ids", "positions"):
@@ -251,9 +251,9 @@ def test_a_step_that_is_read_in_parts_is_the_same(spec: ReadSpec) -> None:
 def test_a_block_out_of_order_is_an_error(spec: ReadSpec) -> None:
     share = Share(0, 1, CHUNKS)
     block = PlanReader(spec).read(share.positions(1, CHUNK))
-    assert next(_steps(spec, share, iter([block]), 1)).step == 1
+    assert next(steps_of(spec, share, iter([block]), 1)).step == 1
     with pytest.raises(StreamOrderError, match="step 0 expected positions"):
-        next(_steps(spec, share, iter([block]), 0))
+        next(steps_of(spec, share, iter([block]), 0))
 
 
 @pytest.fixture(scope="module")
