@@ -83,7 +83,7 @@ def submit(
     from cluster import target
     from cluster.head import connect
     from cluster.run_names import named, run_of
-    from cluster.submit import Elsewhere, Request, passed_variables, read_labels, wait_for_run
+    from cluster.submit import Elsewhere, Here, Request, passed_variables, read_labels, wait_for_run
     from cluster.submit import submit as start
 
     console = Console(as_json)
@@ -91,7 +91,7 @@ def submit(
     head = connect(address)
     place = _place(head.address, send_code, python, image, checked=not skip_checks)
     if not skip_checks:
-        found = target.checks(head, elsewhere=isinstance(place, Elsewhere))
+        found = target.checks(head, elsewhere=not isinstance(place, Here))
         target.refuse(found, head.address)
         for check in found:
             console.note(f"{check.name}: {check.evidence}" + (f"; {check.remedy}" if check.remedy else ""))

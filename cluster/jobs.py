@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from cluster.head import Head
-from mm_core.errors import ConfigError
+from mm_core.errors import ConfigError, ServiceError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
 LIVE = ("PENDING", "RUNNING")
+_TRIES = 5
 _AGAIN_S = 1.0
 
 
@@ -56,20 +57,37 @@ def follow_log(head: Head, job_id: str) -> Iterator[str]:
     """What the job wrote and writes, in pieces, until it has ended; where the line is cut meanwhile, from there on again."""
     import asyncio
 
+    import aiohttp
+
     _known(head, job_id)
-    shown = 0
+    shown, tries = 0, _TRIES
     while True:
-        passed = 0
-        with head.asked(), asyncio.Runner() as runner, suppress(RuntimeError):  # the client's, of a connection that broke
+        ended, cut, passed = not _lives(head, job_id), False, 0
+        with head.asked(), asyncio.Runner() as runner:
             pieces = head.client.tail_job_logs(job_id)
-            while (piece := runner.run(_next(pieces))) is not None:
-                if fresh := piece[max(0, shown - passed) :]:
-                    yield fresh
-                passed += len(piece)
-                shown = max(shown, passed)
-        if job_status(head, job_id) not in LIVE:
+            try:
+                while (piece := runner.run(_next(pieces))) is not None:
+                    if fresh := piece[max(0, shown - passed) :]:
+                        yield fresh
+                    passed += len(piece)
+                    shown = max(shown, passed)
+            except (RuntimeError, aiohttp.ClientError):  # the client's, of a connection that broke or did not come about
+                cut = True
+        if not cut and (ended or not _lives(head, job_id)):
             return
+        tries = tries - 1 if cut and passed == 0 else _TRIES
+        if tries == 0:
+            raise ServiceError(f"{head.address} does not send what job {job_id} writes: look at what stands between")
         time.sleep(_AGAIN_S)
+
+
+def _lives(head: Head, job_id: str) -> bool:
+    """Asked a few times where the head does not answer at once."""
+    for _ in range(_TRIES - 1):
+        with suppress(ServiceError):
+            return job_status(head, job_id) in LIVE
+        time.sleep(_AGAIN_S)
+    return job_status(head, job_id) in LIVE
 
 
 def stop(head: Head, job_id: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -104,15 +105,15 @@ def tracking() -> Check:
 def _let_in(name: str, uri: str, shown: str) -> Check:
     """Whether an MLflow server that is up takes this machine's requests: its `/health` answers whom it refuses all else."""
     import requests
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
 
-    user, password, token = (os.environ.get(f"MLFLOW_TRACKING_{each}", "") for each in ("USERNAME", "PASSWORD", "TOKEN"))
-    headers = {"Authorization": f"Bearer {token}"} if token and not user else {}
-    credentials = (user, password) if user else None
+    who = get_default_host_creds(uri)  # as MLflow itself finds them: variables, its file, certificates
+    ask = partial(http_request, who, method="GET", max_retries=0, timeout=_TIMEOUT_S, raise_on_status=False)
     try:
-        version = requests.get(f"{uri}/version", timeout=_TIMEOUT_S).text.strip()
-        asked = f"{uri}/api/2.0/mlflow/experiments/search"
-        answer = requests.get(asked, params={"max_results": 1}, headers=headers, auth=credentials, timeout=_TIMEOUT_S)
-    except requests.RequestException as error:
+        version, answer = ask("/version").text.strip(), ask("/api/2.0/mlflow/experiments/search", params={"max_results": 1})
+    except (MlflowException, requests.RequestException) as error:
         return fail(name, f"{shown}: no answer ({type(error).__name__})", "look at the server's log")
     if answer.status_code == 403 and "host" in answer.text.lower():
         remedy = f"start the server with --allowed-hosts {urlsplit(uri).netloc.rpartition('@')[2]} among its options"

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import re
 
-_IN_USER = r"""(://[^/\s:@'"]*:)(?!\d+(?:[/?#,\s'"]|$))(?:(?!://)[^\s'"])+(?=@)"""
-"""What stands between a user and the last `@` of a URL: a password may hold `/` and `@` itself, as SQLAlchemy takes it. A port is none."""
-_IN_QUERY = r"""([?&](?:password|passwd|pwd|token|sig|x-amz-signature|x-amz-security-token)=)[^&#\s'"]+"""
-_PASSWORD = re.compile(f"{_IN_USER}|{_IN_QUERY}", re.IGNORECASE)
+_USER = r"""(://[^/\s:@\[]*:)"""
+_PORT = r"""(?:\d+|\$\{?\w+\}?)(?:[/?#,\s'"]|$)"""
+_PASSWORDS = (
+    rf"{_USER}[^/\s@]+(?=@)",
+    # One may hold `/` and `@` itself, as SQLAlchemy takes it: all up to a URL's last `@`, unless it begins as a port does.
+    rf"{_USER}(?!{_PORT})(?:(?!://)[^\s'\"])+(?=@)",
+    r"""([?&](?:password|passwd|pwd|token|sig|x-amz-signature|x-amz-security-token)=)[^&#\s'"]+""",
+)
+_PASSWORD = re.compile(f"{_PASSWORDS[1]}|{_PASSWORDS[0]}|{_PASSWORDS[2]}", re.IGNORECASE)
 
 
 def absolute(address: str) -> str:
@@ -22,4 +27,4 @@ def is_local(address: str) -> bool:
 
 def without_password(text: str) -> str:
     """`text` with the password of every URL in it replaced by stars, before the host and among the options behind `?`."""
-    return _PASSWORD.sub(r"\1\2***", text)
+    return _PASSWORD.sub(r"\1\2\3***", text)

@@ -70,9 +70,9 @@ class StreamConfig(Config):
         """Each CPU's own block, and as many that are decoded and wait: for the loop, or for one before them.
 
         Args:
-            room: bytes of the object store that they may fill; `ahead_blocks` and the least that a stream needs do not ask.
+            room: how many the object store may hold; `ahead_blocks` and the least that a stream needs do not ask.
         """
-        return self.ahead_blocks or int(max(_FEWEST_AHEAD, min(2 * math.ceil(cpus), room // self.block_bytes)))
+        return self.ahead_blocks or int(max(_FEWEST_AHEAD, min(2 * math.ceil(cpus), room)))
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,10 @@ def stream(spec: ReadSpec, share: Share, *, first_step: int, last_step: int, con
         StreamOrderError: a block is not the one that the plan puts next.
         DataError: from the reader, where nothing of a chunk can be used.
     """
-    ahead = config.blocks_ahead(cpus, _room(cpus))
+    block_bytes = max(config.block_bytes, spec.plan.chunk * _row_bytes(spec))
+    ahead = config.blocks_ahead(cpus, _room(cpus) / block_bytes)
     segments = _segments(spec, share, first_step, last_step, config, ahead)
-    start = partial(_open, spec, ray.put(spec), share, ahead * max(config.block_bytes, spec.plan.chunk * _row_bytes(spec)), cpus)
+    start = partial(_open, spec, ray.put(spec), share, ahead * block_bytes, cpus)
     stopped = threading.Event()
     # Where a step is several blocks, joining them copies it: a thread does, while the loop takes the step before.
     batches = _Ahead(lambda: steps_of(spec, share, _opened_ahead(segments, start, ahead, stopped), first_step), 1, stopped)
@@ -401,11 +402,11 @@ def steps_of(spec: ReadSpec, share: Share, blocks: Iterator[pa.Table], step: int
                 images=rows_of(rows["image"], (spec.augment.views, size, size, 3), np.uint8),
                 input_ids=rows_of(rows["input_ids"], spec.text_shape, np.int32),
                 positions=positions,
-                rows=rows.select(["source", "epoch", "uid", "replaced", "replaced_shard"]),
+                rows=rows.select(["source", "epoch", "uid", "replaced", "replaced_shard"]).combine_chunks(),
                 masks=None if spec.masking is None else _masks(rows, spec),
                 labels=rows["label"].to_numpy() if spec.labels else None,
             )
-            del table, rows  # what is joined is copied: its blocks may go
+            del table, rows  # what was joined is copied, so its blocks may go
             yield batch
             step += 1
 

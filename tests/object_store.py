@@ -92,7 +92,7 @@ class _FaultyStore:
                 return self._json(start, self._counts)
             case (("GET" | "HEAD"), path) if path.count("/") > 1 and "list-type" not in environ.get("QUERY_STRING", ""):
                 return self._read(environ, start)
-            case (("PUT" | "POST" | "DELETE"), path) if path.count("/") > 1:
+            case (("PUT" | "POST" | "DELETE"), path) if path.count("/") > 1 or environ.get("QUERY_STRING", "").startswith("delete"):
                 return self._write(environ, start)
         return self._moto(environ, start)
 

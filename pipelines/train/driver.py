@@ -135,13 +135,16 @@ def _train(
     console.note(f"run {folder.name}   mlflow run {record.tracking_run_id} (experiment {run.tracking.experiment})")
 
     # 3. Train and export.
-    status = RunStatus.FAILED
+    status: RunStatus | None = RunStatus.FAILED
     try:
         task = _task(request, run, data, folder, record, start)
         if heldout is not None:
             task = replace(task, evaluation=_evaluation(heldout, task, folder, console))
         outcome = launch(task, folder, console)
-        log_data(run, record.tracking_run_id, outcome)
+        if outcome.taken_over:
+            status = None
+        else:
+            log_data(run, record.tracking_run_id, outcome)
         if outcome.failure:
             raise TrainingError(outcome.failure)
         best = run.checkpoint.best_metric
@@ -155,14 +158,15 @@ def _train(
         console.note(f"stopped; continue with the same command and --resume --name {folder.name}")
         raise
     except MMError:
-        if (step := folder.checkpoints.newest()) is not None:
+        if status is not None and (step := folder.checkpoints.newest()) is not None:
             kept = folder.checkpoints.at(step)
             console.note(f"{kept} is kept: once this is mended, continue with the same command and --resume --name {folder.name}")
         raise
     finally:
         MetricLog(run.tracking.uri, record.tracking_run_id, spool_folder()).close(5)  # what a killed rank 0 on this machine left
-        log_goodput(run, folder, record.tracking_run_id, console)
-        finish_run(run.tracking, record.tracking_run_id, status)
+        if status is not None:
+            log_goodput(run, folder, record.tracking_run_id, console)
+            finish_run(run.tracking, record.tracking_run_id, status)
     return _result(run, folder, record, outcome.steps, outcome.metrics)
 
 

@@ -113,6 +113,8 @@ def _attempt(
     with closing(_Attempt(task, clock, left_out, log)) as attempt:
         ended = attempt.steps(watchdog, Preemption(task.preemption_watched), remedies)
         if not isinstance(ended, Outcome):
+            if attempt.taken_over():
+                return Outcome(ended.first, {}, _TAKEN_OVER, taken_over=True)
             return attempt.checkpoints.roll_back(ended)
         attempt.checkpoints.finish()
         return ended
@@ -148,11 +150,13 @@ class _Attempt:
         # 4. The samples from there on, and the steps.
         task, first, run = self._task, self._start.step, self._task.run
         evaluate = evaluation_of(task.evaluation, self._step, run.steps, self._log.evaluated, self._log.warn)
-        taken_over = partial(is_taken_over, task.folder, self._number, self._ranks)
-        tools = LoopTools(self._log.metrics, evaluate, self.checkpoints.save, watchdog.step_done, preempted, taken_over, remedies)
+        tools = LoopTools(self._log.metrics, evaluate, self.checkpoints.save, watchdog.step_done, preempted, self.taken_over, remedies)
         self._log.started(first)
         batches = stream(task.spec, self._share, first_step=first, last_step=run.steps, config=run.stream, cpus=_stream_cpus(run))
         return run_steps(run, self._step, batches, first, tools, left_out=self._start.left_out, audit=self._audit)
+
+    def taken_over(self) -> bool:
+        return is_taken_over(self._task.folder, self._number, self._ranks)
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -277,7 +281,7 @@ def run_steps(
         leaving = log_due and tools.preempted()
         if save_due or leaving:
             if tools.taken_over():
-                return Outcome(done, metrics, _TAKEN_OVER)
+                return Outcome(done, metrics, _TAKEN_OVER, taken_over=True)
             with clock.phase(Phase.CHECKPOINT):
                 tools.save(done, metrics | found, leaving or done == run.steps)
         if evaluation_due or save_due or leaving:

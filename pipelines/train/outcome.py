@@ -25,3 +25,5 @@ class Outcome:
     """The samples of the batch that would have spoilt the model."""
     replaced: tuple[ShardCount, ...] = ()
     """The shards whose samples had to be replaced most often since the workers were started, the worst first."""
+    taken_over: bool = False
+    """Another command goes on with the run: its record and its MLflow run are that one's."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mm_core.errors import CheckpointError
 from mm_core.ranks import Ranks
-from mm_core.store import open_store, write_whole
+from mm_core.store import open_store, reaching, write_whole
 from mm_core.training.checkpoint import CheckpointState, load_checkpoint, read_state
 from mm_core.training.checkpoints import CheckpointFolder, CheckpointWriter
 from mm_core.training.guard import StepGuard
@@ -136,7 +136,7 @@ def is_taken_over(folder: str, attempt: int, ranks: Ranks) -> bool:
     lost. Where the store does not say, it is not. A collective."""
     found = None
     if ranks.rank == 0:
-        fs, path = open_store(f"{folder}/attempt")
-        with suppress(OSError):
+        with suppress(OSError), reaching(folder):
+            fs, path = open_store(f"{folder}/attempt")
             found = int(fs.cat_file(path)) != attempt
     return bool(ranks.from_first(bool(found)))

@@ -39,10 +39,12 @@ def test_one_that_ended_is_not(code: int, tmp_path: Path) -> None:
     assert (process.returncode, (tmp_path / "n").read_text()) == (code, "1")
 
 
-def test_one_that_was_asked_to_end_has_its_time_and_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tidies", [True, False], ids=["that tidies up", "that had no time to"])
+def test_one_that_was_asked_to_end_has_its_time_and_is_not(tidies: bool, tmp_path: Path) -> None:
     """As Ray stops a job: both get the signal."""
     end = "lambda *_: (time.sleep(1), pathlib.Path('tidied').touch(), os._exit(143))"
-    wait = f"signal.signal(signal.SIGTERM, {end})\npathlib.Path('ready').touch()\ntime.sleep(60)"
+    handled = f"signal.signal(signal.SIGTERM, {end})\n" if tidies else ""
+    wait = f"{handled}pathlib.Path('ready').touch()\ntime.sleep(60)"
     command = [sys.executable, AGAIN, sys.executable, "-c", COUNTED + wait]
     process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True)
     until = time.monotonic() + 30
@@ -52,5 +54,5 @@ def test_one_that_was_asked_to_end_has_its_time_and_is_not(tmp_path: Path) -> No
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=30) == 143
-    assert (tmp_path / "tidied").exists()
+    assert (tmp_path / "tidied").exists() == tidies
     assert (tmp_path / "n").read_text() == "1"

@@ -320,7 +320,7 @@ def test_a_run_that_cannot_be_read_is_passed_over(
 
 def test_a_run_that_another_command_has_taken_over_ends_without_a_checkpoint(index: Index, tmp_path: Path) -> None:
     """As where a head was cut off and its job goes on, beside the one that was submitted again."""
-    endless = tiny_run(tmp_path, 2, "steps=100000", "checkpoint.every_steps=20")
+    long = tiny_run(tmp_path, 2, "steps=3000", "checkpoint.every_steps=20")
 
     def take_over() -> None:
         folder = tmp_path / "runs" / "tiny"
@@ -331,10 +331,12 @@ def test_a_run_that_another_command_has_taken_over_ends_without_a_checkpoint(ind
     other = threading.Thread(target=take_over, daemon=True)
     other.start()
     with pytest.raises(TrainingError, match="another command has gone on with it since"):
-        train(TrainRequest(endless, (Source(index=index.url),), name="tiny"), Console(json=True))
+        train(TrainRequest(long, (Source(index=index.url),), name="tiny"), Console(json=True))
     other.join(10)
     assert attempts(tmp_path) == 2
     assert not reached(tmp_path, 1000)
+    record = RunFolder.of(str(tmp_path / "runs"), "tiny").read()
+    assert MlflowClient(long.tracking.uri).get_run(record.tracking_run_id).info.status == "RUNNING"  # it is the other's
 
 
 @pytest.mark.long

@@ -16,12 +16,14 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
+from botocore.exceptions import EndpointConnectionError
 
 from mm_core.config import resolve
 from mm_core.models.family import build_model
 from mm_core.models.sizes import SpecialTokens
 from mm_core.models.two_tower import TwoTower
 from mm_core.objectives.output import LossOutput
+from mm_core.ranks import Ranks
 from mm_core.training.clock import StepClock
 from mm_core.training.guard import StepGuard
 from mm_core.training.step import TrainStep
@@ -32,7 +34,7 @@ from pipelines.train.config import TrainRun
 from pipelines.train.loop import LoopTools, build_step, run_steps
 from pipelines.train.outcome import Outcome
 from pipelines.train.remedies import LeftOut, Remedies, Rollback
-from pipelines.train.run_checkpoints import RunCheckpoints
+from pipelines.train.run_checkpoints import RunCheckpoints, is_taken_over, next_attempt
 
 STEPS, BAD = 12, 7
 
@@ -79,13 +81,14 @@ class Trained:
         loss, factor = self._plain(output, batch, counts), self._spoil.get(self._number, 1.0)
         return LossOutput(loss.total * factor, {name: term * factor for name, term in loss.terms.items()})
 
-    def steps(self, first: int = 0, left_out: LeftOut = (), save: Any = None) -> Outcome | Rollback:
+    def steps(self, first: int = 0, left_out: LeftOut = (), save: Any = None, taken_over: bool = False) -> Outcome | Rollback:
         def numbered() -> Iterator[StepBatch]:
             for batch in batches_from(first):
                 self._number = batch.step
                 yield batch
 
         tools = LoopTools(log=self.logged.__setitem__, remedies=self.remedies)
+        tools = replace(tools, taken_over=lambda: taken_over)
         tools = tools if save is None else replace(tools, save=save)
         return run_steps(self.run, self.step, numbered(), first, tools, left_out=left_out)
 
@@ -97,6 +100,35 @@ def without(*left_out: tuple[int, int]) -> torch.Tensor:
     trained = Trained(run_of())
     trained.steps(left_out=left_out)
     return trained.weights()
+
+
+def test_a_run_that_is_taken_over_ends_before_it_saves() -> None:
+    saved = list[int]()
+
+    def save(step: int, *_: Any) -> None:
+        saved.append(step)
+
+    ended = Trained(run_of()).steps(save=save, taken_over=True)
+    assert isinstance(ended, Outcome)
+    assert ended.taken_over
+    assert saved == []
+    assert not Trained(run_of()).steps(save=save).taken_over  # type: ignore[union-attr]
+    assert saved != []
+
+
+def test_what_says_that_a_run_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(torch.device("cpu"))
+    assert not is_taken_over(str(tmp_path), 1, ranks)  # the store does not say
+    assert next_attempt(str(tmp_path), ranks) == 1
+    assert not is_taken_over(str(tmp_path), 1, ranks)
+    assert next_attempt(str(tmp_path), ranks) == 2
+    assert is_taken_over(str(tmp_path), 1, ranks)
+
+    def away(*_: Any) -> Any:
+        raise EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
+
+    monkeypatch.setattr("pipelines.train.run_checkpoints.open_store", away)
+    assert not is_taken_over(str(tmp_path), 1, ranks)
 
 
 def test_by_default_a_gradient_that_is_not_finite_stops_the_run() -> None:
@@ -219,6 +251,9 @@ def test_a_rollback_lets_go_of_a_model_before_it_makes_another(tmp_path: Path, m
 
         def steps(self, *told: Any) -> Outcome | Rollback:
             return self.trained.steps(self.start.step, self.start.left_out, self.checkpoints.save)
+
+        def taken_over(self) -> bool:
+            return False
 
         def close(self) -> None:
             self.checkpoints.close()

@@ -225,7 +225,7 @@ def test_a_stream_that_is_closed_leaves_no_thread(spec: ReadSpec) -> None:
     [
         (StreamConfig(), 1, math.inf, 4),
         (StreamConfig(), 16, math.inf, 32),
-        (StreamConfig(), 16, 640 << 20, 10),
+        (StreamConfig(), 16, 10.5, 10),
         (StreamConfig(), 16, 1, 4),
         (StreamConfig(ahead_blocks=2), 16, 1, 2),
     ],

@@ -184,12 +184,14 @@ def test_passwords_are_not_shown() -> None:
         "http://h:5000/#/runs/a@b and models:/m@champion",
         "http://h:80 s3://b/x@y",
         "pg://me@db/x",
+        "http://[::1]:5000/#/runs/a@b",
+        "http://h:${PORT}/a@b",
     ):
         assert without_password(plain) == plain
     assert without_password("s3://b/k?X-Amz-Signature=pw&X-Amz-Date=1") == "s3://b/k?X-Amz-Signature=***&X-Amz-Date=1"
 
 
-@pytest.mark.parametrize("password", ["pa/ss", "p@ss", "1p/w@x", "a:b", "p%40w"])
+@pytest.mark.parametrize("password", ["pa/ss", "p@ss", "1p/w@x", "a:b", "p%40w", "12,34", "12#4", "12?4", "12", "pa'ss", 'pa"ss', "${x"])
 def test_a_password_is_hidden_whole_whatever_it_is_made_of(password: str) -> None:
     assert without_password(f"(pg://me:{password}@db:5432/x, http://h:80/y)") == "(pg://me:***@db:5432/x, http://h:80/y)"
 
