@@ -223,8 +223,8 @@ def test_a_dry_run_counts_what_the_store_counts(index: Index, object_store: Obje
     reader, plan, (kept,) = IndexReader(index, gap_bytes=0), data.plan(run), data.kept
     reader.spans(np.arange(1))  # the index's own files are read now, and not counted
     object_store.faults()
-    for step in range(3):
-        places = plan.locate(np.arange(step * 64, step * 64 + 64, dtype=np.uint64))
+    for first in range(0, 3 * 64, run.data.chunk):  # a block is a chunk
+        places = plan.locate(np.arange(first, first + run.data.chunk, dtype=np.uint64))
         reader.read(kept.at(places.kept, places.epochs, run.seed))
     counts = object_store.counts()
     assert cost is not None
