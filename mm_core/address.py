@@ -7,13 +7,13 @@ import re
 
 _USER = r"""(://[^/\s:@\[]*:)"""
 _PORT = r"""(?:\d+|\$\{?\w+\}?)(?:[/?#,\s'"]|$)"""
-_PASSWORDS = (
-    rf"{_USER}[^/\s@]+(?=@)",
-    # One may hold `/` and `@` itself, as SQLAlchemy takes it: all up to a URL's last `@`, unless it begins as a port does.
-    rf"{_USER}(?!{_PORT})(?:(?!://)[^\s'\"])+(?=@)",
-    r"""([?&](?:password|passwd|pwd|token|sig|x-amz-signature|x-amz-security-token)=)[^&#\s'"]+""",
+_PASSWORD = re.compile(
+    # It may hold `/` and `@` itself, as SQLAlchemy takes it: all up to a URL's last `@`, unless it begins as a port does.
+    rf"""{_USER}(?!{_PORT})(?:(?!://)[^\s'"])+(?=@)"""
+    rf"""|{_USER}[^/\s@]+(?=@)"""
+    r"""|([?&](?:password|passwd|pwd|token|sig|x-amz-signature|x-amz-security-token)=)[^&#\s'"]+""",
+    re.IGNORECASE,
 )
-_PASSWORD = re.compile(f"{_PASSWORDS[1]}|{_PASSWORDS[0]}|{_PASSWORDS[2]}", re.IGNORECASE)
 
 
 def absolute(address: str) -> str:
