@@ -170,11 +170,16 @@ def stream(spec: ReadSpec, share: Share, *, first_step: int, last_step: int, con
         raise StreamOrderError(f"the stream ended at step {step}, {last_step} were planned")
 
 
+def node_resources() -> dict[str, float]:
+    """What Ray counts on this process' node."""
+    here = ray.get_runtime_context().get_node_id()
+    return next((node["Resources"] for node in ray.nodes() if node["NodeID"] == here), {})
+
+
 def _room(cpus: float) -> float:
     """Bytes of this node's object store for one segment of a rank that reads with so many of its CPUs: a quarter of their share, since two
     segments are open where one follows another, and batches and checkpoints go through the store too."""
-    here = ray.get_runtime_context().get_node_id()
-    node: dict[str, float] = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == here), {})
+    node = node_resources()
     return node.get("object_store_memory", math.inf) / 4 * min(1.0, cpus / max(1.0, node.get("CPU", 1.0)))
 
 

@@ -38,7 +38,7 @@ from mm_core.training.step import StepResult, TrainStep
 from mm_core.training.teacher import Teacher
 from mm_core.training.transfer import Transfer
 from mm_core.training.watchdog import Watchdog
-from pipelines.stream import Share, StepBatch, stream
+from pipelines.stream import Share, StepBatch, node_resources, stream
 from pipelines.train.audit import Audit
 from pipelines.train.board import fatal_errors
 from pipelines.train.config import TrainRun
@@ -298,8 +298,7 @@ def _flops_per_sample(run: TrainRun, train_step: TrainStep) -> float | None:
 
 
 def _node_cpus() -> float:
-    here = ray.get_runtime_context().get_node_id()
-    return next((n["Resources"].get("CPU", 1.0) for n in ray.nodes() if n["NodeID"] == here), 1.0)
+    return node_resources().get("CPU", 1.0)
 
 
 def _threads() -> int:
