@@ -37,6 +37,7 @@ def attach(app: typer.Typer) -> None:
 
 def doctor(
     address: Annotated[str | None, typer.Option(metavar="URL", help="Check the cluster of this head too.")] = None,
+    nodes: Annotated[bool, typer.Option("--nodes", help="Let each node of the cluster that RAY_ADDRESS names look at itself too.")] = False,
     failures: Annotated[bool, typer.Option("--failures", help="Show nothing but what would not work.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +48,7 @@ def doctor(
     from cluster.doctor import State, checks
 
     console = Console(as_json)
-    found = checks(address)
+    found = checks(address, nodes=nodes)
     if failures:
         found = [check for check in found if check.state is State.FAIL]
     counts = {state: sum(check.state is state for check in found) for state in State}

@@ -3,7 +3,7 @@ then what it talks to."""
 
 from __future__ import annotations
 
-from cluster import machine, services, target
+from cluster import each_node, machine, services, target
 from cluster.check import Check, State, fail
 from cluster.head import connect
 from mm_core.errors import ServiceError
@@ -11,15 +11,19 @@ from mm_core.errors import ServiceError
 __all__ = ["Check", "State", "checks"]
 
 
-def checks(address: str | None = None) -> list[Check]:
+def checks(address: str | None = None, *, nodes: bool = False) -> list[Check]:
     """Every check, run now; with the address of a head's job service, of that cluster too. None changes anything; the slowest wait
     three seconds for a host that does not answer.
+
+    Args:
+        nodes: each node of the cluster that `RAY_ADDRESS` names looks at itself too, for which a task starts there.
 
     Raises:
         ConfigError: `address` is not that of a job service.
     """
     return [
         *(_cluster(address) if address else ()),
+        *(each_node.checks() if nodes else ()),
         machine.python(),
         *machine.packages(),
         machine.cpus(),

@@ -15,7 +15,7 @@ from cluster.check import Check, fail, ok, warn
 FLOORS = {"ray": "2.56.1", "mlflow": "3.11", "torch": "2.6"}
 """Older versions have published remote code execution flaws, whatever a project file allows."""
 _PYTHON_FLOOR = (3, 11)
-_SHOWN = ("ray", "mlflow", "torch", "transformers")
+SHOWN = ("ray", "mlflow", "torch", "transformers")
 _GB = 1e9
 _MEMORY_LOW_GB = 4.0
 _DISK_LOW_GB = 10.0
@@ -36,8 +36,8 @@ def python() -> Check:
 def packages() -> list[Check]:
     """The packages that matter most, one by one, then all others that mm needs."""
     ranges = required()
-    found = [_package(name, ranges.get(name, "")) for name in _SHOWN]
-    problems = [_package(name, wanted) for name, wanted in ranges.items() if name not in _SHOWN]
+    found = [_package(name, ranges.get(name, "")) for name in SHOWN]
+    problems = [_package(name, wanted) for name, wanted in ranges.items() if name not in SHOWN]
     bad = [check for check in problems if check.state != "ok"]
     return [*found, *(bad or [ok("other packages", f"{len(problems)} within their ranges")])]
 
@@ -92,15 +92,21 @@ def disks() -> list[Check]:
     return found
 
 
-def gpus() -> Check:
+def gpus(*, of_ray: float = 0) -> Check:
+    """
+    Args:
+        of_ray: how many a Ray node has to give here: then torch must see some.
+    """
     import torch
 
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         shown = ", ".join(f"{device.name} ({device.total_memory / _GB:.0f} GB)" for device in devices)
         return ok("GPUs", f"{shown}; CUDA {torch.version.cuda}")
+    remedy = "install torch with CUDA that the driver supports: see https://pytorch.org/get-started/locally"
+    if of_ray:
+        return fail("GPUs", f"Ray gives {of_ray:g} away, but torch {torch.__version__} sees none", remedy)
     if Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi"):
-        remedy = "install torch with CUDA that the driver supports: see https://pytorch.org/get-started/locally"
         return warn("GPUs", f"a driver is there, but torch {torch.__version__} sees no GPU", remedy)
     return ok("GPUs", "none: training runs on the CPU")
 

@@ -75,6 +75,8 @@ def ray_head() -> Check:
     address = address.rpartition("@")[2]
     if not _listens(host, port):
         return fail(name, f"nothing answers at RAY_ADDRESS={address}", "start it with `ray start --head`, correct RAY_ADDRESS, or unset it")
+    if parts.scheme in ("http", "https"):
+        return warn(name, f"{address} answers `mm submit` and `mm jobs`; other commands do not start", "unset RAY_ADDRESS for them")
     return ok(name, f"{address} answers")
 
 

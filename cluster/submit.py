@@ -68,7 +68,7 @@ class Elsewhere:
 
     python: str = "python"
     checked: bool = True
-    """Whether `mm doctor` must find nothing there that fails."""
+    """Whether `mm doctor` must find nothing there that fails, on any node."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def entrypoint(arguments: Sequence[str], place: Place) -> str:
                 command = [python, "-m", "cluster.again", *command]
     if isinstance(place, Here):
         return f"cd {shlex.quote(str(place.folder))} && exec {shlex.join(command)}"
-    look = f"{shlex.join([python, '-m', 'mm', 'doctor', '--failures'])} && " if place.checked else ""
+    look = f"{shlex.join([python, '-m', 'mm', 'doctor', '--nodes', '--failures'])} && " if place.checked else ""
     return f"{look}exec {shlex.join(command)}"
 
 

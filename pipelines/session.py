@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mm_core.address import without_password
 from mm_core.errors import ServiceError
 
 _ENVIRONMENT = {
@@ -36,7 +37,7 @@ def ray_session(*, cpus: int | None = None) -> Iterator[None]:
     """Connect for the time of a command, and leave as it was what was there before.
 
     Raises:
-        ServiceError: `RAY_ADDRESS` names a cluster that does not answer.
+        ServiceError: `RAY_ADDRESS` names a cluster that does not answer, or a job service.
     """
     import ray
 
@@ -60,6 +61,10 @@ def connect(*, cpus: int | None = None) -> None:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ServiceError(
+            f"RAY_ADDRESS={without_password(address)} is a job service: `mm submit -- COMMAND` runs the command there; unset it to run here"
+        )
     environment = _ENVIRONMENT if address else _ENVIRONMENT | _ALONE
     for name, value in environment.items():
         os.environ.setdefault(name, value)

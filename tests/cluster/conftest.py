@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.certificates import make_authority, make_node
-from cluster.nodes import LocalCluster, Node, Room
+from cluster.nodes import LocalCluster, Room
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RunningHead:
     """What Prometheus reads of it."""
     logs: Path
     """All that its processes and jobs write."""
-    node: Node
+    cluster: LocalCluster
 
 
 @pytest.fixture(scope="package")
@@ -46,6 +46,6 @@ def running_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHe
         cluster.wait()
         metrics = f"http://127.0.0.1:{cluster.metrics_port}/metrics"
         logs = Path(cluster.folder, "0", "session_latest", "logs")
-        yield RunningHead(cluster.address, str(cluster.gcs_port), environment, metrics, logs, cluster.nodes[0])
+        yield RunningHead(cluster.address, str(cluster.gcs_port), environment, metrics, logs, cluster)
     finally:
         cluster.stop()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,7 +116,7 @@ def test_ray_head(monkeypatch: pytest.MonkeyPatch, listener: int) -> None:
         if address:
             monkeypatch.setenv("RAY_ADDRESS", address)
         states.append(services.ray_head().state)
-    assert states == [State.OK, State.OK, State.OK, State.FAIL, State.FAIL, State.FAIL]
+    assert states == [State.OK, State.OK, State.WARN, State.FAIL, State.FAIL, State.FAIL]
 
 
 def test_tracking_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -164,6 +169,40 @@ def test_a_tracking_server_that_does_not_know_its_name_fails(monkeypatch: pytest
     monkeypatch.setenv("MM_SET__TRACKING__URI", uri)
     check = services.tracking()
     assert (check.state, "raise the server's MLflow to 999" in check.remedy) == (State.FAIL, True)
+
+
+@pytest.fixture
+def closed_server() -> Iterator[str]:
+    """Answers as MLflow's server does that was started with `--app-name basic-auth`: its health to anybody, all else to whom it knows."""
+    known = f"Basic {base64.b64encode(b'ada:geheim').decode()}"
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" or self.headers["Authorization"] == known else 401)
+            self.end_headers()
+            self.wfile.write(version("mlflow").encode() if self.path == "/version" else b"{}")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_tracking_server_that_refuses_the_credentials_fails(monkeypatch: pytest.MonkeyPatch, closed_server: str) -> None:
+    monkeypatch.setenv("MM_SET__TRACKING__URI", closed_server)
+    states = []
+    for password in (None, "falsch", "geheim"):
+        if password:
+            monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+            monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        check = services.tracking()
+        states.append((check.state, "HTTP status 401" in check.evidence, "MLFLOW_TRACKING_PASSWORD" in check.remedy))
+        assert "falsch" not in f"{check}"
+        assert "geheim" not in f"{check}"
+    assert states == [(State.FAIL, True, True), (State.FAIL, True, True), (State.OK, False, False)]
 
 
 def test_object_storage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,7 @@ def test_a_token_is_its_owners_alone() -> None:
 
 
 def test_nothing_of_a_head_listens_beyond_loopback(running_head: RunningHead) -> None:
-    own = {process.pid for process in running_head.node.processes()}
+    own = {process.pid for process in running_head.cluster.nodes[0].processes()}
     sockets = [each for each in psutil.net_connections("inet") if each.pid in own and each.status == psutil.CONN_LISTEN]
     assert len(sockets) > 5
     assert {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}

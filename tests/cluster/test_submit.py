@@ -351,7 +351,7 @@ def test_what_is_sent_is_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_entrypoint_is_quoted() -> None:
     assert entrypoint(["train", "a b"], Elsewhere(checked=False)) == "exec python -m mm train 'a b'"
-    assert entrypoint(["train", "a b"], Elsewhere()) == "python -m mm doctor --failures && exec python -m mm train 'a b'"
+    assert entrypoint(["train", "a b"], Elsewhere()) == "python -m mm doctor --nodes --failures && exec python -m mm train 'a b'"
     assert entrypoint(["x;y"], Here(Path("/a b"))) == f"cd '/a b' && exec {sys.executable} -m mm 'x;y'"
 
 
@@ -397,7 +397,7 @@ def test_what_is_installed_there_is_what_is_here(monkeypatch: pytest.MonkeyPatch
 
 def test_an_image_brings_everything() -> None:
     place = InImage("registry/mm:1")
-    assert entrypoint(["train", "x"], place) == "python -m mm doctor --failures && exec python -m mm train x"
+    assert entrypoint(["train", "x"], place) == "python -m mm doctor --nodes --failures && exec python -m mm train x"
     with _runtime_env(Request(place, {"A": "1"})) as env:
         assert env == {"env_vars": _STOP | {"A": "1"}, "image_uri": "registry/mm:1"}
         RuntimeEnv(**env)

@@ -8,6 +8,9 @@ import psutil
 import pytest
 import ray
 
+from mm_core.errors import ServiceError
+from pipelines.session import connect
+
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_an_embedded_ray_listens_on_loopback_alone_and_asks_for_a_token() -> None:
@@ -35,3 +38,11 @@ def is_loopback(ip: str) -> bool:
     address = ipaddress.ip_address(ip)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return (mapped or address).is_loopback
+
+
+def test_a_job_service_is_no_cluster_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As RAY_ADDRESS may be for `mm submit`."""
+    monkeypatch.setenv("RAY_ADDRESS", "http://me:geheim@10.0.0.5:8265")
+    with pytest.raises(ServiceError, match="`mm submit -- COMMAND` runs the command there") as raised:
+        connect()
+    assert "geheim" not in str(raised.value)

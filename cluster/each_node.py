@@ -1,0 +1,97 @@
+"""Checks of a cluster from inside: each of its nodes looks at itself, in a task there."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster import machine, services
+from cluster.check import Check, State, fail, ok, warn
+from cluster.machine import SHOWN
+
+_WAIT_S = 300.0
+"""For a node's answer: the first task of a job there may have to install packages or to fetch an image."""
+_LIKE_RUNS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+"""Ray hides the GPUs from a task that books none."""
+_MEND = "mend it, take the node out of the cluster"
+
+
+def checks() -> list[Check]:
+    """What the live nodes of the cluster that `RAY_ADDRESS` names say of themselves: what is amiss, with the nodes where it is, and the
+    versions that are not the same on all. A node that is lost or silent meanwhile is a warning, as runs go on without one."""
+    import logging
+
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        return [fail("the nodes", "RAY_ADDRESS names no cluster", "set it to the head's: RAY_ADDRESS=HOST:6379, or leave out --nodes")]
+    if services.ray_head().state is State.FAIL:  # Ray itself tries for minutes
+        return [fail("the nodes", "were not asked: the head does not answer", "see `Ray head`: RAY_ADDRESS")]
+    try:
+        ray.init(address=address, runtime_env={"env_vars": _LIKE_RUNS}, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        return [fail("the nodes", f"Ray does not answer there ({error})".partition("\n")[0], "start it, or correct RAY_ADDRESS")]
+    try:
+        return summary(_ask_all())
+    finally:
+        ray.shutdown()
+
+
+def summary(answers: Mapping[str, Sequence[Check]]) -> list[Check]:
+    """One check for what is amiss in the same words on several nodes.
+
+    Args:
+        answers: node → what it found.
+    """
+    nodes_of, versions = defaultdict[Check, list[str]](list), defaultdict[str, dict[str, list[str]]](lambda: defaultdict(list))
+    for node, found in answers.items():
+        for check in found:
+            if check.state is not State.OK:
+                nodes_of[check].append(node)
+            elif check.name in SHOWN:
+                versions[check.name][check.evidence].append(node)
+    bad = [Check(f"{check.name} of {', '.join(nodes)}", check.state, check.evidence, check.remedy) for check, nodes in nodes_of.items()]
+    for package, nodes_by in versions.items():
+        if len(nodes_by) > 1:
+            evidence = "; ".join(f"{version} on {', '.join(nodes)}" for version, nodes in nodes_by.items())
+            bad.append(warn(f"{package} of the nodes", evidence, "install one version everywhere: ranks of one run work together"))
+    return bad or [ok("the nodes", f"each of {len(answers)} has looked at itself: nothing is amiss")]
+
+
+def _ask_all() -> dict[str, list[Check]]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(_of_this_node)
+    asked: dict[Any, str] = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            answer = task.options(scheduling_strategy=there).remote(node["Resources"].get("GPU", 0))
+            asked[answer] = f"{node['NodeName']} ({node['NodeID'][:8]})"
+    ray.wait(list(asked), num_returns=len(asked), timeout=_WAIT_S)
+    return {name: _read(answer) for answer, name in asked.items()}
+
+
+def _read(answer: Any) -> list[Check]:
+    import ray
+
+    try:
+        found: list[Check] = ray.get(answer, timeout=0)
+    except ray.exceptions.GetTimeoutError:
+        return [warn("the answer", f"none in {_WAIT_S:g} s", f"look at the node's logs: ray logs cluster; {_MEND}, or wait")]
+    except ray.exceptions.RayTaskError as error:
+        return [fail("mm", f"does not start: {str(error).strip().splitlines()[-1]}", f"install there what mm needs, or {_MEND}")]
+    except ray.exceptions.RuntimeEnvSetupError as error:
+        return [fail("the job's environment", f"not made: {str(error).strip().splitlines()[0]}", f"look at the node's logs, or {_MEND}")]
+    except ray.exceptions.RayError as error:
+        return [warn("the node", f"lost while it was asked ({type(error).__name__})", "none, if it was a spot node; else look at its logs")]
+    return found
+
+
+def _of_this_node(gpus: float) -> list[Check]:
+    found = [machine.python(), *machine.packages(), machine.memory(), *machine.disks(), machine.gpus(of_ray=gpus)]
+    return [*found, services.tracking(), *services.object_storage()]

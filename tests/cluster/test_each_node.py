@@ -1,0 +1,70 @@
+"""What nodes find when they look at themselves: two real ones, and answers as other clusters would give."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from cluster import each_node, machine
+from cluster.check import State, fail, ok, warn
+from cluster.nodes import Room
+
+if TYPE_CHECKING:
+    from conftest import RunningHead
+
+
+def look(environment: dict[str, str], *options: str) -> tuple[int, list[dict[str, Any]]]:
+    command = [sys.executable, "-m", "mm", "doctor", "--nodes", "--json", *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])["checks"]
+
+
+def test_the_node_on_which_something_fails_is_named(running_head: RunningHead) -> None:
+    """The second has a tracking server that does not answer."""
+    environment = running_head.environment | {"RAY_ADDRESS": running_head.cluster.gcs_address}
+    _, alone = look(environment)
+    assert (alone[0]["name"], alone[0]["state"]) == ("the nodes", "ok")
+    assert alone[0]["evidence"] == "each of 1 has looked at itself: nothing is amiss"
+    amiss = running_head.environment | {"MM_SET__TRACKING__URI": "http://127.0.0.1:9"}
+    grown = running_head.cluster.add(Room(cpus=1, memory=1 << 30, object_store=80 << 20), amiss)
+    try:
+        grown.wait()
+        code, failures = look(environment, "--failures")
+    finally:
+        grown.lose(grown.nodes[-1])
+    assert code == 1
+    (found,) = [check for check in failures if check["name"].startswith("tracking store of ")]
+    assert found["name"].startswith(f"tracking store of {grown.nodes[-1].name} (")
+    assert found["evidence"].startswith("http://127.0.0.1:9: no answer")
+
+
+@pytest.mark.parametrize("address", [None, "local", "127.0.0.1:9", "http://127.0.0.1:9"])
+def test_without_a_cluster_the_check_fails(address: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    code, checks = look(environment | ({"RAY_ADDRESS": address} if address else {}), "--failures")
+    assert (code, checks[0]["name"]) == (1, "the nodes")
+    assert "RAY_ADDRESS" in checks[0]["remedy"]
+
+
+def test_what_is_amiss_on_several_nodes_is_said_once() -> None:
+    full, low = fail("disk", "0.1 GB free at /tmp", "free space"), warn("memory", "1.0 GB of 8.0 GB free", "end other programs")
+    found = each_node.summary({"a": [full, ok("torch", "2.13.0")], "b": [full, low, ok("torch", "2.13.0")], "c": [ok("torch", "2.13.0")]})
+    assert [(check.name, check.state) for check in found] == [("disk of a, b", State.FAIL), ("memory of b", State.WARN)]
+
+
+def test_nodes_with_other_versions_are_a_warning() -> None:
+    (check,) = each_node.summary({"a": [ok("torch", "2.13.0")], "b": [ok("torch", "2.11.0")], "c": [ok("torch", "2.13.0")]})
+    assert (check.name, check.state, check.evidence) == ("torch of the nodes", State.WARN, "2.13.0 on a, c; 2.11.0 on b")
+
+
+def test_a_gpu_of_ray_that_torch_does_not_see_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert machine.gpus(of_ray=0).state is not State.FAIL
+    check = machine.gpus(of_ray=2)
+    assert (check.state, check.evidence.startswith("Ray gives 2 away, but torch ")) == (State.FAIL, True)
