@@ -48,6 +48,8 @@ def claim(run: TrainRun, data: RunData, name: str | None, *, resume: bool, or_re
     folder = RunFolder.of(run.storage, name)
     if folder.exists():
         raise ConfigError(f"run {folder.url} exists: continue it with --resume, or give another --name")
+    if folder.was_cut_off():
+        folder.remove()
     if folder.holds_something():
         raise ConfigError(f"{folder.url} exists and holds no run: give another --name, or remove it first")
     return folder, None
@@ -64,6 +66,7 @@ def begin(run: TrainRun, data: RunData, folder: RunFolder, start: Start | None) 
     """Make the tokenizer, the run's folder and the tracking run."""
     tokenizer = _train_tokenizer(run, data) if start is None else start.tokenizer
     run = fed_by(run, tokenizer)
+    folder.begin()
     try:
         if tokenizer is not None:
             with tempfile.TemporaryDirectory(prefix="mm-tokenizer-") as local:

@@ -1,5 +1,6 @@
 """A run's folder: what `mm train` keeps of a run beside its checkpoints.
 
+STORAGE/NAME/begun         while there is no run.json yet
 STORAGE/NAME/run.json      what was asked for, the data it was asked for, the tracking run
 STORAGE/NAME/tokenizer/    the tokenizer, in Hugging Face's layout
 STORAGE/NAME/checkpoint_*  as `mm_core.training.checkpoints` has them
@@ -16,6 +17,7 @@ import posixpath
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from mm_core.store import make_folder, open_file, open_store, write_whole
 from mm_core.training.checkpoints import CheckpointFolder
 
 logger = logging.getLogger(__name__)
+_BEGUN = "begun"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -64,6 +67,15 @@ class RunFolder:
         fs, path = open_store(self.url)
         return bool(fs.exists(f"{path}/run.json"))
 
+    def begin(self) -> None:
+        """Mark it as ours, before anything is in it."""
+        write_whole(f"{self.url}/{_BEGUN}", b"Without a run.json beside it, the start of this run was cut off, and the next begins anew.\n")
+
+    def was_cut_off(self) -> bool:
+        """Whether a start that was killed left it, before there was a run in it."""
+        fs, path = open_store(self.url)
+        return bool(fs.exists(f"{path}/{_BEGUN}")) and not self.exists()
+
     def holds_something(self) -> bool:
         """Whether there is anything in it: what is not a run is not ours to write over or remove."""
         fs, path = open_store(self.url)
@@ -79,6 +91,9 @@ class RunFolder:
 
     def write(self, record: RunRecord) -> None:
         write_whole(f"{self.url}/run.json", record.model_dump_json(indent=1).encode())
+        fs, path = open_store(self.url)
+        with suppress(OSError):  # beside a run.json it says nothing
+            fs.rm_file(f"{path}/{_BEGUN}")
 
     def remove(self) -> None:
         fs, path = open_store(self.url)

@@ -33,7 +33,7 @@ from pipelines.index import build_index
 from pipelines.recipes import recipe
 from pipelines.tracking import TrackingConfig
 from pipelines.train.audit import read_audit
-from pipelines.train.begin import claim
+from pipelines.train.begin import begin, claim
 from pipelines.train.config import TrainRun
 from pipelines.train.driver import TrainRequest, TrainResult, train
 from pipelines.train.run_data import RunData
@@ -364,6 +364,30 @@ def test_shards_that_lose_their_pictures_stop_the_run(index: Index, corpus: Path
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(TrainingError, match=r"could not be read, above data.max_bad_fraction 0.1: changed \d+"):
         train(TrainRequest(tiny_run(tmp_path, 1), (Source(index=damaged.url),), name="damaged"), Console(json=True))
+
+
+def test_a_start_that_was_killed_before_its_run_was_there_is_begun_anew(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whom the kernel ends between the tokenizer and the tracking run, it leaves no time to clear up."""
+    tiny, data = tiny_run(tmp_path, 1), RunData.open((Source(index=index.url),))
+
+    def killed(*_: object, **__: object) -> str:
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.train.begin.create_run", killed)
+        patch.setattr(RunFolder, "remove", lambda self: None)
+        folder, _ = claim(tiny, data, "tiny", resume=False, or_resume=True)
+        with pytest.raises(SystemExit):
+            begin(tiny, data, folder, None)
+    assert (tmp_path / "runs" / "tiny" / "tokenizer").is_dir()
+    folder, record = claim(tiny, data, "tiny", resume=False, or_resume=True)
+    assert record is None
+    assert not (tmp_path / "runs" / "tiny").exists()
+    begun = begin(tiny, data, folder, None)
+    assert claim(tiny, data, "tiny", resume=False, or_resume=True) == (folder, begun)
+    assert {path.name for path in (tmp_path / "runs" / "tiny").iterdir()} == {"run.json", "tokenizer"}
 
 
 def test_a_folder_that_is_no_run_is_left_alone(index: Index, tmp_path: Path) -> None:
