@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import re
 import shlex
 import stat
 import subprocess
+import sys
+import time
 import tomllib
 import warnings
 from collections.abc import Iterator
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import pytest
 import typer
 import yaml
@@ -22,6 +26,7 @@ import yaml
 import mm
 from cluster import validate
 from cluster.machine import FLOORS
+from cluster.nodes import LocalCluster, Room
 from mm_core.config import resolve
 from pipelines.recipes import recipe
 from serve.config import ServeConfig
@@ -150,15 +155,45 @@ def test_a_run_asks_for_gpus_that_are_not_there_yet(name: str) -> None:
     assert run.resources.gpus_per_worker == 1
 
 
-def test_spot_workers_give_notice_before_they_go() -> None:
-    from ray.scripts.scripts import cli
-
+def spot_notice() -> tuple[dict[str, Any], list[str], list[str]]:
+    """The pod of a spot worker; what it does when it is told to go, in two parts: `ray drain-node …`, and a while of sleep."""
     spot = next(group for group in ray_clusters()["cluster"]["workerGroupSpecs"] if group["groupName"] == "spot")["template"]["spec"]
     *_, script = spot["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     drain, sleep = (shlex.split(part) for part in script.split("&&"))
+    return spot, drain, sleep
+
+
+def test_spot_workers_give_notice_before_they_go() -> None:
+    from ray.scripts.scripts import cli
+
+    spot, drain, sleep = spot_notice()
     takes(cli, drain[1:])
     assert "DRAIN_NODE_REASON_PREEMPTION" in drain
     assert int(sleep[1]) < int(drain[-1]) < spot["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.long
+def test_the_notice_of_a_spot_worker_drains_the_node_that_it_is_given_on() -> None:
+    """It names no node and no address: Ray knows both by RAY_ADDRESS, as KubeRay sets it. A node that is drained and idle ends."""
+    _, drain, _ = spot_notice()
+    cluster = LocalCluster.new().add(Room(cpus=1, memory=1 << 30, object_store=80 << 20))
+    try:
+        cluster.wait()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | cluster.variables
+        program = [sys.executable, "-m", "ray.scripts.scripts", *drain[1:]]
+        assert "raylet" in running(cluster)
+        subprocess.run(program, env=environment | {"RAY_ADDRESS": cluster.gcs_address}, check=True, capture_output=True, timeout=60)
+        until = time.monotonic() + 60
+        while "raylet" in running(cluster):
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        assert "gcs_server" in running(cluster)
+    finally:
+        cluster.stop()
+
+
+def running(cluster: LocalCluster) -> set[str]:
+    return {process.name() for process in cluster.nodes[0].processes() if process.status() != psutil.STATUS_ZOMBIE}
 
 
 def _labels(selector: dict[str, Any]) -> str:
