@@ -229,7 +229,6 @@ def test_metrics_count_what_was_asked_and_what_came_out(client: httpx.Client) ->
     assert (value(asked), value(norms)) == (before[0] + 1, before[1] + 1)
     assert value('mm_top_score_count{model="tiny",route="match"') >= 1
     assert value('mm_version_percent{model="tiny"') == 100
-    assert "mm_lost_copies_total{gateway=" in client.get("/metrics").text  # before one is lost: what begins at 1 raises no alert
 
 
 def test_a_request_keeps_the_id_its_caller_gave(client: httpx.Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 import pytest
 
@@ -56,3 +57,15 @@ def test_shares_are_kept_and_a_session_stays_with_one() -> None:
     stayed = {pick(moved, f"session {i}").reference for i, was in enumerate(found) if was == "two"}
     assert stayed == {"two"}, "a larger share moves no one back"
     assert {pick(slot("photos", one=0, two=100), f"session {i}").reference for i in range(50)} == {"two"}
+
+
+def test_losses_are_counted_from_nothing() -> None:
+    """Also before there is one: what begins at 1 has not risen, and raises no alert."""
+    measured = Measured("a")
+    counts = []
+    for lost in (False, True, True):
+        if lost:
+            measured.lost("photos")
+        measured.traffic(Traffic(slots=(slot("photos", one=100),)))
+        counts += re.findall(r'mm_lost_copies_total\{gateway="a",model="photos"\} (\S+)', measured.page().decode())
+    assert counts == ["0.0", "1.0", "2.0"]
