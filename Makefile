@@ -41,10 +41,10 @@ format: $(READY)  ## rewrite files as `make check` wants them
 	@$(BIN)/ruff check --fix .
 
 chaos: $(READY)  ## tests that kill processes for minutes
-	@$(BIN)/python -m pytest -m chaos -rP tests
+	@$(BIN)/python -m pytest -m chaos -rPs tests
 
 long: $(READY)  ## tests that take minutes: 120,000 tampered requests, from shards to an endpoint on three nodes, a compiled model
-	@$(BIN)/python -m pytest -m long -rP tests
+	@$(BIN)/python -m pytest -m long -rPs tests
 
 cluster-up: $(READY)  ## a Ray cluster of three nodes on this machine, behind a token, until `make cluster-down`
 	@$(BIN)/python -m cluster.local up

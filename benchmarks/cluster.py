@@ -4,7 +4,8 @@
 
 A head and a node of this machine by turns: open, behind a token (as mm starts them), and with TLS between the nodes besides. Each time:
 round trips to an actor on the other node, tasks a second, an object from one node's store to the other's; then `mm submit -- train
-clip-tiny` on drawn scenes, from the command to the first step's point in MLflow. Prints one JSON line.
+clip-tiny` on drawn scenes, from the command to the first step's point in MLflow: as on this machine, and as to another one, with the code
+sent along and each node looking at itself first. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -90,17 +91,36 @@ def measured(kind: str, work: Path, index: Path) -> dict[str, float]:
         command = [sys.executable, "-c", _CALLS, cluster.gcs_address]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        return found | {"submission_to_first_step_s": first_step(kind, work, index, environment)}
+        found["submission_to_first_step_s"] = first_step(kind, work, index, environment)
+        if kind != "open":  # to which no code is sent
+            sent = ("--send-code", "--python", sys.executable)
+            found["submission_with_code_to_first_step_s"] = first_step(kind, work, index, environment, *sent)
+        return found
     finally:
         cluster.stop()
 
 
-def first_step(kind: str, work: Path, index: Path, environment: dict[str, str]) -> float:
+def first_step(kind: str, work: Path, index: Path, environment: dict[str, str], *options: str) -> float:
     """Seconds from the command to the end of the first step, as MLflow has it."""
     name = f"{kind}-{time.time_ns()}"
     tracking = f"sqlite:///{work}/mlflow.db"
     settings = [f"storage={work}/runs", f"tracking.uri={tracking}", "steps=3", "global_batch_size=32", "log_every_steps=1"]
-    command = [sys.executable, "-m", "mm", "submit", "--", "train", "clip-tiny", "--data", str(index), "--name", name, "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mm",
+        "submit",
+        *options,
+        "--",
+        "train",
+        "clip-tiny",
+        "--data",
+        str(index),
+        "--name",
+        name,
+        "--workers",
+        "1",
+    ]
     command += [part for setting in settings for part in ("--set", setting)]
     began = time.time()
     subprocess.run(command, env=environment, stdout=sys.stderr, check=True)

@@ -14,6 +14,7 @@ import typer
 from mm_core.console import Console
 
 if TYPE_CHECKING:
+    from cluster.head import Head
     from cluster.submit import Place
 
 Json = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object.")]
@@ -38,6 +39,9 @@ def attach(app: typer.Typer) -> None:
 def doctor(
     address: Annotated[str | None, typer.Option(metavar="URL", help="Check the cluster of this head too.")] = None,
     nodes: Annotated[bool, typer.Option("--nodes", help="Let each node of the cluster that RAY_ADDRESS names look at itself too.")] = False,
+    before: Annotated[
+        str | None, typer.Option(metavar="COMMAND", help="Look at the stores that this mm command names, in one pair of quotes.")
+    ] = None,
     failures: Annotated[bool, typer.Option("--failures", help="Show nothing but what would not work.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -46,9 +50,10 @@ def doctor(
     Example: mm doctor; mm doctor --address http://10.0.0.5:8265 --json
     """
     from cluster.doctor import State, checks
+    from cluster.needs import Needs, needs_of
 
     console = Console(as_json)
-    found = checks(address, nodes=nodes)
+    found = checks(address, nodes=nodes, needs=Needs() if before is None else needs_of(shlex.split(before)))
     if failures:
         found = [check for check in found if check.state is State.FAIL]
     counts = {state: sum(check.state is state for check in found) for state in State}
@@ -84,15 +89,15 @@ def submit(
     from cluster import target
     from cluster.head import connect
     from cluster.run_names import named, run_of
-    from cluster.submit import Elsewhere, Here, Request, passed_variables, read_labels, wait_for_run
+    from cluster.submit import Elsewhere, Request, passed_variables, read_labels, wait_for_run
     from cluster.submit import submit as start
 
     console = Console(as_json)
     variables, labels = passed_variables(env or ()), read_labels(label or ())
     head = connect(address)
-    place = _place(head.address, send_code, python, image, checked=not skip_checks)
+    place = _place(head, send_code, python, image, checked=not skip_checks)
     if not skip_checks:
-        found = target.checks(head, elsewhere=not isinstance(place, Here))
+        found = target.checks(head, elsewhere=place.checked)
         target.refuse(found, head.address)
         for check in found:
             console.note(f"{check.name}: {check.evidence}" + (f"; {check.remedy}" if check.remedy else ""))
@@ -126,15 +131,18 @@ def submit(
     raise typer.Exit(1 if job.failed else 0)
 
 
-def _place(address: str, send_code: bool | None, python: str, image: str | None, *, checked: bool) -> Place:
-    """Where the command runs, by what was asked for; without a word, here on a head of this machine, and with its code elsewhere."""
+def _place(head: Head, send_code: bool | None, python: str, image: str | None, *, checked: bool) -> Place:
+    """Where the command runs, by what was asked for; without a word, here on a head of this machine, and with its code elsewhere. A cluster
+    of this machine alone is what `mm doctor` sees here, and is not looked at again from inside."""
     from cluster.head import is_this_machine
     from cluster.submit import Elsewhere, Here, InImage
 
     if image is not None:
         return InImage(image, python, checked)
-    elsewhere = not is_this_machine(address) if send_code is None else send_code
-    return Elsewhere(python, checked) if elsewhere else Here(Path.cwd())
+    elsewhere = not is_this_machine(head.address) if send_code is None else send_code
+    if elsewhere:
+        return Elsewhere(python, checked)
+    return Here(Path.cwd(), checked and len({node["node_ip"] for node in head.nodes() if node["state"] == "ALIVE"}) > 1)
 
 
 @jobs.command("list")

@@ -6,24 +6,27 @@ from __future__ import annotations
 from cluster import each_node, machine, services, target
 from cluster.check import Check, State, fail
 from cluster.head import connect
+from cluster.needs import Needs
 from mm_core.errors import ServiceError
 
 __all__ = ["Check", "State", "checks"]
+_NO_COMMAND = Needs()
 
 
-def checks(address: str | None = None, *, nodes: bool = False) -> list[Check]:
+def checks(address: str | None = None, *, nodes: bool = False, needs: Needs = _NO_COMMAND) -> list[Check]:
     """Every check, run now; with the address of a head's job service, of that cluster too. None changes anything; the slowest wait
     three seconds for a host that does not answer.
 
     Args:
         nodes: each node of the cluster that `RAY_ADDRESS` names looks at itself too, for which a task starts there.
+        needs: of a command that is to run.
 
     Raises:
         ConfigError: `address` is not that of a job service.
     """
     return [
         *(_cluster(address) if address else ()),
-        *(each_node.checks() if nodes else ()),
+        *(each_node.checks(needs) if nodes else ()),
         machine.python(),
         *machine.packages(),
         machine.cpus(),
@@ -34,8 +37,7 @@ def checks(address: str | None = None, *, nodes: bool = False) -> list[Check]:
         *services.ports(),
         services.ray_authentication(),
         services.ray_head(),
-        services.tracking(),
-        *services.object_storage(),
+        *services.needed(needs),
         services.hugging_face(),
     ]
 

@@ -10,6 +10,7 @@ from typing import Any
 from cluster import machine, services
 from cluster.check import Check, State, fail, ok, warn
 from cluster.machine import SHOWN
+from cluster.needs import Needs
 
 _WAIT_S = 300.0
 """For a node's answer: the first task of a job there may have to install packages or to fetch an image."""
@@ -18,7 +19,7 @@ _LIKE_RUNS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _MEND = "mend it, take the node out of the cluster"
 
 
-def checks() -> list[Check]:
+def checks(needs: Needs) -> list[Check]:
     """What the live nodes of the cluster that `RAY_ADDRESS` names say of themselves: what is amiss, with the nodes where it is, and the
     versions that are not the same on all. A node that is lost or silent meanwhile is a warning, as runs go on without one."""
     import logging
@@ -35,7 +36,7 @@ def checks() -> list[Check]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         return [fail("the nodes", f"Ray does not answer there ({error})".partition("\n")[0], "start it, or correct RAY_ADDRESS")]
     try:
-        return summary(_ask_all())
+        return summary(_ask_all(needs))
     finally:
         ray.shutdown()
 
@@ -61,7 +62,7 @@ def summary(answers: Mapping[str, Sequence[Check]]) -> list[Check]:
     return bad or [ok("the nodes", f"each of {len(answers)} has looked at itself: nothing is amiss")]
 
 
-def _ask_all() -> dict[str, list[Check]]:
+def _ask_all(needs: Needs) -> dict[str, list[Check]]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -70,7 +71,7 @@ def _ask_all() -> dict[str, list[Check]]:
     for node in ray.nodes():
         if node["Alive"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            answer = task.options(scheduling_strategy=there).remote(node["Resources"].get("GPU", 0))
+            answer = task.options(scheduling_strategy=there).remote(node["Resources"].get("GPU", 0), needs)
             asked[answer] = f"{node['NodeName']} ({node['NodeID'][:8]})"
     ray.wait(list(asked), num_returns=len(asked), timeout=_WAIT_S)
     return {name: _read(answer) for answer, name in asked.items()}
@@ -92,6 +93,6 @@ def _read(answer: Any) -> list[Check]:
     return found
 
 
-def _of_this_node(gpus: float) -> list[Check]:
+def _of_this_node(gpus: float, needs: Needs) -> list[Check]:
     found = [machine.python(), *machine.packages(), machine.memory(), *machine.disks(), machine.gpus(of_ray=gpus)]
-    return [*found, services.tracking(), *services.object_storage()]
+    return [*found, *services.needed(needs)]

@@ -59,7 +59,7 @@ class Head:
         return found
 
     def nodes(self) -> list[dict[str, Any]]:
-        """Of Ray's state service: `state` and `resources_total` of each node.
+        """Of Ray's state service: `state`, `node_ip` and `resources_total` of each node.
 
         Raises:
             ServiceError: as `asked`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import PurePath
 
@@ -48,9 +48,15 @@ def is_training(arguments: Sequence[str]) -> bool:
     return bool(arguments) and arguments[0] == "train" and not {"--dry-run", "--help"} & set(arguments)
 
 
-def submission_id(run: str, earlier: int) -> str:
-    """Of the next job of a run that had `earlier` ones on this cluster: the same for all who submit it now, so that only one is taken."""
-    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', run)}-{earlier + 1}"
+def submission_id(run: str, earlier: Iterable[str]) -> str:
+    """Of the next job of a run.
+
+    Args:
+        earlier: ids of its jobs that this cluster knows. The same for all who submit the run now, so that only one job is taken.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", run)
+    numbers = [int(rest) for job_id in earlier if (rest := job_id.removeprefix(f"{name}-")).isdigit()]
+    return f"{name}-{max(numbers, default=0) + 1}"
 
 
 def _recipe(arguments: Sequence[str]) -> str:

@@ -7,15 +7,19 @@ import socket
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from urllib.parse import urlsplit
 
 from packaging.version import InvalidVersion, Version
 
 from cluster.check import Check, fail, ok, warn
 from cluster.machine import FLOORS
+from cluster.needs import Needs
 from mm_core.address import without_password
+from mm_core.store import open_store, reaching
 
-_TIMEOUT_S = 3.0
+_TIMEOUT_S, _STORE_TIMEOUT_S = 3.0, 20.0
 _PORTS = {
     8000: ("mm serve", "serve on another one: mm serve MODEL --port 8001"),
     8265: ("a Ray head's job service", "if it is not your head: ray start --head --dashboard-port 8266"),
@@ -80,12 +84,16 @@ def ray_head() -> Check:
     return ok(name, f"{address} answers")
 
 
-def tracking() -> Check:
-    """The store of runs and models: a writable place for sqlite, a server that answers for others."""
-    name, uri = "tracking store", os.environ.get("MM_SET__TRACKING__URI", _DEFAULT_TRACKING)
+def tracking(uri: str = "") -> Check:
+    """The store of runs and models: a writable place for sqlite, a server that answers for others.
+
+    Args:
+        uri: by default the one that is configured.
+    """
+    name, uri = "tracking store", uri or os.environ.get("MM_SET__TRACKING__URI", _DEFAULT_TRACKING)
     if without_password(uri) != uri:
         remedy = "take it out, and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSFILE for PostgreSQL"
-        return fail(name, f"MM_SET__TRACKING__URI={without_password(uri)} carries a password, which runs would keep", remedy)
+        return fail(name, f"tracking.uri={without_password(uri)} carries a password, which runs would keep", remedy)
     if uri.startswith("sqlite:///"):
         return _sqlite(name, Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute())
     parts = urlsplit(uri)
@@ -99,7 +107,7 @@ def tracking() -> Check:
     else:
         reason, shown = "not a tracking store", uri.partition(":")[0]
     if reason:
-        remedy = "start it with `mlflow server`, correct MM_SET__TRACKING__URI, or unset it to keep runs in sqlite:///mlflow.db"
+        remedy = "start it with `mlflow server`, correct tracking.uri (MM_SET__TRACKING__URI), or leave it out: sqlite:///mlflow.db"
         return fail(name, f"{shown}: {reason}", remedy)
     return ok(name, f"{shown} answers")
 
@@ -124,12 +132,40 @@ def _let_in(name: str, uri: str, shown: str) -> Check:
         remedy = "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, of a user who may"
         return fail(name, f"{shown} refuses these credentials (HTTP status {answer.status_code})", remedy)
     if answer.status_code != 200:
-        return fail(name, f"{shown} gives HTTP status {answer.status_code}", "correct MM_SET__TRACKING__URI, or look at the server's log")
+        return fail(name, f"{shown} gives HTTP status {answer.status_code}", "correct tracking.uri, or look at the server's log")
     with suppress(InvalidVersion):
         if Version(version) < Version(FLOORS["mlflow"]):
             remedy = f"raise the server's MLflow to {FLOORS['mlflow']}: before it, it has published flaws"
             return fail(name, f"{shown} answers, with MLflow {version}", remedy)
     return ok(name, f"{shown} answers")
+
+
+def store(url: str) -> Check:
+    """An object store that a command names: whether it answers these credentials. What is not there yet may be what is to be written."""
+    name, shown = "object store", without_password(url)
+    found = SimpleQueue[Check]()
+
+    def look() -> None:
+        try:
+            with reaching(url):
+                fs, path = open_store(url)
+                there = fs.exists(path)
+        except (OSError, ImportError, ValueError) as error:
+            found.put(fail(name, f"{shown}: {error}", "correct the address, or give this machine what it needs to reach it"))
+        else:
+            found.put(ok(name, f"{shown} {'is there' if there else 'answers, and has nothing yet'}"))
+
+    Thread(target=look, daemon=True).start()  # its library tries for minutes
+    try:
+        return found.get(timeout=_STORE_TIMEOUT_S)
+    except Empty:
+        return fail(name, f"{shown}: no answer in {_STORE_TIMEOUT_S:g} s", "correct the address, or open the network to it")
+
+
+def needed(needs: Needs) -> list[Check]:
+    """The stores of a command; where nothing is known of it, those that are configured."""
+    tracked = [] if needs.tracking_uri is None else [tracking(needs.tracking_uri)]
+    return [*tracked, *object_storage(), *map(store, needs.stores)]
 
 
 def object_storage() -> list[Check]:

@@ -60,6 +60,8 @@ class Here:
     """The job's place is this machine: this Python, in `folder`."""
 
     folder: Path
+    checked: bool = False
+    """Whether `mm doctor` must find nothing that fails, on any node: some are on other machines."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,10 @@ def entrypoint(arguments: Sequence[str], place: Place) -> str:
                 command = [python, "cluster/again.py", *command]
             case InImage():
                 command = [python, "-m", "cluster.again", *command]
-    if isinstance(place, Here):
-        return f"cd {shlex.quote(str(place.folder))} && exec {shlex.join(command)}"
-    look = f"{shlex.join([python, '-m', 'mm', 'doctor', '--nodes', '--failures'])} && " if place.checked else ""
-    return f"{look}exec {shlex.join(command)}"
+    doctor = [python, "-m", "mm", "doctor", "--nodes", "--failures", "--before", shlex.join(arguments)]
+    look = f"{shlex.join(doctor)} && " if place.checked else ""
+    into = f"cd {shlex.quote(str(place.folder))} && " if isinstance(place, Here) else ""
+    return f"{into}{look}exec {shlex.join(command)}"
 
 
 def read_labels(texts: Sequence[str]) -> dict[str, str]:
@@ -171,7 +173,7 @@ def submit(head: Head, arguments: Sequence[str], request: Request) -> Started:
         if (live := next((job for job in earlier if job.status in LIVE), None)) is not None:
             return Started(live.job_id, new=False)
         try:
-            own_id = submission_id(run, len(earlier))
+            own_id = submission_id(run, (job.job_id for job in earlier))
             return Started(_start(head, arguments, request, dict(request.labels) | {LABEL: run}, own_id), new=True)
         except ServiceError as error:
             if "already exists" not in str(error):

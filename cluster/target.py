@@ -31,7 +31,7 @@ def door(head: Head, *, elsewhere: bool = False) -> Check:
     """Whether somebody without a token is let in.
 
     Args:
-        elsewhere: the head is on another machine, whatever its address says, as behind a tunnel.
+        elsewhere: the head is on another machine, whatever its address says, as behind a tunnel; or others are in the cluster.
     """
     import requests
 

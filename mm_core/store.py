@@ -18,7 +18,7 @@ from mm_core.address import is_local
 
 CONNECTIONS = 32
 """Requests of one process under way at a time. botocore's own default of 10 gives 100 requests/s at 100 ms each."""
-_OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure", "requests")
 
 
@@ -30,13 +30,13 @@ def open_store(url: str) -> tuple[Any, str]:
 
 def open_file(url: str, mode: str) -> Any:
     """`fsspec.open`, with folders made for a file that is written where the store has folders."""
-    return fsspec.open(url, mode, auto_mkdir=_protocol(url) not in _OBJECT_STORES, **store_options(url))
+    return fsspec.open(url, mode, auto_mkdir=_protocol(url) not in OBJECT_STORES, **store_options(url))
 
 
 def write_whole(url: str, data: bytes) -> None:
     """Write a file whole or not at all: a reader, or who comes after a kill, finds the old content or the new."""
     fs, path = open_store(url)
-    if _protocol(url) in _OBJECT_STORES:
+    if _protocol(url) in OBJECT_STORES:
         fs.pipe_file(path, data)
         return
     make_folder(url.rpartition("/")[0])
@@ -58,7 +58,7 @@ def writing_whole(url: str, scratch: str) -> Iterator[BinaryIO]:
         scratch: a folder of the same store, where it lies until then; for an object store that is this machine's temporary folder.
     """
     fs, path = open_store(url)
-    if _protocol(url) in _OBJECT_STORES:
+    if _protocol(url) in OBJECT_STORES:
         with tempfile.NamedTemporaryFile() as local:
             yield local  # type: ignore[misc]
             local.flush()
@@ -79,7 +79,7 @@ def writing_whole(url: str, scratch: str) -> Iterator[BinaryIO]:
 
 def make_folder(url: str) -> None:
     """A folder and those above it. In an object store it comes with its first object: s3fs would make a *bucket* of a mistyped name."""
-    if _protocol(url) not in _OBJECT_STORES:
+    if _protocol(url) not in OBJECT_STORES:
         fs, path = open_store(url)
         fs.makedirs(path, exist_ok=True)
 

@@ -65,7 +65,7 @@ DATA = (BLOCK_SAMPLES, BLOCK_REPLACED, BLOCK_SECONDS, INDEX_SAMPLES, INDEX_BAD, 
 
 
 class RunGauges:
-    """A run's gauges, in the process of rank 0."""
+    """A run's gauges, in the process of rank 0; before it is there, of the command."""
 
     def __init__(self, run: str) -> None:
         self._run = {"run": run}

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 5.0
+FOLDER_TAG = "mm.folder"
+"""Of a training run: its folder."""
 _SQLITE = "sqlite:///"
 _SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 _QUIET = {
@@ -239,6 +241,19 @@ def finish_run(config: TrackingConfig, run_id: str, status: RunStatus) -> bool:
         log.warning("the run's status %s was not stored: %s", status, error)
         return False
     return True
+
+
+def end_runs_of(config: TrackingConfig, run_name: str, folder: str) -> None:
+    """Mark as killed what an earlier start of a run made, and did not live to use. A store that is down is only warned about."""
+    try:
+        client = open_client(config)
+        with store_errors(config, f"looking for what an earlier start of {run_name!r} left"):
+            running = f"attributes.run_name = '{run_name}' and attributes.status = 'RUNNING'"
+            for run in client.search_runs([_experiment(client, config)], running):
+                if run.data.tags.get(FOLDER_TAG) == folder:
+                    client.set_terminated(run.info.run_id, RunStatus.KILLED)
+    except ServiceError as error:
+        log.warning("%s", error)
 
 
 def log_artifacts(config: TrackingConfig, run_id: str, path: Path, artifact_path: str | None = None) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from mm_core.errors import CheckpointError, ConfigError
 from mm_core.models.tokenizer import train_bpe
 from mm_core.revision import code_revision
-from pipelines.tracking import DatasetInput, create_run
+from pipelines.tracking import FOLDER_TAG, DatasetInput, RunStatus, create_run, end_runs_of, finish_run
 from pipelines.train.config import TrainRun
 from pipelines.train.preflight import Start, fed_by
 from pipelines.train.run_data import RunData
@@ -48,9 +48,7 @@ def claim(run: TrainRun, data: RunData, name: str | None, *, resume: bool, or_re
     folder = RunFolder.of(run.storage, name)
     if folder.exists():
         raise ConfigError(f"run {folder.url} exists: continue it with --resume, or give another --name")
-    if folder.was_cut_off():
-        folder.remove()
-    if folder.holds_something():
+    if folder.holds_something() and not folder.is_begun():
         raise ConfigError(f"{folder.url} exists and holds no run: give another --name, or remove it first")
     return folder, None
 
@@ -63,10 +61,16 @@ def _identity(run: TrainRun) -> dict[str, Any]:
 
 
 def begin(run: TrainRun, data: RunData, folder: RunFolder, start: Start | None) -> RunRecord:
-    """Make the tokenizer, the run's folder and the tracking run."""
+    """Make the tokenizer, the run's folder and the tracking run. Where an earlier start was killed before it had, it is made anew.
+
+    Raises:
+        ConfigError: another command has begun this run meanwhile.
+    """
     tokenizer = _train_tokenizer(run, data) if start is None else start.tokenizer
     run = fed_by(run, tokenizer)
-    folder.begin()
+    if folder.is_begun():
+        end_runs_of(run.tracking, folder.name, folder.url)
+    mark, run_id = folder.begin(), None
     try:
         if tokenizer is not None:
             with tempfile.TemporaryDirectory(prefix="mm-tokenizer-") as local:
@@ -80,7 +84,7 @@ def begin(run: TrainRun, data: RunData, folder: RunFolder, start: Start | None) 
                 "mm.recipe": run.recipe,
                 "mm.data_fingerprint": data.fingerprint,
                 "mm.code_revision": code_revision(),
-                "mm.folder": folder.url,
+                FOLDER_TAG: folder.url,
             },
             datasets=[
                 DatasetInput(Path(index.url).name, index.summary.fingerprint, index.url, len(kept))
@@ -94,9 +98,14 @@ def begin(run: TrainRun, data: RunData, folder: RunFolder, start: Start | None) 
             data_fingerprint=data.fingerprint,
             tracking_run_id=run_id,
         )
+        if not folder.is_begun_by(mark):
+            raise ConfigError(f"another command has begun {folder.url} meanwhile: this one ends, or give it another --name")
         folder.write(record)
     except BaseException:
-        folder.remove()
+        if run_id is not None:
+            finish_run(run.tracking, run_id, RunStatus.KILLED)
+        if folder.is_begun_by(mark):
+            folder.remove()
         raise
     return record
 

@@ -36,7 +36,7 @@ from pipelines.train.config import TrainRun
 from pipelines.train.evaluation import EvaluationTask, start_background
 from pipelines.train.evaluation_data import ZEROSHOT_INDEX, EvaluationData
 from pipelines.train.export import export_bundle, saved_tokenizer
-from pipelines.train.launch import check_resources, gpus_per_worker, launch, preemption_watched
+from pipelines.train.launch import check_resources, gpus_per_worker, launch, note_folders, preemption_watched
 from pipelines.train.loop import WorkerTask
 from pipelines.train.parts import check_parts, modalities_of, num_classes
 from pipelines.train.preflight import Start, check_run, masking_for, named_weights, start_of, teacher_of, with_codebook, with_sources
@@ -121,6 +121,8 @@ def _train(
     # 2. The data as it was indexed, a cluster that is large enough; then a new folder and tracking run, or the ones it began with.
     check_shards(data.indexes)
     check_resources(run, console)
+    audit = [("audit", request.audit)] if request.audit else []
+    note_folders([("storage", run.storage), *(("index", index.url) for index in data.indexes), *audit], console)
     resumed = record is not None
     with nullcontext() if heldout is None else heldout.index() as zeroshot_index:
         if record is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from mm_core.errors import ConfigError, MMError, TrainingError
 from mm_core.store import open_store
 from mm_core.training.precision import Precision
 from pipelines.causes import own_error
+from pipelines.exported import RunGauges
 from pipelines.session import may_grow
 from pipelines.train.board import SHARE, News
 from pipelines.train.config import TrainRun
@@ -44,6 +45,7 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
         TrainingError: Ray gave up.
     """
     run = task.run
+    RunGauges(folder.name).started(folder.checkpoints.newest() or 0, run.steps)  # seen also where workers never come
     gpus = gpus_per_worker(run)
     trainer = _Trainer(
         partial(train_worker, task),  # bound, not as `train_loop_config`, for which Train's controller would load all of this too
@@ -165,11 +167,16 @@ def check_resources(run: TrainRun, console: Console) -> None:
         if not may_grow():
             raise ConfigError(f"resources: {lack}")
         console.note(f"{lack}: training waits until nodes with more join it, an autoscaler's or yours")
-    machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    if len(machines) > 1 and is_local(run.storage):
-        console.note(f"storage {run.storage} must be a folder that all {len(machines)} machines share, or a URL: --set storage=s3://…")
     if run.precision is Precision.FP8:
         _check_fp8(run)
+
+
+def note_folders(folders: Iterable[tuple[str, str]], console: Console) -> None:
+    """Say which of a run's folders, named by what they are, must be shared by the cluster's machines."""
+    machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    local = [f"{name} {address}" for name, address in folders if is_local(address)]
+    if len(machines) > 1 and local:
+        console.note(f"{', '.join(local)}: on all {len(machines)} machines it must be the same folder, or use a URL (s3://…)")
 
 
 def _check_fp8(run: TrainRun) -> None:

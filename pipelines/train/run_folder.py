@@ -1,6 +1,6 @@
 """A run's folder: what `mm train` keeps of a run beside its checkpoints.
 
-STORAGE/NAME/begun         while there is no run.json yet
+STORAGE/NAME/begun         by whom, while there is no run.json yet
 STORAGE/NAME/run.json      what was asked for, the data it was asked for, the tracking run
 STORAGE/NAME/tokenizer/    the tokenizer, in Hugging Face's layout
 STORAGE/NAME/checkpoint_*  as `mm_core.training.checkpoints` has them
@@ -17,6 +17,7 @@ import posixpath
 import re
 import shutil
 import tempfile
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +68,22 @@ class RunFolder:
         fs, path = open_store(self.url)
         return bool(fs.exists(f"{path}/run.json"))
 
-    def begin(self) -> None:
-        """Mark it as ours, before anything is in it."""
-        write_whole(f"{self.url}/{_BEGUN}", b"Without a run.json beside it, the start of this run was cut off, and the next begins anew.\n")
+    def begin(self) -> str:
+        """Mark it before anything is in it, and whoever made a mark before is not the one any more. Returns the mark."""
+        mark = uuid.uuid4().hex
+        write_whole(f"{self.url}/{_BEGUN}", mark.encode())
+        return mark
 
-    def was_cut_off(self) -> bool:
-        """Whether a start that was killed left it, before there was a run in it."""
+    def is_begun_by(self, mark: str) -> bool:
+        """Whether there is no run in it yet, and nobody else has begun one since."""
+        try:
+            with open_file(f"{self.url}/{_BEGUN}", "rt") as file:
+                return self.is_begun() and file.read() == mark
+        except FileNotFoundError:
+            return False
+
+    def is_begun(self) -> bool:
+        """Whether there is no run in it yet, but a start of one, which may have been killed."""
         fs, path = open_store(self.url)
         return bool(fs.exists(f"{path}/{_BEGUN}")) and not self.exists()
 

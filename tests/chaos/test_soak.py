@@ -40,6 +40,7 @@ def test_a_run_trains_nearly_all_of_the_time(corpus: Path, nodes: Nodes, tmp_pat
         print(f"{wall_s / 60:.1f} minutes, {len(struck)} faults, one each {EVERY_S:g} s: ETTR {ettr:.3f}")
         print(table(struck, training))
         each_sample_came_once(training, index)
+        assert ettr >= 0.95 or EVERY_S < 600
     finally:
         server.kill()
 

@@ -212,6 +212,9 @@ def _allowed(policy: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
             assert rule
             ports = ",".join(f"{port['port']}/{port['protocol']}" for port in rule["ports"]) if "ports" in rule else "all"
             for peer in rule.get(peers) or [{}]:
+                if "ipBlock" in peer:
+                    yield name, way, peer["ipBlock"]["cidr"], ports
+                    continue
                 assert peer.keys() <= {"namespaceSelector", "podSelector"}
                 where = f"{_labels(peer['namespaceSelector'])}: " if "namespaceSelector" in peer else ""
                 yield name, way, where + (_labels(peer["podSelector"]) if "podSelector" in peer else "all") if peer else "anywhere", ports
@@ -225,6 +228,8 @@ def test_the_network_denies_what_it_does_not_name() -> None:
     node, mlflow = "ray.io/is-ray-node=yes", "app.kubernetes.io/name=mlflow"
     assert {each for policy in policies for each in _allowed(policy)} == {
         ("dns", "egress", "kubernetes.io/metadata.name=kube-system: k8s-app=kube-dns", "53/UDP,53/TCP"),
+        ("dns", "egress", "kubernetes.io/metadata.name=kube-system: k8s-app=node-local-dns", "53/UDP,53/TCP"),
+        ("dns", "egress", "169.254.20.10/32", "53/UDP,53/TCP"),
         ("ray-nodes", "ingress", node, "all"),
         ("ray-nodes", "egress", node, "all"),
         ("ray-nodes", "egress", mlflow, "5000/TCP"),
@@ -272,9 +277,11 @@ def test_mlflow_reaches_its_stores() -> None:
 
 def test_the_job_runs_a_command_that_can_be_started_again() -> None:
     (job,) = objects("train.yaml")
-    words = shlex.split(job["spec"]["entrypoint"])
+    *starts, program = (words := shlex.split(job["spec"]["entrypoint"]))[:4]
+    assert starts == ["python", "-m", "cluster.again"]  # where the driver alone is killed
+    assert program == "mm"
     assert {"--or-resume", "--name"} <= set(words)
-    takes(typer.main.get_command(mm.app), words[1:])
+    takes(typer.main.get_command(mm.app), words[4:])
 
 
 def test_the_service_has_a_configuration_that_serve_takes() -> None:
@@ -287,6 +294,17 @@ def test_the_service_has_a_configuration_that_serve_takes() -> None:
     assert config.needs_key
     assert config.keys
     assert [Wanted(**one).reference for one in application.args["models"]] == ["models:/clip-demo@champion"]
+
+
+def test_the_service_has_room_for_a_new_version_beside_the_old_one() -> None:
+    (service,) = objects("serve.yaml")
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    compute = ServeConfig.model_validate(application["args"]["config"]).compute
+    gpus = 0.0
+    for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        (worker,) = group["template"]["spec"]["containers"]
+        gpus += group["minReplicas"] * float(worker["resources"]["limits"]["nvidia.com/gpu"])
+    assert gpus >= 2 * len(application["args"]["models"]) * compute.replicas * compute.gpus_per_replica
 
 
 def test_compose_is_reached_from_this_machine_alone_and_its_secrets_are_files() -> None:

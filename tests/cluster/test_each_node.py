@@ -35,9 +35,11 @@ def test_the_node_on_which_something_fails_is_named(running_head: RunningHead) -
     grown = running_head.cluster.add(Room(cpus=1, memory=1 << 30, object_store=80 << 20), amiss)
     try:
         grown.wait()
-        code, failures = look(environment, "--failures")
+        code, failures = look(environment, "--failures", "--before", "train clip-tiny --data index")
+        untracked = look(environment, "--failures", "--before", "data index shards --out index")
     finally:
         grown.lose(grown.nodes[-1])
+    assert untracked == (0, [])
     assert code == 1
     (found,) = [check for check in failures if check["name"].startswith("tracking store of ")]
     assert found["name"].startswith(f"tracking store of {grown.nodes[-1].name} (")

@@ -373,7 +373,8 @@ def test_a_training_command_has_a_name_and_can_be_given_again() -> None:
         assert named(as_it_is, now) == as_it_is
     assert [run_of(["train", "x", *more]) for more in (["--name", "a"], ["--name=b"], [])] == ["a", "b", None]
     assert run_of(["eval", "--name", "a"]) is None
-    assert submission_id("a b/c", 2) == "a-b-c-3"
+    assert submission_id("a b/c", ()) == "a-b-c-1"
+    assert submission_id("a b/c", ("a-b-c-9", "a-b-c-10", "raysubmit_x")) == "a-b-c-11", "also where others were deleted"
 
 
 def test_labels_have_a_form() -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import psutil
@@ -31,13 +32,13 @@ from mm_core.data.ledger import Source
 from mm_core.errors import CheckpointError, ConfigError, TrainingError
 from pipelines.index import build_index
 from pipelines.recipes import recipe
-from pipelines.tracking import TrackingConfig
+from pipelines.tracking import TrackingConfig, create_run
 from pipelines.train.audit import read_audit
 from pipelines.train.begin import begin, claim
 from pipelines.train.config import TrainRun
 from pipelines.train.driver import TrainRequest, TrainResult, train
 from pipelines.train.run_data import RunData
-from pipelines.train.run_folder import RunFolder, newest_run
+from pipelines.train.run_folder import RunFolder, RunRecord, newest_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 STEPS = 50
@@ -369,25 +370,48 @@ def test_shards_that_lose_their_pictures_stop_the_run(index: Index, corpus: Path
 def test_a_start_that_was_killed_before_its_run_was_there_is_begun_anew(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whom the kernel ends between the tokenizer and the tracking run, it leaves no time to clear up."""
+    """Whom the kernel ends between the tracking run and its record, it leaves no time to clear up."""
     tiny, data = tiny_run(tmp_path, 1), RunData.open((Source(index=index.url),))
-
-    def killed(*_: object, **__: object) -> str:
-        raise SystemExit(137)
-
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.train.begin.create_run", killed)
-        patch.setattr(RunFolder, "remove", lambda self: None)
+        patch.setattr(RunFolder, "write", lambda *_: sys.exit(137))
+        patch.setattr(RunFolder, "remove", lambda _: None)
+        patch.setattr("pipelines.train.begin.finish_run", lambda *_: None)
         folder, _ = claim(tiny, data, "tiny", resume=False, or_resume=True)
         with pytest.raises(SystemExit):
             begin(tiny, data, folder, None)
-    assert (tmp_path / "runs" / "tiny" / "tokenizer").is_dir()
+    assert runs_of(tiny) == ["RUNNING"]
     folder, record = claim(tiny, data, "tiny", resume=False, or_resume=True)
     assert record is None
-    assert not (tmp_path / "runs" / "tiny").exists()
     begun = begin(tiny, data, folder, None)
     assert claim(tiny, data, "tiny", resume=False, or_resume=True) == (folder, begun)
     assert {path.name for path in (tmp_path / "runs" / "tiny").iterdir()} == {"run.json", "tokenizer"}
+    assert runs_of(tiny) == ["RUNNING", "KILLED"]
+
+
+def test_of_two_that_begin_a_run_the_later_goes_on_and_loses_nothing(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The earlier one waits for its tracking server meanwhile."""
+    tiny, data = tiny_run(tmp_path, 1), RunData.open((Source(index=index.url),))
+    folder, _ = claim(tiny, data, "tiny", resume=False, or_resume=True)
+    create, others = create_run, list[RunRecord]()
+
+    def create_late(*arguments: Any, **named: Any) -> str:
+        monkeypatch.setattr("pipelines.train.begin.create_run", create)
+        own = create(*arguments, **named)
+        others.append(begin(tiny, data, folder, None))
+        return own
+
+    monkeypatch.setattr("pipelines.train.begin.create_run", create_late)
+    with pytest.raises(ConfigError, match="another command has begun"):
+        begin(tiny, data, folder, None)
+    assert folder.read() == others[0]
+    assert (tmp_path / "runs" / "tiny" / "tokenizer").is_dir()
+    assert runs_of(tiny) == ["RUNNING", "KILLED"]
+
+
+def runs_of(run: TrainRun) -> list[str]:
+    """The states of its tracking runs, the newest first."""
+    client = MlflowClient(run.tracking.uri)
+    return [found.info.status for found in client.search_runs([each.experiment_id for each in client.search_experiments()])]
 
 
 def test_a_folder_that_is_no_run_is_left_alone(index: Index, tmp_path: Path) -> None:

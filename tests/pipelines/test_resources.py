@@ -10,7 +10,7 @@ from mm_core.console import Console
 from mm_core.errors import ConfigError
 from pipelines.recipes import recipe
 from pipelines.train.config import TrainRun
-from pipelines.train.launch import check_resources, gpus_per_worker
+from pipelines.train.launch import check_resources, gpus_per_worker, note_folders
 
 
 def run_with(*overrides: str) -> TrainRun:
@@ -43,17 +43,24 @@ def nodes(*hosts: str) -> list[dict[str, object]]:
     return [*({"Alive": True, "NodeManagerHostname": host} for host in hosts), gone]
 
 
+FOLDERS = [("storage", "runs"), ("index", "s3://bucket/index"), ("audit", "/audit")]
+
+
 @pytest.mark.parametrize(
-    ("hosts", "storage", "noted"), [(("a", "b"), "runs", True), (("a", "b"), "s3://bucket/runs", False), (("a", "a"), "runs", False)]
+    ("hosts", "folders", "noted"),
+    [
+        (("a", "b"), FOLDERS, ["storage runs, audit /audit: on all 2 machines it must be the same folder, or use a URL (s3://…)"]),
+        (("a", "b"), FOLDERS[1:2], []),
+        (("a", "a"), FOLDERS, []),
+    ],
 )
-def test_a_folder_of_one_machine_is_no_storage_for_two(
-    hosts: tuple[str, ...], storage: str, noted: bool, monkeypatch: pytest.MonkeyPatch
+def test_folders_of_one_machine_are_none_for_two(
+    hosts: tuple[str, ...], folders: list[tuple[str, str]], noted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: nodes(*hosts))
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     console = Notes()
-    check_resources(run_with(f"storage={storage}"), console)
-    assert ["must be a folder that all 2 machines share" in text for text in console.said] == [True] * noted
+    note_folders(folders, console)
+    assert console.said == noted
 
 
 @pytest.mark.parametrize("address", [None, "", "local"])

@@ -1,0 +1,58 @@
+"""What a command's words say that it needs."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from cluster import services
+from cluster.check import State
+from cluster.needs import Needs, needs_of
+from mm_core.store import write_whole
+from tests.object_store import ObjectStore
+
+
+@pytest.mark.parametrize(
+    ("command", "tracking", "stores"),
+    [
+        ("train clip-tiny --data index", "", ()),
+        ("train clip-tiny --data s3://b/index#clean,near --set storage=s3://b/runs", "", ("s3://b/index", "s3://b/runs")),
+        ("train x.yaml --data=gs://b/i --audit gs://b/a --data=gs://b/i --set tracking.uri=http://m:5000", "http://m:5000", ("gs://b/i", "gs://b/a")),
+        ("train x --set tracking.uri=http://a --set tracking.uri=postgresql://b/c", "postgresql://b/c", ()),
+        ("data index s3://b/shards/{00000..00099}.tar https://web/x.tar --out s3://b/index", None, ("s3://b/shards", "s3://b/index")),
+        ("data index s3://b/many/part-*/x.tar --out index", None, ("s3://b/many",)),
+        ("eval models:/clip@champion --retrieval s3://b/heldout", "", ("s3://b/heldout",)),
+        ("embed models:/clip/3 shards --out s3://b/vectors", "", ("s3://b/vectors",)),
+        ("embed bundle 's3://b/two words' --out out", None, ("s3://b/two words",)),
+        ("doctor", None, ()),
+    ],
+)  # fmt: skip
+def test_a_command_needs(command: str, tracking: str | None, stores: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MM_SET__STORAGE", raising=False)
+    assert needs_of(shlex.split(command)) == Needs(tracking, stores)
+
+
+def test_a_run_is_kept_where_this_machine_keeps_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MM_SET__STORAGE", "s3://b/runs")
+    assert needs_of(["train", "clip-tiny", "--data", "s3://b/index"]).stores == ("s3://b/index", "s3://b/runs")
+    assert needs_of(["train", "clip-tiny", "--data", "i", "--set", "storage=here"]).stores == ()
+    assert needs_of(["data", "index", "s3://b/x", "--out", "i"]).stores == ("s3://b/x",)
+
+
+def test_a_store_that_a_command_names_is_asked(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    object_store.faults()
+    check = services.store("s3://store/needed/index")
+    assert (check.state, check.evidence) == (State.OK, "s3://store/needed/index answers, and has nothing yet")
+    write_whole("s3://store/needed/index/summary.json", b"{}")
+    assert services.store("s3://store/needed/index").evidence == "s3://store/needed/index is there"
+    monkeypatch.setattr(services, "_STORE_TIMEOUT_S", 0.2)
+    object_store.faults(latency_s=1)
+    silent = services.store("s3://store/needed/index")
+    object_store.faults()
+    assert (silent.state, silent.evidence) == (State.FAIL, "s3://store/needed/index: no answer in 0.2 s")
+
+
+def test_a_store_whose_library_is_not_there_fails() -> None:
+    check = services.store("abfs://box@account/index")
+    assert (check.state, "adlfs" in check.evidence) == (State.FAIL, True)
