@@ -263,7 +263,7 @@ def test_who_may_ask_a_pod_of_the_namespace_is_let_in_there() -> None:
         for spec in policies
         for rule in spec.get("egress", ())
         for peer in rule.get("to", ())
-        if "namespaceSelector" not in peer
+        if not {"namespaceSelector", "ipBlock"} & set(peer)
     ]
     assert {"matchLabels": {"app.kubernetes.io/name": "mlflow"}} in [asked for _, asked, _ in within]
     for asks, asked, ports in within:

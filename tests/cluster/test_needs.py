@@ -9,7 +9,7 @@ import pytest
 from cluster import services
 from cluster.check import State
 from cluster.needs import Needs, needs_of
-from mm_core.store import write_whole
+from mm_core.store import open_store, write_whole
 from tests.object_store import ObjectStore
 
 
@@ -42,15 +42,17 @@ def test_a_run_is_kept_where_this_machine_keeps_runs(monkeypatch: pytest.MonkeyP
 
 def test_a_store_that_a_command_names_is_asked(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     object_store.faults()
-    check = services.store("s3://store/needed/index")
-    assert (check.state, check.evidence) == (State.OK, "s3://store/needed/index answers, and has nothing yet")
-    write_whole("s3://store/needed/index/summary.json", b"{}")
-    assert services.store("s3://store/needed/index").evidence == "s3://store/needed/index is there"
+    check = services.store("s3://needed/index")
+    assert (check.state, check.evidence) == (State.OK, "s3://needed/index answers, and has nothing yet")
+    fs, path = open_store("s3://needed")
+    fs.mkdir(path)
+    write_whole("s3://needed/index/summary.json", b"{}")
+    assert services.store("s3://needed/index").evidence == "s3://needed/index is there"
     monkeypatch.setattr(services, "_STORE_TIMEOUT_S", 0.2)
     object_store.faults(latency_s=1)
-    silent = services.store("s3://store/needed/index")
+    silent = services.store("s3://needed/index")
     object_store.faults()
-    assert (silent.state, silent.evidence) == (State.FAIL, "s3://store/needed/index: no answer in 0.2 s")
+    assert (silent.state, silent.evidence) == (State.FAIL, "s3://needed/index: no answer in 0.2 s")
 
 
 def test_a_store_whose_library_is_not_there_fails() -> None:

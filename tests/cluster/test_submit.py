@@ -17,6 +17,7 @@ import time
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
@@ -25,6 +26,7 @@ import pytest
 from ray.runtime_env import RuntimeEnv
 
 from cluster import again
+from cluster.cli import _place
 from cluster.head import Head, choose_address, is_this_machine
 from cluster.run_names import named, run_of, submission_id
 from cluster.submit import (
@@ -46,6 +48,7 @@ from mm_core.errors import ConfigError
 if TYPE_CHECKING:
     from conftest import RunningHead
 
+LOOK = "python -m mm doctor --nodes --failures --before"
 RUN_ID = "0123456789abcdef" * 2
 
 
@@ -351,8 +354,20 @@ def test_what_is_sent_is_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_entrypoint_is_quoted() -> None:
     assert entrypoint(["train", "a b"], Elsewhere(checked=False)) == "exec python -m mm train 'a b'"
-    assert entrypoint(["train", "a b"], Elsewhere()) == "python -m mm doctor --nodes --failures && exec python -m mm train 'a b'"
+    quoted = shlex.quote("train 'a b'")
+    assert entrypoint(["train", "a b"], Elsewhere()) == f"{LOOK} {quoted} && exec python -m mm train 'a b'"
     assert entrypoint(["x;y"], Here(Path("/a b"))) == f"cd '/a b' && exec {sys.executable} -m mm 'x;y'"
+    looked = entrypoint(["eval", "x"], Here(Path("/a"), checked=True))
+    assert looked == f"cd /a && {LOOK.replace('python', sys.executable, 1)} 'eval x' && exec {sys.executable} -m mm eval x"
+
+
+@pytest.mark.parametrize(("addresses", "checked"), [(("10.0.0.1", "10.0.0.1"), False), (("10.0.0.1", "10.0.0.2"), True)])
+def test_a_head_of_this_machine_with_others_behind_it_is_looked_at_from_inside(addresses: tuple[str, ...], checked: bool) -> None:
+    nodes = [{"state": "ALIVE", "node_ip": address} for address in addresses] + [{"state": "DEAD", "node_ip": "10.0.0.9"}]
+    head = cast(Head, SimpleNamespace(address="http://127.0.0.1:8265", nodes=lambda: nodes))
+    assert _place(head, None, "python", None, checked=True) == Here(Path.cwd(), checked)
+    assert _place(head, None, "python", None, checked=False) == Here(Path.cwd())
+    assert _place(head, True, "python3", None, checked=True) == Elsewhere("python3")
 
 
 def test_a_run_is_started_again_where_its_driver_is_killed() -> None:
@@ -398,7 +413,7 @@ def test_what_is_installed_there_is_what_is_here(monkeypatch: pytest.MonkeyPatch
 
 def test_an_image_brings_everything() -> None:
     place = InImage("registry/mm:1")
-    assert entrypoint(["train", "x"], place) == "python -m mm doctor --nodes --failures && exec python -m mm train x"
+    assert entrypoint(["train", "x"], place) == f"{LOOK} 'train x' && exec python -m mm train x"
     with _runtime_env(Request(place, {"A": "1"})) as env:
         assert env == {"env_vars": _STOP | {"A": "1"}, "image_uri": "registry/mm:1"}
         RuntimeEnv(**env)
