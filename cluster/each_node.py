@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster import machine, services
@@ -54,7 +55,10 @@ def summary(answers: Mapping[str, Sequence[Check]]) -> list[Check]:
                 nodes_of[check].append(node)
             elif check.name in SHOWN:
                 versions[check.name][check.evidence].append(node)
-    bad = [Check(f"{check.name} of {', '.join(nodes)}", check.state, check.evidence, check.remedy) for check, nodes in nodes_of.items()]
+    bad = []
+    for check, nodes in nodes_of.items():
+        where = f"all {len(nodes)} nodes" if len(nodes) == len(answers) > 1 else ", ".join(nodes)
+        bad.append(replace(check, name=f"{check.name} of {where}"))
     for package, nodes_by in versions.items():
         if len(nodes_by) > 1:
             evidence = "; ".join(f"{version} on {', '.join(nodes)}" for version, nodes in nodes_by.items())

@@ -58,6 +58,7 @@ def test_what_is_amiss_on_several_nodes_is_said_once() -> None:
     full, low = fail("disk", "0.1 GB free at /tmp", "free space"), warn("memory", "1.0 GB of 8.0 GB free", "end other programs")
     found = each_node.summary({"a": [full, ok("torch", "2.13.0")], "b": [full, low, ok("torch", "2.13.0")], "c": [ok("torch", "2.13.0")]})
     assert [(check.name, check.state) for check in found] == [("disk of a, b", State.FAIL), ("memory of b", State.WARN)]
+    assert [check.name for check in each_node.summary({"a": [full], "b": [full]})] == ["disk of all 2 nodes"]
 
 
 def test_nodes_with_other_versions_are_a_warning() -> None:
