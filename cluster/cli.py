@@ -42,20 +42,28 @@ def doctor(
     before: Annotated[
         str | None, typer.Option(metavar="COMMAND", help="Look at the stores that this mm command names, in one pair of quotes.")
     ] = None,
-    failures: Annotated[bool, typer.Option("--failures", help="Show nothing but what would not work.")] = False,
+    failures: Annotated[bool, typer.Option("--failures", help="Show nothing but what would not work, and what nodes warn of.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check this machine, and the services that are configured; exit code 1 if something would not work.
 
-    Example: mm doctor; mm doctor --address http://10.0.0.5:8265 --json
+    Example: mm doctor; mm doctor --address http://10.0.0.5:8265 --json; mm doctor --nodes --before "train clip-tiny --data s3://bucket/index"
     """
+    from cluster import each_node
     from cluster.doctor import State, checks
-    from cluster.needs import Needs, needs_of
+    from cluster.needs import configured, needs_of
 
     console = Console(as_json)
-    found = checks(address, nodes=nodes, needs=Needs() if before is None else needs_of(shlex.split(before)))
-    if failures:
-        found = [check for check in found if check.state is State.FAIL]
+    needs = configured() if before is None else needs_of(before)
+    if nodes:
+        console.note("each node looks at itself")
+    of_nodes = each_node.checks(needs) if nodes else []
+    told = {(check.evidence, check.remedy) for check in of_nodes}
+    here = [check for check in checks(needs, address) if (check.evidence, check.remedy) not in told]
+    if failures:  # of nodes also what only may go wrong: it is seen nowhere else
+        of_nodes = [check for check in of_nodes if check.state is not State.OK]
+        here = [check for check in here if check.state is State.FAIL]
+    found = [*of_nodes, *here]
     counts = {state: sum(check.state is state for check in found) for state in State}
     if found:
         console.table(("check", "", "found", "what to do"), [(check.name, check.state, check.evidence, check.remedy) for check in found])

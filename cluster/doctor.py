@@ -3,30 +3,27 @@ then what it talks to."""
 
 from __future__ import annotations
 
-from cluster import each_node, machine, services, target
+from cluster import machine, services, target
 from cluster.check import Check, State, fail
 from cluster.head import connect
 from cluster.needs import Needs
 from mm_core.errors import ServiceError
 
 __all__ = ["Check", "State", "checks"]
-_NO_COMMAND = Needs()
 
 
-def checks(address: str | None = None, *, nodes: bool = False, needs: Needs = _NO_COMMAND) -> list[Check]:
+def checks(needs: Needs, address: str | None = None) -> list[Check]:
     """Every check, run now; with the address of a head's job service, of that cluster too. None changes anything; the slowest wait
     three seconds for a host that does not answer.
 
     Args:
-        nodes: each node of the cluster that `RAY_ADDRESS` names looks at itself too, for which a task starts there.
-        needs: of a command that is to run.
+        needs: of a command that is to run, or as configured.
 
     Raises:
         ConfigError: `address` is not that of a job service.
     """
     return [
         *(_cluster(address) if address else ()),
-        *(each_node.checks(needs) if nodes else ()),
         machine.python(),
         *machine.packages(),
         machine.cpus(),

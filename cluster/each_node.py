@@ -13,11 +13,11 @@ from cluster.check import Check, State, fail, ok, warn
 from cluster.machine import SHOWN
 from cluster.needs import Needs
 
-_WAIT_S = 300.0
-"""For a node's answer: the first task of a job there may have to install packages or to fetch an image."""
+_WAIT_S = 120.0
+"""For a node's answer. The first task of a job there may have to install packages or to fetch an image, which goes on meanwhile."""
 _LIKE_RUNS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Ray hides the GPUs from a task that books none."""
-_MEND = "mend it, take the node out of the cluster"
+_OUT = "take the node out of the cluster"
 
 
 def checks(needs: Needs) -> list[Check]:
@@ -32,10 +32,12 @@ def checks(needs: Needs) -> list[Check]:
         return [fail("the nodes", "RAY_ADDRESS names no cluster", "set it to the head's: RAY_ADDRESS=HOST:6379, or leave out --nodes")]
     if services.ray_head().state is State.FAIL:  # Ray itself tries for minutes
         return [fail("the nodes", "were not asked: the head does not answer", "see `Ray head`: RAY_ADDRESS")]
+    like_runs = {name: value for name, value in _LIKE_RUNS.items() if name not in os.environ}
     try:
-        ray.init(address=address, runtime_env={"env_vars": _LIKE_RUNS}, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        return [fail("the nodes", f"Ray does not answer there ({error})".partition("\n")[0], "start it, or correct RAY_ADDRESS")]
+        ray.init(address=address, runtime_env={"env_vars": like_runs}, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # whose text may have what --env passed on
+        remedy = "see `Ray authentication`; RAY_ADDRESS is HOST:6379 of a head that runs"
+        return [fail("the nodes", f"were not asked: Ray does not let this command join ({type(error).__name__})", remedy)]
     try:
         return summary(_ask_all(needs))
     finally:
@@ -87,16 +89,22 @@ def _read(answer: Any) -> list[Check]:
     try:
         found: list[Check] = ray.get(answer, timeout=0)
     except ray.exceptions.GetTimeoutError:
-        return [warn("the answer", f"none in {_WAIT_S:g} s", f"look at the node's logs: ray logs cluster; {_MEND}, or wait")]
+        return [warn("the answer", f"none in {_WAIT_S:g} s", f"wait, look at its logs (`ray logs cluster`), or {_OUT}")]
     except ray.exceptions.RayTaskError as error:
-        return [fail("mm", f"does not start: {str(error).strip().splitlines()[-1]}", f"install there what mm needs, or {_MEND}")]
+        return [fail("the look", f"failed: {_last_line(error)}", f"install there what mm needs, or {_OUT}")]
     except ray.exceptions.RuntimeEnvSetupError as error:
-        return [fail("the job's environment", f"not made: {str(error).strip().splitlines()[0]}", f"look at the node's logs, or {_MEND}")]
+        return [fail("the job's environment", f"not made: {_last_line(error)}", f"look at its logs (`ray logs cluster`), or {_OUT}")]
     except ray.exceptions.RayError as error:
         return [warn("the node", f"lost while it was asked ({type(error).__name__})", "none, if it was a spot node; else look at its logs")]
     return found
 
 
+def _last_line(error: Exception) -> str:
+    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
+
+
 def _of_this_node(gpus: float, needs: Needs) -> list[Check]:
-    found = [machine.python(), *machine.packages(), machine.memory(), *machine.disks(), machine.gpus(of_ray=gpus)]
+    found = [machine.python(), *machine.packages(), machine.memory(), *machine.disks()]
+    if needs.gpus:
+        found.append(machine.gpus(of_ray=gpus))
     return [*found, *services.needed(needs)]

@@ -25,7 +25,6 @@ _PORTS = {
     8265: ("a Ray head's job service", "if it is not your head: ray start --head --dashboard-port 8266"),
     5000: ("an MLflow server", "if it is not yours: mlflow server --port 5001"),
 }
-_DEFAULT_TRACKING = "sqlite:///mlflow.db"
 _DEFAULT_PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433, "ray": 10001}
 
 
@@ -84,13 +83,9 @@ def ray_head() -> Check:
     return ok(name, f"{address} answers")
 
 
-def tracking(uri: str = "") -> Check:
-    """The store of runs and models: a writable place for sqlite, a server that answers for others.
-
-    Args:
-        uri: by default the one that is configured.
-    """
-    name, uri = "tracking store", uri or os.environ.get("MM_SET__TRACKING__URI", _DEFAULT_TRACKING)
+def tracking(uri: str) -> Check:
+    """The store of runs and models: a writable place for sqlite, a server that answers for others."""
+    name = "tracking store"
     if without_password(uri) != uri:
         remedy = "take it out, and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSFILE for PostgreSQL"
         return fail(name, f"tracking.uri={without_password(uri)} carries a password, which runs would keep", remedy)
@@ -149,7 +144,7 @@ def store(url: str) -> Check:
         try:
             with reaching(url):
                 fs, path = open_store(url)
-                there = fs.exists(path)
+                there = fs.exists(path) if "/" in path.strip("/") else bool(fs.ls(path))  # of a bucket, s3fs takes any error for absence
         except (OSError, ImportError, ValueError) as error:
             found.put(fail(name, f"{shown}: {error}", "correct the address, or give this machine what it needs to reach it"))
         else:
@@ -163,9 +158,10 @@ def store(url: str) -> Check:
 
 
 def needed(needs: Needs) -> list[Check]:
-    """The stores of a command; where nothing is known of it, those that are configured."""
+    """The tracking store and the object stores that a command needs; where nothing is known of it, what is configured."""
     tracked = [] if needs.tracking_uri is None else [tracking(needs.tracking_uri)]
-    return [*tracked, *object_storage(), *map(store, needs.stores)]
+    configured = [] if needs.stores == () else object_storage()
+    return [*tracked, *configured, *map(store, needs.stores or ())]
 
 
 def object_storage() -> list[Check]:

@@ -6,6 +6,7 @@ Ray is imported when a session is made, so that programs which only name one sta
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import sys
@@ -69,7 +70,8 @@ def connect(*, cpus: int | None = None) -> None:
     for name, value in environment.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-    runtime_env = {"env_vars": {name: os.environ[name] for name in environment}}
+    of_job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("runtime_env", {}).get("env_vars", {})
+    runtime_env = {"env_vars": {name: os.environ[name] for name in environment if name not in of_job}}  # Ray refuses one that is in both
     try:
         if address:
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
@@ -83,7 +85,7 @@ def connect(*, cpus: int | None = None) -> None:
                     log_to_driver=False,
                     logging_level=logging.WARNING,
                 )
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
         where = f"at RAY_ADDRESS={address}" if address else "on this machine"
         raise ServiceError(f"Ray {where} does not start or answer ({error}); `mm doctor` says what to fix") from None
     _quieten()

@@ -68,11 +68,13 @@ def begin(run: TrainRun, data: RunData, folder: RunFolder, start: Start | None) 
     """
     tokenizer = _train_tokenizer(run, data) if start is None else start.tokenizer
     run = fed_by(run, tokenizer)
+    if folder.exists():  # since it was claimed
+        raise ConfigError(f"run {folder.url} exists: continue it with --resume, or give another --name")
     if folder.is_begun():
         end_runs_of(run.tracking, folder.name, folder.url)
     mark, run_id = folder.begin(), None
     try:
-        if tokenizer is not None:
+        if tokenizer is not None and folder.is_begun_by(mark):
             with tempfile.TemporaryDirectory(prefix="mm-tokenizer-") as local:
                 tokenizer.save_pretrained(local)
                 folder.put(Path(local), "tokenizer")

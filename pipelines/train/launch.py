@@ -45,7 +45,8 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
         TrainingError: Ray gave up.
     """
     run = task.run
-    RunGauges(folder.name).started(folder.checkpoints.newest() or 0, run.steps)  # seen also where workers never come
+    gauges = RunGauges(folder.name)
+    gauges.started(folder.checkpoints.newest() or 0, run.steps)  # seen also where workers never come
     gpus = gpus_per_worker(run)
     trainer = _Trainer(
         partial(train_worker, task),  # bound, not as `train_loop_config`, for which Train's controller would load all of this too
@@ -76,6 +77,7 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
     if (fatal := ray.get(task.board.error.remote())) is not None:
         raise fatal
     outcome: Outcome = result.return_value
+    gauges.started(outcome.steps, run.steps)  # rank 0's last figure may be lost with its process
     return outcome
 
 

@@ -88,9 +88,8 @@ class RunFolder:
         return bool(fs.exists(f"{path}/{_BEGUN}")) and not self.exists()
 
     def holds_something(self) -> bool:
-        """Whether there is anything in it: what is not a run is not ours to write over or remove."""
-        fs, path = open_store(self.url)
-        return bool(fs.exists(path) and fs.ls(path, detail=False))
+        """Whether there is anything in it but a mark: what is not a run is not ours to write over or remove."""
+        return any(not posixpath.basename(file).startswith(_BEGUN) for file in self._entries())
 
     def read(self) -> RunRecord:
         try:
@@ -107,9 +106,17 @@ class RunFolder:
             fs.rm_file(f"{path}/{_BEGUN}")
 
     def remove(self) -> None:
+        """The mark last: whoever is killed here leaves a start that was cut off, no foreign folder."""
         fs, path = open_store(self.url)
+        for entry in self._entries():
+            if posixpath.basename(entry) != _BEGUN:
+                fs.rm(entry, recursive=True)
         if fs.exists(path):
             fs.rm(path, recursive=True)
+
+    def _entries(self) -> list[str]:
+        fs, path = open_store(self.url)
+        return [entry.rstrip("/") for entry in fs.ls(path, detail=False)] if fs.exists(path) else []
 
     def put(self, local: Path, name: str) -> None:
         """Copy a local folder to `name` below the run's folder, replacing what is there."""

@@ -13,7 +13,7 @@ from mm_core.data.index import Index
 from tests.chaos.cluster import Nodes, Training
 
 pytestmark = pytest.mark.chaos
-STEPS, GLOBAL_BATCH = 300, 64
+STEPS, GLOBAL_BATCH = 800, 64
 OF_A_NODE = 2
 """Workers, each of which books 256 MB."""
 SETTINGS = (f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}", "resources.resize_every_s=2")

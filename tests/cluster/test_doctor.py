@@ -18,10 +18,17 @@ from typing import Any
 import pytest
 
 from cluster import machine, services
-from cluster.check import State
+from cluster.check import Check, State
+from cluster.needs import configured
 from tests.tracking_server import TrackingServer
 
 NOBODY = "127.0.0.1:9"
+
+
+def tracking() -> Check:
+    """Of what is configured."""
+    (check, *_) = services.needed(configured())
+    return check
 
 
 @pytest.fixture
@@ -121,10 +128,10 @@ def test_ray_head(monkeypatch: pytest.MonkeyPatch, listener: int) -> None:
 
 def test_tracking_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert services.tracking().state is State.OK
+    assert tracking().state is State.OK
     assert not (tmp_path / "mlflow.db").exists()
     monkeypatch.setenv("MM_SET__TRACKING__URI", "sqlite:///absent/mlflow.db")
-    check = services.tracking()
+    check = tracking()
     assert check.state is State.FAIL
     assert "absent does not exist" in check.evidence
 
@@ -132,7 +139,7 @@ def test_tracking_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 @pytest.mark.parametrize("form", ["http://me:{}@host", "postgresql+psycopg2://me:{}@db/runs", "postgresql://db/runs?user=me&password={}"])
 def test_a_tracking_store_with_a_password_fails_and_is_not_shown(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     monkeypatch.setenv("MM_SET__TRACKING__URI", form.format("geheim"))
-    check = services.tracking()
+    check = tracking()
     assert (check.state, "carries a password" in check.evidence) == (State.FAIL, True)
     assert "geheim" not in f"{check}"
 
@@ -140,7 +147,7 @@ def test_a_tracking_store_with_a_password_fails_and_is_not_shown(monkeypatch: py
 @pytest.mark.parametrize("uri", [f"http://{NOBODY}", f"postgresql+psycopg2://me@{NOBODY}/runs", "geheim", "file:geheim"])
 def test_tracking_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
     monkeypatch.setenv("MM_SET__TRACKING__URI", uri)
-    check = services.tracking()
+    check = tracking()
     assert check.state is State.FAIL
     assert "carries a password" not in check.evidence
 
@@ -159,15 +166,15 @@ def test_a_tracking_server_that_does_not_know_its_name_fails(monkeypatch: pytest
     """As one on another machine is called: it says that it is well, and refuses every run."""
     uri = tracking_server.config.uri
     monkeypatch.setenv("MM_SET__TRACKING__URI", uri)
-    assert services.tracking().state is State.OK
+    assert tracking().state is State.OK
     called = uri.replace("127.0.0.1", "localhost")
     monkeypatch.setenv("MM_SET__TRACKING__URI", called)
-    check = services.tracking()
+    check = tracking()
     assert check.state is State.FAIL
     assert check.remedy == f"start the server with --allowed-hosts {called.removeprefix('http://')} among its options"
     monkeypatch.setitem(services.FLOORS, "mlflow", "999")
     monkeypatch.setenv("MM_SET__TRACKING__URI", uri)
-    check = services.tracking()
+    check = tracking()
     assert (check.state, "raise the server's MLflow to 999" in check.remedy) == (State.FAIL, True)
 
 
@@ -198,7 +205,7 @@ def test_a_tracking_server_that_refuses_the_credentials_fails(monkeypatch: pytes
         if password:
             monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
             monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
-        check = services.tracking()
+        check = tracking()
         states.append((check.state, "HTTP status 401" in check.evidence, "MLFLOW_TRACKING_PASSWORD" in check.remedy))
         assert "falsch" not in f"{check}"
         assert "geheim" not in f"{check}"

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import ray
+from ray.exceptions import RayTaskError
 
 from cluster import each_node, machine
 from cluster.check import State, fail, ok, warn
@@ -25,25 +28,28 @@ def look(environment: dict[str, str], *options: str) -> tuple[int, list[dict[str
     return done.returncode, json.loads(done.stdout.splitlines()[-1])["checks"]
 
 
-def test_the_node_on_which_something_fails_is_named(running_head: RunningHead) -> None:
-    """The second has a tracking server that does not answer."""
+def test_the_node_on_which_something_fails_is_named(running_head: RunningHead, tmp_path: Path) -> None:
+    """The second finds an older package than mm needs, as a node of another image does."""
     environment = running_head.environment | {"RAY_ADDRESS": running_head.cluster.gcs_address}
     _, alone = look(environment)
     assert (alone[0]["name"], alone[0]["state"]) == ("the nodes", "ok")
     assert alone[0]["evidence"] == "each of 1 has looked at itself: nothing is amiss"
-    amiss = running_head.environment | {"MM_SET__TRACKING__URI": "http://127.0.0.1:9"}
-    grown = running_head.cluster.add(Room(cpus=1, memory=1 << 30, object_store=80 << 20), amiss)
+    (tmp_path / "transformers-0.1.dist-info").mkdir()
+    (tmp_path / "transformers-0.1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.1\n")
+    path = os.pathsep.join(filter(None, (str(tmp_path), environment.get("PYTHONPATH"))))
+    grown = running_head.cluster.add(Room(cpus=1, memory=1 << 30, object_store=80 << 20), running_head.environment | {"PYTHONPATH": path})
     try:
         grown.wait()
-        code, failures = look(environment, "--failures", "--before", "train clip-tiny --data index")
-        untracked = look(environment, "--failures", "--before", "data index shards --out index")
+        nobodys = environment | {"MM_SET__TRACKING__URI": "http://127.0.0.1:9"}
+        code, failures = look(nobodys, "--failures", "--before", "train clip-tiny --data index")
+        _, untracked = look(nobodys, "--failures", "--before", "data index shards --out index")
     finally:
         grown.lose(grown.nodes[-1])
-    assert untracked == (0, [])
     assert code == 1
-    (found,) = [check for check in failures if check["name"].startswith("tracking store of ")]
-    assert found["name"].startswith(f"tracking store of {grown.nodes[-1].name} (")
-    assert found["evidence"].startswith("http://127.0.0.1:9: no answer")
+    found = {check["name"].partition(" (")[0]: check["evidence"] for check in failures}
+    assert found.keys() == {"transformers of node1", "tracking store of all 2 nodes"}, "and what they say this machine need not say again"
+    assert found["transformers of node1"].startswith("0.1 is outside ")
+    assert [check["name"].partition(" (")[0] for check in untracked] == ["transformers of node1"], "its command tracks nothing"
 
 
 @pytest.mark.parametrize("address", [None, "local", "127.0.0.1:9", "http://127.0.0.1:9"])
@@ -52,6 +58,37 @@ def test_without_a_cluster_the_check_fails(address: str | None) -> None:
     code, checks = look(environment | ({"RAY_ADDRESS": address} if address else {}), "--failures")
     assert (code, checks[0]["name"]) == (1, "the nodes")
     assert "RAY_ADDRESS" in checks[0]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "state", "said"),
+    [
+        (ray.exceptions.GetTimeoutError("x"), "the answer", State.WARN, "none in 120 s"),
+        (ray.exceptions.NodeDiedError("x"), "the node", State.WARN, "NodeDiedError"),
+        (RayTaskError("look", "a traceback\nModuleNotFoundError: No module 'x'\n", ValueError()), "the look", State.FAIL, "No module 'x'"),
+        (ray.exceptions.RuntimeEnvSetupError("pip\nERROR: No matching distribution"), "the job's environment", State.FAIL, "No matching"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)  # fmt: skip
+def test_a_node_without_an_answer(error: Exception, name: str, state: State, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost or silent, it is a warning, as runs go on without one; where nothing of mm can start, it would stop them."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "get", refuse)
+    (check,) = each_node._read(None)
+    assert (check.name, check.state) == (name, state)
+    assert said in check.evidence
+    assert check.remedy
+
+
+def test_without_a_token_nothing_is_shown_but_what_to_do(running_head: RunningHead, tmp_path: Path) -> None:
+    environment = running_head.environment | {"RAY_ADDRESS": running_head.cluster.gcs_address, "MM_SECRET": "geheim"}
+    code, checks = look(environment | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "absent"), "HOME": str(tmp_path)}, "--failures")
+    assert (code, checks[0]["name"]) == (1, "the nodes")
+    assert "Ray authentication" in checks[0]["remedy"]
+    assert "geheim" not in json.dumps(checks)
 
 
 def test_what_is_amiss_on_several_nodes_is_said_once() -> None:

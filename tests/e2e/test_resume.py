@@ -408,6 +408,28 @@ def test_of_two_that_begin_a_run_the_later_goes_on_and_loses_nothing(index: Inde
     assert runs_of(tiny) == ["RUNNING", "KILLED"]
 
 
+def test_a_run_that_another_command_began_since_is_left_alone(index: Index, tmp_path: Path) -> None:
+    """Between the look whether there is one and the start lie Ray's own start and the tokenizer's training."""
+    tiny, data = tiny_run(tmp_path, 1), RunData.open((Source(index=index.url),))
+    folder, _ = claim(tiny, data, "tiny", resume=False, or_resume=True)
+    record = begin(tiny, data, folder, None)
+    tokenizer = tmp_path / "runs" / "tiny" / "tokenizer" / "tokenizer.json"
+    written = tokenizer.stat().st_mtime_ns
+    with pytest.raises(ConfigError, match="exists: continue it with --resume"):
+        begin(tiny, data, folder, None)
+    assert (folder.read(), tokenizer.stat().st_mtime_ns) == (record, written)
+    assert runs_of(tiny) == ["RUNNING"]
+
+
+def test_a_start_that_was_killed_while_it_cleared_up_is_begun_anew(index: Index, tmp_path: Path) -> None:
+    tiny, data = tiny_run(tmp_path, 1), RunData.open((Source(index=index.url),))
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "begun.0a1b2c3d.tmp").write_text("half a ma")
+    folder, record = claim(tiny, data, "tiny", resume=False, or_resume=True)
+    assert record is None
+    assert begin(tiny, data, folder, None) == folder.read()
+
+
 def runs_of(run: TrainRun) -> list[str]:
     """The states of its tracking runs, the newest first."""
     client = MlflowClient(run.tracking.uri)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import json
+from typing import Any
 
 import psutil
 import pytest
@@ -46,3 +48,15 @@ def test_a_job_service_is_no_cluster_to_join(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ServiceError, match="`mm submit -- COMMAND` runs the command there") as raised:
         connect()
     assert "geheim" not in str(raised.value)
+
+
+def test_a_variable_that_the_job_was_given_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mm submit --env RAY_USAGE_STATS_ENABLED`: Ray refuses one that job and command both set, with the values of all in its message."""
+    given = dict[str, Any]()
+    monkeypatch.setattr(ray, "init", lambda **options: given.update(options["runtime_env"]["env_vars"]))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"env_vars": {"RAY_USAGE_STATS_ENABLED": "1"}}}))
+    connect()
+    assert "RAY_USAGE_STATS_ENABLED" not in given
+    assert given["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.5"
