@@ -8,18 +8,17 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cluster import machine, services
 from cluster.check import Check, State
 from cluster.needs import configured
+from tests.cluster.answering import answering
 from tests.tracking_server import TrackingServer
 
 NOBODY = "127.0.0.1:9"
@@ -183,19 +182,12 @@ def closed_server() -> Iterator[str]:
     """Answers as MLflow's server does that was started with `--app-name basic-auth`: its health to anybody, all else to whom it knows."""
     known = f"Basic {base64.b64encode(b'ada:geheim').decode()}"
 
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/health" or self.headers["Authorization"] == known else 401)
-            self.end_headers()
-            self.wfile.write(version("mlflow").encode() if self.path == "/version" else b"{}")
+    def answer(asked: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        body = version("mlflow").encode() if asked.path == "/version" else b"{}"
+        return 200 if asked.path == "/health" or asked.headers["Authorization"] == known else 401, body
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with answering(answer) as address:
+        yield address
 
 
 def test_a_tracking_server_that_refuses_the_credentials_fails(monkeypatch: pytest.MonkeyPatch, closed_server: str) -> None:

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import duckdb
 import pytest
 import requests
 import torch
+from mlflow import MlflowClient
 
 from mm_core.bundle import load_bundle, read_manifest, write_bundle
 from mm_core.models.clip import build_clip, clip_tiny
@@ -66,3 +68,32 @@ def test_training_as_a_job(running_head: RunningHead, ray_cluster: None, corpus:
     assert {name.removesuffix("_bucket") for name in exported} >= ALWAYS
     assert read_manifest(tmp_path / "runs" / "job" / "bundle").run_id == job["run_id"]
     torch.testing.assert_close(weights(tmp_path / "runs" / "job" / "bundle"), weights(tmp_path / "start"), atol=1e-6, rtol=0)
+
+
+def test_a_run_whose_driver_is_killed_goes_on_by_itself(running_head: RunningHead, corpus: Path, tmp_path: Path) -> None:
+    """As by a kernel that is out of memory: its job starts it again, on the same samples, in the same run."""
+    mm(running_head, "data", "index", str(corpus / "train"), "--out", "index", folder=tmp_path)
+    settings = ["steps=200", "global_batch_size=32", "checkpoint.every_steps=20", "tracking.system_metrics=false"]
+    train = ["train", "clip-tiny", "--data", "index", "--name", "killed", "--workers", "1", "--audit", "audit"]
+    train += [part for setting in settings for part in ("--set", setting)]
+    job = json.loads(mm(running_head, "submit", "--json", "--wait-s", "0", "--", *train, folder=tmp_path).stdout.splitlines()[-1])
+
+    until = time.monotonic() + 240
+    while not [*(tmp_path / "runs" / "killed").glob("checkpoint_*")]:
+        assert time.monotonic() < until, mm(running_head, "jobs", "logs", job["job_id"], folder=tmp_path).stdout
+        time.sleep(0.1)
+    (driver,) = [each for each in running_head.cluster.nodes[0].processes() if each.cmdline()[1:4] == ["-m", "mm", "train"]]
+    driver.kill()
+
+    followed = mm(running_head, "jobs", "logs", "-f", job["job_id"], folder=tmp_path)
+    assert followed.returncode == 0, followed.stdout
+    assert "was killed (SIGKILL)" in followed.stdout
+    last = f"FROM '{tmp_path}/audit/*.parquet' QUALIFY attempt = max(attempt) OVER (PARTITION BY step)"
+    found = duckdb.sql(f"SELECT count(*), count(DISTINCT (epoch, uid)), count(DISTINCT attempt) FROM ({last})").fetchone()
+    assert found == (200 * 32, 200 * 32, 2)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    losses = client.get_metric_history(run.info.run_id, "loss")
+    assert len({point.step for point in losses}) == len(losses)
+    assert max(point.step for point in losses) == 200

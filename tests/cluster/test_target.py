@@ -7,9 +7,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +21,7 @@ from cluster import target
 from cluster.check import State, fail, ok
 from cluster.head import Head
 from mm_core.errors import ServiceError
+from tests.cluster.answering import answering
 
 if TYPE_CHECKING:
     from conftest import RunningHead
@@ -37,20 +36,8 @@ def mm_with(head: RunningHead, before: str, *arguments: str) -> subprocess.Compl
 @pytest.fixture
 def open_door() -> Iterator[str]:
     """Answers whoever asks, as the job service of a head without a token does."""
-
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"[]")
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with answering(lambda _: (200, b"[]")) as address:
+        yield address
 
 
 def nobody(address: str) -> Head:
