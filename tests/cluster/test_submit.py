@@ -256,16 +256,18 @@ class Line:
 
 def test_a_log_is_followed_on_when_the_line_is_cut(running_head: RunningHead, tmp_path: Path) -> None:
     (tmp_path / "mm.py").write_text(
-        "import pathlib, time\nprint('one', flush=True)\nwhile not pathlib.Path('go').exists():\n    time.sleep(0.1)\nprint('two')\n"
+        "import pathlib, time\nprint('<first>', flush=True)\nwhile not pathlib.Path('go').exists():\n    time.sleep(0.1)\nprint('<last>')\n"
     )
     job = result_of(mm(running_head, "submit", "--json", "--wait-s", "0", "--", "train", folder=tmp_path))["job_id"]
     line = Line(int(running_head.address.rpartition(":")[2]))
     command = [sys.executable, "-P", "-m", "mm", "jobs", "logs", "-f", job, "--address", f"http://127.0.0.1:{line.port}"]
-    following = subprocess.Popen(command, cwd=tmp_path, env=running_head.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    following = subprocess.Popen(
+        command, cwd=tmp_path, env=running_head.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
     try:
         assert following.stdout is not None
         seen = b""
-        while b"one" not in seen:
+        while b"<first>" not in seen:
             seen += (read := following.stdout.readline())
             assert read, following.communicate()
         assert line.cut() >= 2
@@ -275,7 +277,7 @@ def test_a_log_is_followed_on_when_the_line_is_cut(running_head: RunningHead, tm
         following.kill()
         line.close()
     assert following.returncode == 0, said.decode()
-    assert ((seen + rest).count(b"one"), rest.count(b"two")) == (1, 1)
+    assert ((seen + rest).count(b"<first>"), rest.count(b"<last>")) == (1, 1), "and the words are in no path of the log's first lines"
 
 
 def test_a_head_with_a_token_refuses_who_has_none(running_head: RunningHead, tmp_path: Path) -> None:

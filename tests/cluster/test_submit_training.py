@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import duckdb
+import psutil
 import pytest
 import requests
 import torch
@@ -48,6 +50,13 @@ def weights(bundle: Path) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in load_bundle(str(bundle)).model.parameters()])
 
 
+def words_of(process: psutil.Process) -> list[str]:
+    """Its command; of one that has ended meanwhile none."""
+    with suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
+
+
 def test_training_as_a_job(running_head: RunningHead, ray_cluster: None, corpus: Path, tmp_path: Path) -> None:
     build_index([str(corpus / "train")], str(tmp_path / "index"))
     write_model(tmp_path / "start")
@@ -82,7 +91,7 @@ def test_a_run_whose_driver_is_killed_goes_on_by_itself(running_head: RunningHea
     while len([*(tmp_path / "runs" / "killed").glob("checkpoint_*")]) < 2:  # the first is whole then
         assert time.monotonic() < until, mm(running_head, "jobs", "logs", job["job_id"], folder=tmp_path).stdout
         time.sleep(0.1)
-    (driver,) = [each for each in running_head.cluster.nodes[0].processes() if each.cmdline()[1:4] == ["-m", "mm", "train"]]
+    (driver,) = [each for each in running_head.cluster.nodes[0].processes() if words_of(each)[1:4] == ["-m", "mm", "train"]]
     driver.kill()
 
     followed = mm(running_head, "jobs", "logs", "-f", job["job_id"], folder=tmp_path)
