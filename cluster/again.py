@@ -21,7 +21,10 @@ def run(command: list[str], *, rest_s: float = _REST_S) -> int:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: asked.set())
     for left in reversed(range(_TRIES)):
-        code = subprocess.Popen(command).wait()
+        child = subprocess.Popen(command)
+        if asked.is_set():  # before it was there to hear it
+            child.terminate()
+        code = child.wait()
         if code >= 0 or asked.is_set() or left == 0:
             break
         name = signal.Signals(-code).name

@@ -56,3 +56,19 @@ def test_one_that_was_asked_to_end_has_its_time_and_is_not(tidies: bool, tmp_pat
     assert process.wait(timeout=30) == 143
     assert (tmp_path / "tidied").exists() == tidies
     assert (tmp_path / "n").read_text() == "1"
+
+
+def test_one_that_is_asked_before_it_is_there_ends_too() -> None:
+    """The signal comes between the two programs' starts, and only the first of them hears it."""
+    program = """
+import os, signal, subprocess, sys
+from cluster import again
+class Late(subprocess.Popen):
+    def __init__(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        super().__init__(*arguments)
+subprocess.Popen = Late
+sys.exit(again.run(["sleep", "60"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=AGAIN.parents[1], timeout=30)
+    assert done.returncode == 143
