@@ -105,22 +105,8 @@ def first_step(kind: str, work: Path, index: Path, environment: dict[str, str], 
     name = f"{kind}-{time.time_ns()}"
     tracking = f"sqlite:///{work}/mlflow.db"
     settings = [f"storage={work}/runs", f"tracking.uri={tracking}", "steps=3", "global_batch_size=32", "log_every_steps=1"]
-    command = [
-        sys.executable,
-        "-m",
-        "mm",
-        "submit",
-        *options,
-        "--",
-        "train",
-        "clip-tiny",
-        "--data",
-        str(index),
-        "--name",
-        name,
-        "--workers",
-        "1",
-    ]
+    train = ["train", "clip-tiny", "--data", str(index), "--name", name, "--workers", "1"]
+    command = [sys.executable, "-m", "mm", "submit", *options, "--", *train]
     command += [part for setting in settings for part in ("--set", setting)]
     began = time.time()
     subprocess.run(command, env=environment, stdout=sys.stderr, check=True)

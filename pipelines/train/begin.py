@@ -46,11 +46,15 @@ def claim(run: TrainRun, data: RunData, name: str | None, *, resume: bool, or_re
         return folder, record
     name = name or f"{run.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = RunFolder.of(run.storage, name)
-    if folder.exists():
-        raise ConfigError(f"run {folder.url} exists: continue it with --resume, or give another --name")
+    _refuse_another(folder)
     if folder.holds_something() and not folder.is_begun():
         raise ConfigError(f"{folder.url} exists and holds no run: give another --name, or remove it first")
     return folder, None
+
+
+def _refuse_another(folder: RunFolder) -> None:
+    if folder.exists():
+        raise ConfigError(f"run {folder.url} exists: continue it with --resume, or give another --name")
 
 
 def _identity(run: TrainRun) -> dict[str, Any]:
@@ -68,8 +72,7 @@ def begin(run: TrainRun, data: RunData, folder: RunFolder, start: Start | None) 
     """
     tokenizer = _train_tokenizer(run, data) if start is None else start.tokenizer
     run = fed_by(run, tokenizer)
-    if folder.exists():  # since it was claimed
-        raise ConfigError(f"run {folder.url} exists: continue it with --resume, or give another --name")
+    _refuse_another(folder)  # there may be one since it was claimed
     if folder.is_begun():
         end_runs_of(run.tracking, folder.name, folder.url)
     mark, run_id = folder.begin(), None
