@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import ray
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from mm_core.address import is_local
 from mm_core.console import Console, Tracker
@@ -27,6 +27,7 @@ from pipelines.train.board import SHARE, News
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import WorkerTask, train_worker
 from pipelines.train.outcome import Outcome
+from pipelines.train.process_group import ProcessGroup
 from pipelines.train.run_folder import RunFolder
 
 _WORKER_MEMORY_BYTES = 256 << 20
@@ -50,7 +51,7 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
     gpus = gpus_per_worker(run)
     trainer = _Trainer(
         partial(train_worker, task),  # bound, not as `train_loop_config`, for which Train's controller would load all of this too
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        torch_config=ProcessGroup(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.resources.elastic or run.resources.workers,
             elastic_resize_monitor_interval_s=run.resources.resize_every_s,
