@@ -90,7 +90,8 @@ def struck(scene: Scene, roles: Sequence[Role]) -> Iterator[Fault]:
         if role.ends_workers:
             training.wait(lambda attempt=attempt: training.attempt[0] > attempt)
         began_again = training.attempt[1] if role.ends_workers else at
-        training.wait(lambda step=step: training.step > step)
+        newest = training.step  # one may have been written between the two lines before the strike
+        training.wait(lambda newest=newest: training.step > newest)
         yield Fault(role, step, at, began_again)
         print(f"{role} at {step}: a checkpoint after {time.time() - at:.1f} s", flush=True)
 

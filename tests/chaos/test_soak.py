@@ -58,7 +58,8 @@ def soak(training: Training, nodes: Nodes, outage: Outage) -> tuple[list[Fault],
         at = scene.strike(role)
         training.wait(lambda attempt=attempt: training.attempt[0] > attempt)
         struck.append(Fault(role, step, at, training.attempt[1]))
-        training.wait(lambda step=step: training.step > step)
+        newest = training.step
+        training.wait(lambda newest=newest: training.step > newest)
         print(f"{role} at {step}: a checkpoint after {time.time() - at:.1f} s", flush=True)
     time.sleep(max(0.0, left_s))
     training.process.send_signal(signal.SIGINT)
