@@ -16,6 +16,7 @@ from mlflow.entities import Metric
 
 from cluster.nodes import LocalCluster, Room
 from mm_core.data.index import Index
+from mm_core.store import open_store
 from pipelines.train.audit import read_audit
 
 _TOWER = "{width: 32, layers: 1, heads: 2}"
@@ -107,23 +108,34 @@ class Training:
         settings: Sequence[str],
         environment: dict[str, str] | None = None,
         tracking_uri: str | None = None,
-        storage: Path | None = None,
+        storage: Path | str | None = None,
     ) -> None:
-        """`tracking_uri`: by default a file in the folder; `storage`, of the run: by default a folder in it."""
+        """`tracking_uri`: by default a file in the folder; `storage`, of the run and its audit: by default a folder in it."""
         self.folder, self._index = folder, index
-        self.run = (storage or folder / "runs") / "tiny"
+        self._storage = str(storage or folder / "runs")
+        self.run = f"{self._storage}/tiny"
+        self._fs, self._path = open_store(self.run)
         self.tracking_uri = tracking_uri or f"sqlite:///{folder / 'mlflow.db'}"
-        self._settings = [*SETTINGS, *settings, f"storage={self.run.parent}", f"tracking.uri={self.tracking_uri}"]
+        self._settings = [*SETTINGS, *settings, f"storage={self._storage}", f"tracking.uri={self.tracking_uri}"]
         self._environment = nodes.environment | (environment or {})
         self._process: subprocess.Popen[bytes] | None = None
+        self._step = 0
 
     def start(self, workers: int | str) -> None:
         command = [sys.executable, "-m", "mm", "train", "clip-tiny", "--data", self._index.url, "--name", "tiny", "--json"]
-        command += ["--workers", str(workers), "--audit", str(self.folder / "audit")]
+        command += ["--workers", str(workers), "--audit", self._audit]
         command += [item for setting in self._settings for item in ("--set", setting)]
-        command += ["--resume"] if (self.run / "run.json").exists() else []
+        command += ["--resume"] if self._fs.exists(f"{self._path}/run.json") else []
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+
+    @property
+    def _audit(self) -> str:
+        return f"{self._storage}/audit"
+
+    def read(self, name: str) -> str:
+        """A file of the run's folder."""
+        return str(self._fs.cat_file(f"{self._path}/{name}").decode())
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -133,14 +145,16 @@ class Training:
     @property
     def step(self) -> int:
         """Of the newest checkpoint."""
-        found = [int(path.parent.name.split("_")[1]) for path in self.run.glob("checkpoint_*/state.json")]
-        return max(found, default=0)
+        found = [int(path.split("/")[-2].split("_")[1]) for path in self._fs.glob(f"{self._path}/checkpoint_*/state.json")]
+        self._step = max(self._step, *found, 0)  # a listing may be short while something in it is removed
+        return self._step
 
     @property
     def attempt(self) -> tuple[int, float]:
         """How often workers have begun, and when they last did, in seconds of the clock."""
-        file = self.run / "attempt"
-        return (int(file.read_text() or 0), file.stat().st_mtime) if file.exists() else (0, 0.0)
+        if not self._fs.exists(f"{self._path}/attempt"):
+            return (0, 0.0)
+        return (int(self.read("attempt") or 0), self._fs.modified(f"{self._path}/attempt").timestamp())
 
     @property
     def ended(self) -> bool:
@@ -178,7 +192,7 @@ class Training:
 
     @property
     def _tracked(self) -> str:
-        return str(json.loads((self.run / "run.json").read_text())["tracking_run_id"])
+        return str(json.loads(self.read("run.json"))["tracking_run_id"])
 
     def finished_steps(self) -> list[tuple[float, int]]:
         """When each step was done, in seconds of the clock, the replayed ones too."""
@@ -187,6 +201,6 @@ class Training:
     def consumed(self) -> dict[int, list[tuple[int, int, str]]]:
         """Per step (epoch, position, uid), in the order of the global batch, from the highest attempt."""
         steps: dict[int, list[tuple[int, int, str]]] = {}
-        for row in read_audit(str(self.folder / "audit")).to_pylist():
+        for row in read_audit(self._audit).to_pylist():
             steps.setdefault(row["step"], []).append((row["epoch"], row["position"], row["uid"]))
         return steps

@@ -67,4 +67,4 @@ def test_a_run_grows_and_shrinks_with_the_cluster(index: Index, nodes: Nodes, tm
     assert training.consumed() == undisturbed.consumed()
     assert abs(training.final_loss - undisturbed.final_loss) < 1e-2
     print(f"ranks of each attempt: {ranks_by_attempt(training)}; final loss {training.final_loss}, undisturbed {undisturbed.final_loss}")
-    print(json.loads((training.run / "goodput.json").read_text()))
+    print(json.loads(training.read("goodput.json")))

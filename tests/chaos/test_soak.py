@@ -35,7 +35,7 @@ def test_a_run_trains_nearly_all_of_the_time(corpus: Path, nodes: Nodes, tmp_pat
     try:
         training = Training(index, tmp_path, nodes, SETTINGS, ENVIRONMENT, server.config.uri)
         struck, wall_s = soak(training, nodes, Outage(server))
-        seconds = json.loads((training.run / "goodput.json").read_text())["seconds"]
+        seconds = json.loads(training.read("goodput.json"))["seconds"]
         ettr = sum(value for part, value in seconds.items() if part not in LOST) / wall_s
         print(f"{wall_s / 60:.1f} minutes, {len(struck)} faults, one each {EVERY_S:g} s: ETTR {ettr:.3f}")
         print(table(struck, training))
