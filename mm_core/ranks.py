@@ -13,6 +13,10 @@ import torch.distributed as dist
 from mm_core.errors import MMError, TrainingError
 
 
+class OtherRankError(RuntimeError):
+    """Another rank failed, with an error that is none of mm's own: a new start may mend it."""
+
+
 class Ranks:
     """Of a process group, by default of that of all, where there is one."""
 
@@ -38,8 +42,7 @@ class Ranks:
 
         Raises:
             BaseException: `error`, on the rank it is of.
-            TrainingError: of the first rank that has one, on the others; RuntimeError, if it is not one of mm's own, which a new start
-                may mend.
+            TrainingError, OtherRankError: of the first rank that has one, on the others; the first if it is one of mm's own.
         """
         if self.size > 1:
             seen = torch.tensor([error is not None, count], device=self.device)
@@ -74,4 +77,4 @@ class Ranks:
         )
         if own is None:
             rank, (word, is_ours) = next((rank, error) for rank, error in enumerate(errors) if error is not None)
-            raise (TrainingError if is_ours else RuntimeError)(f"{self._work} stopped on rank {rank}: {word}")
+            raise (TrainingError if is_ours else OtherRankError)(f"{self._work} stopped on rank {rank}: {word}")

@@ -152,6 +152,11 @@ class LateMetrics:
             self._waiting = {step: metrics for step, metrics in self._waiting.items() if step > newest}  # the rest have none
 
 
+def _is_of_a_lost_peer(error: BaseException) -> bool:
+    """Torch has no other word for it where gloo tells."""
+    return type(error) is RuntimeError or isinstance(error, dist.DistError)
+
+
 class CheckpointWriter:
     """Writes a run's checkpoints: the step waits only until the state is copied to host memory, a thread does the rest.
 
@@ -190,6 +195,7 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: two in a row could not be written.
+            RuntimeError: nor could they, since another rank is gone: a new start mends that.
         """
         self.finish()
         staged = self._stager.stage(whole_state(self._model, self._optimizer, self._mean))
@@ -215,6 +221,8 @@ class CheckpointWriter:
             self._failures += 1
             said = f"a checkpoint could not be written to {self._folder.url}: {cause_of(error)}"
             if self._failures == _FAILURES_IN_A_ROW:
+                if _is_of_a_lost_peer(error):
+                    raise
                 raise CheckpointError(f"{said}, twice in a row: look at the store") from None
             logger.warning("%s; the one before it stays, and it is tried again", said)
         finally:

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mm_core.store import make_folder, open_store, write_whole
+from mm_core.errors import CheckpointError
+from mm_core.store import make_folder, open_store, reaching, write_whole
 from pipelines.stream import StepBatch
 
 
@@ -37,13 +38,26 @@ class Audit:
         self._rows.append(rows.append_column("position", pa.array(batch.positions.copy())))
 
     def flush(self) -> None:
+        """Write the rows since the last time.
+
+        Raises:
+            CheckpointError: they could not be written, twice in a row.
+        """
         if not self._rows:
             return
         name = f"attempt{self._attempt:05d}-rank{self._rank:05d}-step{self._first_step:08d}.parquet"
         table = pa.concat_tables(self._rows).select(["epoch", "step", "position", "source", "rank", "uid", "attempt", "applied"])
         buffer = pa.BufferOutputStream()
         pq.write_table(table, buffer)
-        write_whole(f"{self._folder}/{name}", buffer.getvalue().to_pybytes())
+        for last in (False, True):
+            try:
+                with reaching(self._folder):
+                    write_whole(f"{self._folder}/{name}", buffer.getvalue().to_pybytes())
+                break
+            except OSError as error:
+                if last:
+                    said = f"the audit could not be written to {self._folder}: {error}"
+                    raise CheckpointError(f"{said}, twice in a row: look at the store") from None
         self._rows = []
 
 

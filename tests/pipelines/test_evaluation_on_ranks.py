@@ -226,4 +226,4 @@ def test_training_goes_on_as_if_nothing_had_been_measured(kind: Parallelism, com
 def test_what_ends_one_rank_ends_all(computed: list[dict[str, Any]]) -> None:
     words = [rank["ended"] for rank in computed]
     assert words.pop(1) == "OSError: the disk is gone"
-    assert set(words) == {"RuntimeError: evaluation stopped on rank 1: OSError: the disk is gone"}
+    assert set(words) == {"OtherRankError: evaluation stopped on rank 1: OSError: the disk is gone"}

@@ -333,6 +333,27 @@ def test_ranks_give_up_a_checkpoint_together_and_none_is_of_two_steps(tmp_path: 
         assert {value for p in alone.parameters() for value in p.flatten().tolist()} == {step}
 
 
+def _lose_a_peer(rank: int, folder: str, rendezvous: str, said: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    writer = writer_of(CheckpointFolder(folder))
+    writer.save(state_at(1), {}, wait=True)
+    if rank == 0:
+        try:
+            writer.save(state_at(2), {}, wait=True)
+        except Exception as error:
+            Path(said).write_text(repr(error))
+    os._exit(0)
+
+
+def test_a_peer_that_is_gone_is_no_fault_of_the_store(tmp_path: Path) -> None:
+    """As a node that is taken away while it writes its last one: what would end the run is none of mm's own errors, and all begin again."""
+    folder, said = CheckpointFolder(str(tmp_path / "run")), tmp_path / "said"
+    mp.start_processes(_lose_a_peer, (folder.url, str(tmp_path / "of-two"), str(said)), nprocs=2, start_method="forkserver")
+    assert said.read_text().startswith("RuntimeError(")
+    assert folder.steps() == [1]
+
+
 def test_what_a_kill_left_unfinished_goes_with_what_is_old(folder: CheckpointFolder) -> None:
     writer = writer_of(folder, keep=1)
     for step in (1, 3):
