@@ -129,16 +129,8 @@ class StepBatch:
     """[b]: their classes, where those are read."""
 
     @property
-    def replaced(self) -> dict[str, int]:
-        """Samples that could not be used and were replaced, by reason."""
-        counts = Counter[str]()
-        for (_, reason), samples in self.replaced_in.items():
-            counts[reason] += samples
-        return dict(counts)
-
-    @property
     def replaced_in(self) -> Counter[tuple[str, str]]:
-        """The same by shard and reason."""
+        """Samples that could not be used and were replaced, by shard and reason."""
         if self.rows["replaced"].null_count == self.rows.num_rows:
             return Counter()
         lost = self.rows.filter(self.rows["replaced"].is_valid())

@@ -10,6 +10,7 @@ from socket import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -68,6 +69,14 @@ def ray_cluster(_own_cache: None, _own_object_store: socket) -> Iterator[None]:
         patch.setenv("RAY_idle_worker_killing_time_threshold_ms", "600000")
         with ray_session(cpus=4):
             yield
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

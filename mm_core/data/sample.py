@@ -128,15 +128,6 @@ def read_group(group: Group, shard_name: str) -> Sample:
     return Sample(key=group.key, uid=uid, image=_image(group), captions=captions, label=_label(group))
 
 
-def read_span(span: bytes, shard_name: str, *, check: int, occurrence: int, digest: str | None = None) -> Sample:
-    """Interpret the bytes of one sample, as the index's locator bounds them.
-
-    Raises:
-        SampleProblem: as `group_of_span` and `read_group` do.
-    """
-    return read_group(group_of_span(span, shard_name, check=check, occurrence=occurrence, digest=digest), shard_name)
-
-
 def group_of_span(span: bytes, shard_name: str, *, check: int, occurrence: int, digest: str | None = None) -> Group:
     """The members of one sample, from its bytes as the index's locator bounds them.
 

@@ -27,7 +27,7 @@ from pipelines.train.board import SHARE, News
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import WorkerTask, train_worker
 from pipelines.train.outcome import Outcome
-from pipelines.train.process_group import ProcessGroup
+from pipelines.train.process_group import ProcessGroupConfig
 from pipelines.train.run_folder import RunFolder
 
 _WORKER_MEMORY_BYTES = 256 << 20
@@ -51,7 +51,7 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
     gpus = gpus_per_worker(run)
     trainer = _Trainer(
         partial(train_worker, task),  # bound, not as `train_loop_config`, for which Train's controller would load all of this too
-        torch_config=ProcessGroup(backend="nccl" if gpus else "gloo"),
+        torch_config=ProcessGroupConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=run.resources.elastic or run.resources.workers,
             elastic_resize_monitor_interval_s=run.resources.resize_every_s,
@@ -83,8 +83,8 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
 
 
 def _storage(folder: RunFolder) -> dict[str, Any]:
-    """Where Ray Train keeps checkpoints. A remote store is opened through fsspec, as all else is: left to itself Ray would take pyarrow's
-    own client, which has settings of its own."""
+    """Where Ray Train keeps its own record of a run; checkpoints are mm's (`run_checkpoints`). A remote store is opened through fsspec,
+    as all else is: left to itself Ray would take pyarrow's own client, which has settings of its own."""
     if is_local(folder.storage):
         return {"storage_path": folder.storage}
     fs, path = open_store(folder.storage)

@@ -230,7 +230,7 @@ def run_steps(
 ) -> Outcome | Rollback:
     """The steps [first_step, run.steps) on this rank."""
     rank, clock = dist.get_rank(), train_step.clock
-    to_device, inputs_from = Transfer(train_step.device), inputs_of(run, _counts(run), dist.get_rank())
+    to_device, inputs_from = Transfer(train_step.device), inputs_of(run, _counts(run), rank)
     meter = Meter(train_step, run.global_batch_size, _flops_per_sample(run, train_step))
     clock.read()  # up to here was start-up
     metrics: dict[str, float] = {}

@@ -1,7 +1,7 @@
 """How the ranks' process group ends where one of them hangs: at once. Train's controller loads this, so it is small.
 
-Ray Train waits for each rank to leave the group (`TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S`, 30 s), then five seconds more to let it
-clean up; a process that is stopped does neither, and the others begin again only after both.
+Ray Train (2.60) waits for each rank to leave the group (`TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S`, 30 s), then five seconds more to let
+it clean up; a process that is stopped does neither, and the others begin again only after both. That variable says nothing here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LEAVE_S = 2.0
 """A rank's train function is over by then, or lost: all that it had to say is said."""
 
 
-class ProcessGroup(TorchConfig):
+class ProcessGroupConfig(TorchConfig):
     """torch.distributed for a run's ranks."""
 
     @property

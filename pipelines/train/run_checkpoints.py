@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipelines.train.loop import WorkerTask
 
 
-class Start(NamedTuple):
+class ResumePoint(NamedTuple):
     """Where the steps go on."""
 
     step: int
@@ -75,7 +75,7 @@ class RunCheckpoints:
         self._writer.save(state, metrics, wait=wait)
         self._log(step, {"checkpoint/blocked_s": time.monotonic() - began, "checkpoint/last_write_s": self._writer.write_s})
 
-    def restore(self, left_out: LeftOut = ()) -> Start:
+    def restore(self, left_out: LeftOut = ()) -> ResumePoint:
         """Load the newest checkpoint, if there is one.
 
         Args:
@@ -88,7 +88,7 @@ class RunCheckpoints:
         step = self._ranks.from_first(self._folder.newest() if self._ranks.rank == 0 else None)
         if step is None:
             self._left_out = left_out
-            return Start(0, left_out)
+            return ResumePoint(0, left_out)
         url = self._folder.at(step)
         state = read_state(url)
         if (state.plan_fingerprint, state.chunks_consumed) != (self._task.spec.plan.fingerprint, state.step * self._chunks):
@@ -100,7 +100,7 @@ class RunCheckpoints:
         if self._train_step.guard is not None:
             self._train_step.guard = StepGuard(self._task.run.faults, state.recent_losses)
         self._left_out = tuple(sorted({*state.left_out, *left_out}))
-        return Start(state.step, self._left_out)
+        return ResumePoint(state.step, self._left_out)
 
     def roll_back(self, wanted: Rollback) -> LeftOut:
         """Remove the checkpoints from after the first step of `wanted`, but never the oldest. Returns what `restore` has to leave out."""

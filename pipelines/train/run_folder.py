@@ -1,12 +1,14 @@
 """A run's folder: what `mm train` keeps of a run beside its checkpoints.
 
-STORAGE/NAME/begun         by whom, while there is no run.json yet
-STORAGE/NAME/run.json      what was asked for, the data it was asked for, the tracking run
-STORAGE/NAME/tokenizer/    the tokenizer, in Hugging Face's layout
-STORAGE/NAME/checkpoint_*  as `mm_core.training.checkpoints` has them
-STORAGE/NAME/goodput.json  where its wall time went
-STORAGE/NAME/standstill/   where a rank stood that made no progress
-STORAGE/NAME/bundle/       the finished model
+STORAGE/NAME/begun            by whom, while there is no run.json yet
+STORAGE/NAME/run.json         what was asked for, the data it was asked for, the tracking run
+STORAGE/NAME/tokenizer/       the tokenizer, in Hugging Face's layout
+STORAGE/NAME/checkpoint_*     as `mm_core.training.checkpoints` has them
+STORAGE/NAME/goodput.json     where its wall time went
+STORAGE/NAME/attempt          how often workers have begun
+STORAGE/NAME/standstill/      where a rank stood that made no progress
+STORAGE/NAME/zeroshot_index/  of the classes that evaluations use
+STORAGE/NAME/bundle/          the finished model
 """
 
 from __future__ import annotations

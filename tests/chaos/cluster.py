@@ -109,29 +109,27 @@ class Training:
         environment: dict[str, str] | None = None,
         tracking_uri: str | None = None,
         storage: Path | str | None = None,
+        audit: str | None = None,
     ) -> None:
-        """`tracking_uri`: by default a file in the folder; `storage`, of the run and its audit: by default a folder in it."""
+        """`tracking_uri`: by default a file in the folder; `storage` and `audit`: by default folders in it."""
         self.folder, self._index = folder, index
-        self._storage = str(storage or folder / "runs")
-        self.run = f"{self._storage}/tiny"
+        run_storage = str(storage or folder / "runs")
+        self.run = f"{run_storage}/tiny"
+        self.audit = audit or str(folder / "audit")
         self._fs, self._path = open_store(self.run)
         self.tracking_uri = tracking_uri or f"sqlite:///{folder / 'mlflow.db'}"
-        self._settings = [*SETTINGS, *settings, f"storage={self._storage}", f"tracking.uri={self.tracking_uri}"]
+        self._settings = [*SETTINGS, *settings, f"storage={run_storage}", f"tracking.uri={self.tracking_uri}"]
         self._environment = nodes.environment | (environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._step = 0
 
     def start(self, workers: int | str) -> None:
         command = [sys.executable, "-m", "mm", "train", "clip-tiny", "--data", self._index.url, "--name", "tiny", "--json"]
-        command += ["--workers", str(workers), "--audit", self._audit]
+        command += ["--workers", str(workers), "--audit", self.audit]
         command += [item for setting in self._settings for item in ("--set", setting)]
         command += ["--resume"] if self._fs.exists(f"{self._path}/run.json") else []
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
-
-    @property
-    def _audit(self) -> str:
-        return f"{self._storage}/audit"
 
     def read(self, name: str) -> str:
         """A file of the run's folder."""
@@ -201,6 +199,6 @@ class Training:
     def consumed(self) -> dict[int, list[tuple[int, int, str]]]:
         """Per step (epoch, position, uid), in the order of the global batch, from the highest attempt."""
         steps: dict[int, list[tuple[int, int, str]]] = {}
-        for row in read_audit(self._audit).to_pylist():
+        for row in read_audit(self.audit).to_pylist():
             steps.setdefault(row["step"], []).append((row["epoch"], row["position"], row["uid"]))
         return steps

@@ -111,6 +111,19 @@ class Scene:
                 self.outage.begin()
         return at
 
+    def struck(self, role: Role) -> Fault:
+        """Strike, and wait until there is a checkpoint of after it."""
+        training = self.training
+        attempt, step = training.attempt[0], training.step
+        at = self.strike(role)
+        if role.ends_workers:
+            training.wait(lambda: training.attempt[0] > attempt)
+        began_again = training.attempt[1] if role.ends_workers else at
+        newest = training.step  # one may have been written just before the strike
+        training.wait(lambda: training.step > newest)
+        print(f"{role} at {step}: a checkpoint after {time.time() - at:.1f} s", flush=True)
+        return Fault(role, step, at, began_again)
+
     def _reading(self) -> list[psutil.Process]:
         """As soon as one reads."""
         until = time.monotonic() + TIMEOUT_S

@@ -34,7 +34,7 @@ def index(corpus: Path, tmp_path: Path, nodes: Nodes) -> Index:
 def ranks_by_attempt(training: Training) -> dict[int, int]:
     """As the audit has them."""
     ranks: dict[int, set[int]] = {}
-    for file in sorted((training.folder / "audit").glob("*.parquet")):
+    for file in sorted(Path(training.audit).glob("*.parquet")):
         for row in pq.read_table(file, columns=["attempt", "rank"]).group_by(["attempt", "rank"]).aggregate([]).to_pylist():
             ranks.setdefault(row["attempt"], set()).add(row["rank"])
     return {attempt: len(of_one) for attempt, of_one in sorted(ranks.items())}

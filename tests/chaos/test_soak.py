@@ -28,39 +28,26 @@ LOST = ("start_up", "restart", "replayed", "checkpoint")
 """Parts of the wall time in which nothing new is learned."""
 
 
-def test_a_run_trains_nearly_all_of_the_time(corpus: Path, nodes: Nodes, tmp_path: Path) -> None:
+def test_a_run_trains_nearly_all_of_the_time(corpus: Path, nodes: Nodes, server: TrackingServer, tmp_path: Path) -> None:
     index = nodes.index(corpus / "train", tmp_path / "index")
-    server = TrackingServer(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
-    server.start()
-    try:
-        training = Training(index, tmp_path, nodes, SETTINGS, ENVIRONMENT, server.config.uri)
-        struck, wall_s = soak(training, nodes, Outage(server))
-        seconds = json.loads(training.read("goodput.json"))["seconds"]
-        ettr = sum(value for part, value in seconds.items() if part not in LOST) / wall_s
-        print(f"{wall_s / 60:.1f} minutes, {len(struck)} faults, one each {EVERY_S:g} s: ETTR {ettr:.3f}")
-        print(table(struck, training))
-        each_sample_came_once(training, index)
-        assert ettr >= 0.95 or EVERY_S < 600
-    finally:
-        server.kill()
+    training = Training(index, tmp_path, nodes, SETTINGS, ENVIRONMENT, server.config.uri)
+    struck, wall_s = soak(Scene(training, nodes, Outage(server), random.Random(0)))
+    seconds = json.loads(training.read("goodput.json"))["seconds"]
+    ettr = sum(value for part, value in seconds.items() if part not in LOST) / wall_s
+    print(f"{wall_s / 60:.1f} minutes, {len(struck)} faults, one each {EVERY_S:g} s: ETTR {ettr:.3f}")
+    print(table(struck, training))
+    each_sample_came_once(training, index)
+    assert ettr >= 0.95 or EVERY_S < 600
 
 
-def soak(training: Training, nodes: Nodes, outage: Outage) -> tuple[list[Fault], float]:
+def soak(scene: Scene) -> tuple[list[Fault], float]:
     """The faults, and the wall time from the command on."""
-    draw, struck = random.Random(0), list[Fault]()
-    scene, began = Scene(training, nodes, outage, draw), time.monotonic()
+    training, struck, began = scene.training, list[Fault](), time.monotonic()
     training.start(2)
     training.wait(lambda: training.step > 0)
     while (left_s := began + 60 * MINUTES - time.monotonic()) > EVERY_S:
         time.sleep(EVERY_S)
-        role = draw.choice([role for role in Role if role.ends_workers])
-        attempt, step = training.attempt[0], training.step
-        at = scene.strike(role)
-        training.wait(lambda attempt=attempt: training.attempt[0] > attempt)
-        struck.append(Fault(role, step, at, training.attempt[1]))
-        newest = training.step
-        training.wait(lambda newest=newest: training.step > newest)
-        print(f"{role} at {step}: a checkpoint after {time.time() - at:.1f} s", flush=True)
+        struck.append(scene.struck(scene.draw.choice([role for role in Role if role.ends_workers])))
     time.sleep(max(0.0, left_s))
     training.process.send_signal(signal.SIGINT)
     training.process.wait(timeout=60)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
@@ -33,13 +31,6 @@ from pipelines.train.run_data import RunData
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 CPU, STEPS, TOWER = torch.device("cpu"), 9, "{width: 16, layers: 1, heads: 2}"
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 class Runner:
@@ -76,7 +67,7 @@ class Runner:
 
 
 @pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")
-def test_it_goes_on_from_any_step_bit_for_bit(alone: None, corpus: Path, tmp_path: Path) -> None:
+def test_it_goes_on_from_any_step_bit_for_bit(process_group: None, corpus: Path, tmp_path: Path) -> None:
     kinds = {"pairs": ("image", "text"), "images": ("image",), "texts": ("text",)}
     indexes = [build_index([str(corpus / "train")], str(tmp_path / name), need=need) for name, need in kinds.items()]
     runner = Runner(tmp_path, RunData.open([Source(index=index.url) for index in indexes]))

@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
-from pipelines.train.process_group import ProcessGroup
+from pipelines.train.process_group import ProcessGroupConfig
 
 
 @ray.remote(num_cpus=0, max_concurrency=2)
@@ -48,7 +48,7 @@ def test_a_rank_that_hangs_is_ended_and_the_others_leave(ray_cluster: None) -> N
     hanging = ray.remote(num_cpus=0, max_concurrency=2)(Hangs)
     group = Group(Worker(actor) for actor in (Rank.remote(), hanging.remote(), Rank.remote()))
     ray.get([worker.actor.answers.remote() for worker in group])
-    config = ProcessGroup(backend="gloo")
+    config = ProcessGroupConfig(backend="gloo")
     config.backend_cls().on_shutdown(group, config)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(group[1].actor.answers.remote(), timeout=60)
@@ -59,6 +59,6 @@ def test_a_rank_that_is_gone_keeps_no_other_from_leaving(ray_cluster: None) -> N
     group = Group(Worker(Rank.remote()) for _ in range(2))
     ray.get([worker.actor.answers.remote() for worker in group])
     ray.kill(group[0].actor)
-    config = ProcessGroup(backend="gloo")
+    config = ProcessGroupConfig(backend="gloo")
     config.backend_cls().on_shutdown(group, config)
     assert ray.get(group[1].actor.answers.remote(), timeout=60)

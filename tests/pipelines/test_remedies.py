@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import torch.distributed as dist
 from botocore.exceptions import EndpointConnectionError
 
 from mm_core.config import resolve
@@ -39,11 +38,7 @@ from pipelines.train.run_checkpoints import RunCheckpoints, is_taken_over, next_
 STEPS, BAD = 12, 7
 
 
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def run_of(*settings: str) -> TrainRun:

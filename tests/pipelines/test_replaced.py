@@ -1,25 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import torch.distributed as dist
 
 from pipelines.train.meter import TOP_SHARDS, Meter
 from pipelines.train.outcome import ShardCount
 
 
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("process_group")
 def test_the_shards_with_most_replaced_samples_come_first() -> None:
     meter = Meter(cast(Any, None), 8)
     meter.step_done({("a.tar", "changed"): 2, ("b.tar", "undecodable"): 1}, None)
@@ -33,7 +22,7 @@ def test_the_shards_with_most_replaced_samples_come_first() -> None:
     assert meter.replaced == {"changed": 3, "undecodable": 5}
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("process_group")
 def test_of_very_many_shards_the_worst_are_kept() -> None:
     meter = Meter(cast(Any, None), 8)
     for number in range(20 * TOP_SHARDS):

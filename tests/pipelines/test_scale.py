@@ -72,8 +72,8 @@ def test_pieces_take_less_memory_and_a_second_forward() -> None:
 def test_a_batch_that_fits_is_said_to() -> None:
     large = described("global_batch_size=131072")
     assert not large["fits"]
-    assert 0 < large["samples_at_a_time_that_fit"] < large["samples_per_gpu"]
-    less = described("global_batch_size=131072", f"parallel.micro_batch_size={large['samples_at_a_time_that_fit']}")
+    assert 0 < large["max_micro_batch_size"] < large["samples_per_gpu"]
+    less = described("global_batch_size=131072", f"parallel.micro_batch_size={large['max_micro_batch_size']}")
     assert less["fits"]
 
 

@@ -102,7 +102,7 @@ def test_a_sample_that_cannot_be_read_is_replaced_within_its_chunk_and_counted(c
     batches = ray.get(read.remote(spec, 0, 1))
 
     assert [len(b.images) for b in batches] == [CHUNK * CHUNKS] * STEPS
-    replaced = sum(b.replaced.get("changed", 0) for b in batches)
+    replaced = sum((b.replaced_in for b in batches), Counter())[str(shard), "changed"]
     before = [uid for b in whole for uid in b.rows["uid"].to_pylist()]
     after = [uid for b in batches for uid in b.rows["uid"].to_pylist()]
     lost = before[next(i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)]
@@ -156,7 +156,7 @@ def test_ranks_take_equal_steps_however_little_there_is(shards: int, damaged: in
 
     assert [len(batches) for batches in ranks] == [STEPS] * 3
     uids = [uid for batches in ranks for batch in batches for uid in batch.rows["uid"].to_pylist()]
-    replaced = sum(batch.replaced.get("changed", 0) for batches in ranks for batch in batches)
+    replaced = sum((batch.replaced_in for batches in ranks for batch in batches), Counter()).total()
     assert len(uids) == STEPS * CHUNK * CHUNKS
     assert len(set(uids)) == shards - damaged
     assert abs(replaced - len(uids) * damaged / shards) <= shards

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mm_core.data.image import decode_centre
 from mm_core.data.problems import Reason, SampleProblem
-from mm_core.data.sample import Sample, read_span
+from mm_core.data.sample import Sample, group_of_span, read_group
 from mm_core.data.scan import Batch, scan_shard
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ def _assert_span_reads_as_indexed(data: bytes, row: dict[str, object], locator: 
     """A ranged read of the span alone comes to what the index says, and usable images decode or say why not."""
     start, span = int(locator["start"]), int(locator["span"])
     locate = {"check": int(locator["check"]), "occurrence": int(locator["occurrence"])}
-    sample = _or_reason(lambda: read_span(data[start : start + span], "s.tar", **locate))
+    sample = _or_reason(lambda: read_group(group_of_span(data[start : start + span], "s.tar", **locate), "s.tar"))
     if not isinstance(sample, Sample):
         assert sample == row["reason"]
         return

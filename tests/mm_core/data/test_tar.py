@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mm_core.data.problems import Reason, SampleProblem
-from mm_core.data.sample import Group, groups, read_group, read_span, split_name
+from mm_core.data.sample import Group, group_of_span, groups, read_group, split_name
 from mm_core.data.tar import BLOCK, Hole, Member, walk
 
 MakeTar = Callable[..., bytes]
@@ -149,10 +149,10 @@ def test_a_span_is_checked_against_the_index() -> None:
     data = make_tar({"a.jpg": b"i" * 600, "a.txt": b"t", "b.jpg": b"j", "b.txt": b"u"})
     first, second = (g for g in groups(iter(walked(data))) if isinstance(g, Group))
     span = data[first.start : first.end]
-    assert read_span(span, "s.tar", check=first.check, occurrence=0).captions == ["t"]
+    assert read_group(group_of_span(span, "s.tar", check=first.check, occurrence=0), "s.tar").captions == ["t"]
     for damaged in (span[BLOCK:], span[:-BLOCK], b"", data[first.start : second.end], bytes(len(span))):
         with pytest.raises(SampleProblem) as caught:
-            read_span(damaged, "s.tar", check=first.check, occurrence=0)
+            group_of_span(damaged, "s.tar", check=first.check, occurrence=0)
         assert caught.value.reason is Reason.CHANGED
 
 

@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import pickle
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
@@ -26,12 +25,7 @@ from mm_core.training.checkpoint import CheckpointState, load_checkpoint, load_w
 from mm_core.training.checkpoints import BestIs, CheckpointFolder, CheckpointWriter, LateMetrics, Retention
 from mm_core.training.ema import WeightMean
 
-
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mm_core.config import resolve
 from mm_core.models.clip import clip_tiny
@@ -63,14 +60,7 @@ def test_features_are_fp32_under_autocast() -> None:
     assert 0 < (cast.image_features - plain.image_features).abs().max() < 0.02
 
 
-@pytest.fixture
-def _alone(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("process_group")
 def test_a_runs_teacher_takes_its_precision_and_its_pieces() -> None:
     settings = ["objective={kind: distillation, teacher: a bundle}", "precision=bf16", "parallel.micro_batch_size=2", "global_batch_size=5"]
     run = resolve(recipe("clip-tiny"), environment={}, overrides=[*settings, "data.chunk=5"])[0]
