@@ -22,6 +22,7 @@ Address = Annotated[
     str | None,
     typer.Option(metavar="URL", help="The head's job service; by default RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265."),
 ]
+_STOP_WAIT_S = 120.0
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, from `mm jobs list`.")]
 
 jobs = typer.Typer(no_args_is_help=True, help="See, follow and stop what was submitted to a Ray cluster.")
@@ -85,7 +86,9 @@ def submit(
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Shown by `mm jobs list`; again for several.")] = None,
     driver_cpus: Annotated[float, typer.Option(min=0, help="CPUs that the command itself books.")] = 0,
     driver_memory: Annotated[float, typer.Option(metavar="GB", min=0, help="Memory that it books.")] = 0,
-    image: Annotated[str | None, typer.Option(metavar="URI", help="Run in a container of this image, which has mm.")] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="URI", help="Run in a container of this image, which has mm; nodes need podman.")
+    ] = None,
     install: Annotated[bool, typer.Option("--install", help="Install mm's dependencies there first, in the versions here.")] = False,
     skip_checks: Annotated[bool, typer.Option("--skip-checks", help="Submit whatever the checks of the cluster say.")] = False,
     as_json: Json = False,
@@ -113,7 +116,8 @@ def submit(
         console.note("the code is sent along; data, storage and tracking.uri must be URLs or absolute paths that the cluster sees")
     if variables:
         console.note(
-            f"{', '.join(variables)}: Ray keeps the values with the job, and logs them on nodes started without RAY_LOGGER_LEVEL=warning"
+            f"{', '.join(variables)}: Ray keeps the values with the job, shows them among processes while it starts a worker, and logs"
+            " them on nodes started without RAY_LOGGER_LEVEL=critical"
         )
     arguments = named(command, datetime.now())
     request = Request(place, variables, labels, driver_cpus, driver_memory, install)
@@ -199,17 +203,22 @@ def jobs_logs(
 
 @jobs.command("stop")
 def jobs_stop(job: JobId, address: Address = None, as_json: Json = False) -> None:
-    """Stop a job. A stopped training run continues with `mm train … --resume`.
+    """Stop a job, and wait until it has ended. A stopped training run continues with the command that `mm submit` printed.
 
     Example: mm jobs stop raysubmit_4LamXRuQpYdSMg7J
     """
     from cluster.head import connect
-    from cluster.jobs import job_status, stop
+    from cluster.jobs import job_status, stop, wait_for_end
 
     console = Console(as_json)
     head = connect(address)
     stopped = stop(head, job)
-    console.say(f"job {job} is being stopped" if stopped else f"job {job} had ended: {job_status(head, job).lower()}")
+    if not stopped:
+        console.say(f"job {job} had ended: {job_status(head, job).lower()}")
+    elif wait_for_end(head, job, wait_s=_STOP_WAIT_S):
+        console.say(f"job {job} has ended")
+    else:
+        console.say(f"job {job} is asked to end and has not in {_STOP_WAIT_S:g} s; follow it: mm jobs logs -f {job}")
     console.result({"job_id": job, "stopped": stopped})
 
 

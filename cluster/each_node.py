@@ -56,7 +56,7 @@ def summary(answers: Mapping[str, Sequence[Check]]) -> list[Check]:
             if check.state is not State.OK:
                 nodes_of[check].append(node)
             elif check.name in SHOWN:
-                versions[check.name][check.evidence].append(node)
+                versions[check.name][check.evidence.partition("+")[0]].append(node)
     bad = []
     for check, nodes in nodes_of.items():
         where = f"all {len(nodes)} nodes" if len(nodes) == len(answers) > 1 else ", ".join(nodes)

@@ -133,8 +133,16 @@ def _probe(address: str) -> None:
         raise ServiceError(f"{address} answers, but not as the job service of a Ray head (HTTP status {status}): check --address")
 
 
+_FROM_AFAR = (
+    "it listens on its own loopback unless `ray start --head` had --dashboard-host; open a tunnel, ssh -L 8265:localhost:8265 HEAD, and"
+    " submit to that with --send-code"
+)
+
+
 def _unreachable(address: str, reason: str) -> ServiceError:
-    return ServiceError(f"no Ray head answers at {address} ({reason}): start one with `ray start --head`, or name it with --address URL")
+    here = is_this_machine(address)
+    way_out = "start one with `ray start --head`, or name it with --address URL" if here else _FROM_AFAR
+    return ServiceError(f"no Ray head answers at {address} ({reason}): {way_out}")
 
 
 @contextmanager

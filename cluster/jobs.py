@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
@@ -29,6 +30,8 @@ class Job:
     started: str
     ended: str
     command: str
+    folder: str
+    """Of this machine, in which it runs; empty where its code was sent or is an image's."""
     labels: dict[str, str]
     """As they were given to `mm submit`; `mm.run` is the training run's name."""
 
@@ -43,7 +46,8 @@ def list_jobs(head: Head) -> list[Job]:
 
 def _job(details: JobDetails) -> Job:
     times = (_time(details.start_time), _time(details.end_time))
-    return Job(details.submission_id, details.status.value, *times, _command(details.entrypoint), dict(details.metadata or {}))
+    place = (_command(details.entrypoint), _folder(details.entrypoint))
+    return Job(details.submission_id, details.status.value, *times, *place, dict(details.metadata or {}))
 
 
 def read_log(head: Head, job_id: str) -> str:
@@ -97,6 +101,16 @@ def stop(head: Head, job_id: str) -> bool:
         return bool(head.client.stop_job(job_id))
 
 
+def wait_for_end(head: Head, job_id: str, *, wait_s: float) -> bool:
+    """Whether the job has ended, at the latest after `wait_s` seconds."""
+    until = time.monotonic() + wait_s
+    while alive := _lives(head, job_id):
+        if time.monotonic() >= until:
+            break
+        time.sleep(_AGAIN_S)
+    return not alive
+
+
 def job_status(head: Head, job_id: str) -> str:
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     with head.asked():
@@ -120,3 +134,9 @@ def _time(milliseconds: int | None) -> str:
 def _command(entrypoint: str) -> str:
     """The mm command in an entrypoint of ours; other entrypoints as they are."""
     return "mm " + entrypoint.rpartition(" -m mm ")[2] if " -m mm " in entrypoint else entrypoint
+
+
+def _folder(entrypoint: str) -> str:
+    """In which ours begins."""
+    words = shlex.split(entrypoint) if entrypoint.startswith("cd ") else []
+    return words[1] if words[2:3] == ["&&"] else ""

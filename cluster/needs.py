@@ -8,6 +8,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.run_names import command_of
 from mm_core.errors import ConfigError
 from mm_core.store import OBJECT_STORES
 
@@ -47,7 +48,7 @@ def needs_of(command: str) -> Needs:
         raise ConfigError(f"--before {command}: {error}") from None
     if words[:1] == ["mm"]:
         words = words[1:]
-    first = next((word for word in words if not word.startswith("-")), "")
+    first = command_of(words)
     set_uris = [word.partition("tracking.uri=")[2] for word in words if "tracking.uri=" in word]
     tracked = first in _TRACKED or any("models:/" in word for word in words)
     if first == "train" and not any("storage=" in word for word in words):

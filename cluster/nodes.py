@@ -35,8 +35,8 @@ services.resolve_ip_for_localhost = lambda host: host
 from ray.scripts.scripts import main
 main()
 """
-_QUIET = {"RAY_LOGGER_LEVEL": "warning", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-"""At its usual level Ray writes what jobs are given in variables into its logs."""
+_QUIET = {"RAY_LOGGER_LEVEL": "critical", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+"""Below `critical` Ray logs what jobs are given in variables: always at `info`, at `error` where it cannot make their environment."""
 
 
 @dataclass(frozen=True)

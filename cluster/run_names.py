@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from itertools import pairwise
 from pathlib import PurePath
 
 from mm_core.errors import ConfigError
@@ -45,7 +46,12 @@ def run_of(arguments: Sequence[str]) -> str | None:
 
 def is_training(arguments: Sequence[str]) -> bool:
     """Whether a command trains; one that only looks or asks for help does not."""
-    return bool(arguments) and arguments[0] == "train" and not {"--dry-run", "--help"} & set(arguments)
+    return command_of(arguments) == "train" and not {"--dry-run", "--help"} & set(arguments)
+
+
+def command_of(arguments: Sequence[str]) -> str:
+    """`train` of `--debug train clip-tiny`; empty where there is none. What stands before a command takes no values."""
+    return next((argument for argument in arguments if not argument.startswith("-")), "")
 
 
 def submission_id(run: str, earlier: Iterable[str]) -> str:
@@ -60,6 +66,9 @@ def submission_id(run: str, earlier: Iterable[str]) -> str:
 
 
 def _recipe(arguments: Sequence[str]) -> str:
-    """`clip-tiny` of a recipe's name, `mine` of mine.yaml."""
-    first = next((argument for argument in arguments[1:] if not argument.startswith("-")), "run")
-    return PurePath(first).stem if first.endswith((".yaml", ".yml", ".json")) else first
+    """`clip-tiny` of a recipe's name, `mine` of mine.yaml, in what a run's name may have; `run` where it could be an option's value."""
+    words = arguments[arguments.index("train") :]
+    found = (word for before, word in pairwise(words) if not (before.startswith("-") or word.startswith("-")))
+    first = next(found, "run")
+    name = PurePath(first).stem if first.endswith((".yaml", ".yml", ".json")) else first
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "run"

@@ -98,6 +98,9 @@ def tracking(uri: str) -> Check:
         if reason is None:
             return _let_in(name, uri.rstrip("/"), shown)
     elif parts.hostname:
+        if (missing := _missing_driver(uri)) is not None:
+            remedy = "install it where mm and its workers run (pip install psycopg2-binary, of PostgreSQL), or name an MLflow server"
+            return fail(name, f"{shown}: its driver is not there ({missing})", remedy)
         reason = None if _listens(parts.hostname, parts.port or _DEFAULT_PORTS.get(scheme, 0)) else "no answer"
     else:
         reason, shown = "not a tracking store", uri.partition(":")[0]
@@ -105,6 +108,17 @@ def tracking(uri: str) -> Check:
         remedy = "start it with `mlflow server`, correct tracking.uri (MM_SET__TRACKING__URI), or leave it out: sqlite:///mlflow.db"
         return fail(name, f"{shown}: {reason}", remedy)
     return ok(name, f"{shown} answers")
+
+
+def _missing_driver(uri: str) -> str | None:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except (ImportError, NoSuchModuleError, ArgumentError) as error:
+        return str(error)
+    return None
 
 
 def _let_in(name: str, uri: str, shown: str) -> Check:

@@ -22,7 +22,7 @@ from typing import Any
 
 from cluster import again
 from cluster.head import Head
-from cluster.jobs import LIVE, list_jobs
+from cluster.jobs import LIVE, Job, list_jobs
 from cluster.machine import required
 from cluster.run_names import LABEL, run_of, submission_id
 from mm_core import revision as revisions
@@ -160,7 +160,7 @@ def submit(head: Head, arguments: Sequence[str], request: Request) -> Started:
     """Start a job, unless one of the same run has not ended yet.
 
     Raises:
-        ConfigError: no arguments, or one with a password in it.
+        ConfigError: no arguments, or one with a password in it; a run of this name is trained by another command.
         ServiceError: the head does not answer or refuses.
     """
     _refuse_passwords(arguments)
@@ -171,6 +171,7 @@ def submit(head: Head, arguments: Sequence[str], request: Request) -> Started:
     for _ in range(_TRIES):
         earlier = [job for job in list_jobs(head) if job.labels.get(LABEL) == run]
         if (live := next((job for job in earlier if job.status in LIVE), None)) is not None:
+            _refuse_another(live, arguments, request.place)
             return Started(live.job_id, new=False)
         try:
             own_id = submission_id(run, (job.job_id for job in earlier))
@@ -189,6 +190,17 @@ def _refuse_passwords(arguments: Sequence[str]) -> None:
                 f"{shown} carries a password, which Ray keeps with the job and every list of processes shows: take it out, and pass it on"
                 " in a variable with --env NAME (MLFLOW_TRACKING_PASSWORD, PGPASSWORD, AWS_SECRET_ACCESS_KEY)"
             )
+
+
+def _refuse_another(live: Job, arguments: Sequence[str], place: Place) -> None:
+    """A run that has a job is not given a second one, but who asks for another run is not told that it is theirs."""
+    folder = str(place.folder) if isinstance(place, Here) else ""
+    if (live.command, live.folder) != (f"mm {shlex.join(arguments)}", folder):
+        where = f", in {live.folder}" if live.folder else ""
+        raise ConfigError(
+            f"job {live.job_id} has not ended and trains a run of this name by another command ({live.command}{where}): nothing was"
+            f" started; give this one another --name, or end that one with mm jobs stop {live.job_id}"
+        )
 
 
 def _start(head: Head, arguments: Sequence[str], request: Request, labels: dict[str, str], job_id: str | None = None) -> str:
@@ -236,6 +248,11 @@ def _runtime_env(request: Request) -> Iterator[dict[str, Any]]:
             yield env
         case InImage(uri) if request.install:
             raise ConfigError(f"--image {uri} brings its packages: leave out --install, or build an image with others (cluster/images)")
+        case InImage(uri) if request.variables:
+            raise ConfigError(
+                f"--image {uri} with --env {next(iter(request.variables))}: Ray gives variables to containers among podman's arguments,"
+                " where every list of processes shows them: put roles, profiles or files on the nodes, or take a cluster of that image"
+            )
         case InImage(uri):
             yield env | {"image_uri": uri}
         case Elsewhere():

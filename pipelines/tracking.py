@@ -171,6 +171,11 @@ def store_errors(config: TrackingConfig, doing: str) -> Iterator[None]:
 
     try:
         yield
+    except ImportError as error:  # MLflow loads a database's or a store's library when it is first asked
+        raise ServiceError(
+            f"{doing} failed in the MLflow store {without_password(config.uri)}: {error}; install that where mm and its workers run, or"
+            " name an MLflow server"
+        ) from error
     except (MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
         summary = without_password(str(error).strip().split("\n", 1)[0])
         raise ServiceError(

@@ -41,8 +41,8 @@ COPY cluster cluster
 RUN pip install --no-cache-dir --constraint constraints.txt setuptools \
     && pip install --no-cache-dir --constraint constraints.txt --no-build-isolation --editable .
 ARG REVISION=unknown
-# At its usual level Ray logs the variables that jobs were given.
-ENV MM_CODE_REVISION=${REVISION} RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token RAY_LOGGER_LEVEL=warning
+# Below this level Ray logs the variables that jobs were given, if only where it cannot make their environment.
+ENV MM_CODE_REVISION=${REVISION} RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token RAY_LOGGER_LEVEL=critical
 USER 1000
 WORKDIR /home/ray
 CMD ["mm", "--help"]

@@ -41,6 +41,7 @@ def test_lost_messages_change_nothing_that_is_consumed(corpus: Path, tmp_path: P
     training, logs = trained(corpus, tmp_path / "lost", LOST)
     assert training.consumed() == undisturbed.consumed()
     assert training.final_loss == pytest.approx(undisturbed.final_loss, rel=1e-5)
-    dropping = logs.count("RpcFailureManager seed")
-    print(f"{dropping} processes lost messages, {training.attempt[0]} starts of the workers")
-    assert dropping > 0
+    lost = {call: [logs.count(f"Inject RPC {what} failure for {call}") for what in ("request", "response")] for call in CALLS}
+    print(f"lost requests and answers: {lost}; {training.attempt[0]} starts of the workers")
+    assert all(requests > 0 for requests, _ in lost.values())
+    assert sum(answers for _, answers in lost.values()) > 0

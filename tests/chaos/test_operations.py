@@ -111,7 +111,7 @@ def is_up(terminals: Terminals, nodes: int) -> Callable[[], bool]:
 
 
 def test_the_page_from_top_to_bottom(terminals: Terminals) -> None:
-    head, node, run_it, look, go_on = BLOCKS
+    head, node, run_it, look, go_on, status = BLOCKS
     setting_up, starting = head.splitlines()[:3], head.splitlines()[3:]
     terminals.run("\n".join(setting_up))
     first_head = terminals.open("\n".join(starting))
@@ -127,6 +127,7 @@ def test_the_page_from_top_to_bottom(terminals: Terminals) -> None:
     terminals.lose(nodes.pop())
     wait(lambda: attempt(run) > before, "new attempt after a node was lost")
     terminals.run(look)
+    assert "Total Usage" in terminals.run(status)
     wait(lambda: newest(run).exists() and not on_two_ranks(run), "checkpoint of one rank")
     nodes.append(joined(terminals, node, 3))
     wait(lambda: on_two_ranks(run), "checkpoint of two ranks again")

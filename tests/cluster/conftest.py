@@ -37,7 +37,7 @@ def running_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningHe
         **cluster.variables,
         **certificate.environment,
         "RAY_metrics_report_interval_ms": "200",
-        "RAY_LOGGER_LEVEL": "warning",
+        "RAY_LOGGER_LEVEL": "critical",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     del environment["RAY_API_SERVER_ADDRESS"]  # commands name it, or do not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import json
 import os
@@ -20,17 +21,19 @@ from typing import Any
 import click
 import psutil
 import pytest
+import s3fs
 import typer
 import yaml
 
 import mm
 from cluster import validate
-from cluster.machine import FLOORS
+from cluster.machine import FLOORS, required
 from cluster.nodes import LocalCluster, Room
 from mm_core.config import resolve
 from pipelines.recipes import recipe
 from serve.config import ServeConfig
 from serve.fleet import Wanted
+from tests.object_store import ObjectStore
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "cluster"
@@ -330,7 +333,16 @@ def test_compose_starts_programs_by_options_they_have() -> None:
     server = shlex.split(services["mlflow"]["command"][-1].replace("$$(cat /run/secrets/postgres)", "x"))
     assert "--allowed-hosts" in server
     takes(mlflow, server[server.index("mlflow") + 1 :])
-    compile(services["bucket"]["command"][-1], "bucket", "exec")
+
+
+def test_compose_makes_its_bucket_with_what_the_image_has(object_store: ObjectStore) -> None:
+    """Twice: the second time it is there."""
+    program = COMPOSE["services"]["bucket"]["command"][-1]
+    imported = {name.name for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Import) for name in node.names}
+    assert imported <= {name.replace("-", "_") for name in required()}
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program], check=True)
+    assert s3fs.S3FileSystem().exists("mm-data")
 
 
 def test_secrets_are_drawn_once_and_are_their_owners_alone(tmp_path: Path) -> None:
@@ -359,7 +371,7 @@ def test_the_image_holds_every_package_and_leaves_the_rest_out() -> None:
     lines = (FOLDER / "images" / "mm.Dockerfile").read_text().splitlines()
     assert {f"COPY {name} {name}" for name in packages} <= set(lines)
     assert "USER 1000" in lines
-    assert {"RAY_AUTH_MODE=token", "RAY_LOGGER_LEVEL=warning"} <= {word for line in lines for word in line.split()}
+    assert {"RAY_AUTH_MODE=token", "RAY_LOGGER_LEVEL=critical"} <= {word for line in lines for word in line.split()}
     ignored = (FOLDER / "images" / "mm.Dockerfile.dockerignore").read_text().splitlines()
     assert "*" in ignored
     copied = {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]}

@@ -109,7 +109,37 @@ def test_a_driver_that_is_killed_is_started_again_by_its_job(running_head: Runni
     assert (tmp_path / "seen").read_text() == "train clip-tiny --name killed --or-resume\n" * 2
 
 
+class Listed:
+    """Lists of processes, one after the other until the block ends: command lines with a word in them."""
+
+    def __init__(self, word: str) -> None:
+        self._word, self._over = word, threading.Event()
+        self.lines = set[str]()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Listed:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.05):
+            self.lines |= {line for line in self.now() if self._word in line}
+
+    @staticmethod
+    def now() -> list[str]:
+        return [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+
+
+def in_logs(head: RunningHead, text: str) -> list[Path]:
+    return [file for file in head.logs.rglob("*") if file.is_file() and text.encode() in file.read_bytes()]
+
+
 def test_a_secret_is_in_no_process_list_and_in_no_log(running_head: RunningHead, tmp_path: Path) -> None:
+    """But of the programs that Ray is about to make workers of, which it gives them in an argument."""
     secret = secrets.token_hex(16)
     (tmp_path / "mm.py").write_text(
         "import os, pathlib, time, ray\n"
@@ -119,21 +149,42 @@ def test_a_secret_is_in_no_process_list_and_in_no_log(running_head: RunningHead,
         "while not pathlib.Path('end').exists():\n"
         "    time.sleep(0.1)\n"
     )
-    submitted = mm(
-        running_head, "submit", "--json", "--wait-s", "0", "--env", "MM_SECRET", "--", "train", folder=tmp_path, MM_SECRET=secret
-    )
-    job = result_of(submitted)["job_id"]
-    until = time.monotonic() + 120
-    while not (tmp_path / "seen").exists():
-        assert time.monotonic() < until, mm(running_head, "jobs", "logs", job, folder=tmp_path).stdout
-        time.sleep(0.2)
-    lines = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+    options = ["submit", "--json", "--wait-s", "0", "--env", "MM_SECRET", "--", "train"]
+    with Listed(secret) as listed:
+        submitted = mm(running_head, *options, folder=tmp_path, MM_SECRET=secret)
+        job = result_of(submitted)["job_id"]
+        until = time.monotonic() + 120
+        while not (tmp_path / "seen").exists():
+            assert time.monotonic() < until, mm(running_head, "jobs", "logs", job, folder=tmp_path).stdout
+            time.sleep(0.2)
+        at_last = listed.now()
     (tmp_path / "end").touch()
     assert (tmp_path / "seen").read_text() == secret
-    assert not [line for line in lines if secret in line]
+    assert not [line for line in at_last if secret in line]
+    assert not [line for line in listed.lines if "ray/_private/workers/setup_worker.py" not in line]
     shown = mm(running_head, "jobs", "logs", "-f", job, folder=tmp_path)
     assert secret not in submitted.stdout + submitted.stderr + shown.stdout + shown.stderr
-    assert not [file for file in running_head.logs.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
+    assert in_logs(running_head, secret) == []
+
+
+def test_a_secret_is_in_no_log_where_the_environment_cannot_be_made(running_head: RunningHead, tmp_path: Path) -> None:
+    secret, program = secrets.token_hex(16), tmp_path / "submit.py"
+    program.write_text(
+        "import os, sys, time\n"
+        "from ray.job_submission import JobSubmissionClient\n"
+        "client = JobSubmissionClient(sys.argv[1])\n"
+        "env = {'env_vars': {'MM_SECRET': os.environ['MM_SECRET']}, 'conda': 'no-such-environment'}\n"
+        "job = client.submit_job(entrypoint='true', runtime_env=env)\n"
+        "while not client.get_job_status(job).is_terminal():\n"
+        "    time.sleep(0.2)\n"
+        "print(client.get_job_info(job).message)\n"
+    )
+    environment = running_head.environment | {"MM_SECRET": secret}
+    command = [sys.executable, str(program), running_head.address]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert "runtime_env" in done.stdout, done.stderr
+    assert secret not in done.stdout
+    assert in_logs(running_head, secret) == []
 
 
 def test_code_is_sent_to_a_head_elsewhere(running_head: RunningHead, tmp_path: Path) -> None:
@@ -186,10 +237,18 @@ def test_a_run_has_one_job_at_a_time_and_its_next_one_goes_on(running_head: Runn
     first, second = submit(), submit()
     assert (first["job_id"], first["new"]) == ("only-1", True)
     assert (second["job_id"], second["new"]) == ("only-1", False)
-    mm(running_head, "jobs", "stop", "only-1", folder=tmp_path)
-    until = time.monotonic() + 180  # half a minute until SIGKILL is in it, and what a busy machine takes
-    while (third := submit())["job_id"] == "only-1":
-        assert time.monotonic() < until
+    other = mm(running_head, "submit", *options, "--", "train", "clip-b32", "--name", "only", folder=tmp_path)
+    assert other.returncode == 2
+    assert (
+        "only-1 has not ended and trains a run of this name by another command (mm train clip-tiny --name only --or-resume" in other.stderr
+    )
+    (tmp_path / "other").mkdir()
+    elsewhere = mm(running_head, "submit", *options, "--", "train", "clip-tiny", "--name", "only", folder=tmp_path / "other")
+    assert elsewhere.returncode == 2
+    assert f"in {tmp_path}" in elsewhere.stderr
+    stopped = mm(running_head, "jobs", "stop", "only-1", folder=tmp_path)
+    assert "only-1 has ended" in stopped.stderr
+    third = submit()
     assert (third["job_id"], third["new"]) == ("only-2", True)
     jobs = result_of(mm(running_head, "jobs", "list", "--json", folder=tmp_path))["jobs"]
     assert jobs[0]["labels"] == {"team": "vision", "mm.run": "only"}
@@ -383,6 +442,10 @@ def test_a_training_command_has_a_name_and_can_be_given_again() -> None:
     now = datetime(2026, 1, 2, 3, 4, 5)
     assert named(["train", "clip-tiny"], now) == ["train", "clip-tiny", "--name", "clip-tiny-20260102-030405", "--or-resume"]
     assert named(["train", "my/clip.yaml"], now)[3] == "clip-20260102-030405"
+    assert named(["train", "--data", "s3://bucket/index", "clip-tiny"], now)[5] == "clip-tiny-20260102-030405", "no option's value"
+    assert named(["train", "my clip v2.yaml", "--workers", "2"], now)[5] == "my-clip-v2-20260102-030405", "what a name may have"
+    assert named(["train", "--resize", "clip-tiny"], now)[4] == "run-20260102-030405", "it could be a value"
+    assert named(["--debug", "train", "x", "--name", "a"], now) == ["--debug", "train", "x", "--name", "a", "--or-resume"]
     assert named(["train", "x", "--name=a"], now) == ["train", "x", "--name=a", "--or-resume"]
     with pytest.raises(ConfigError, match="--resume without --name"):
         named(["train", "x", "--resume"], now)
@@ -416,9 +479,11 @@ def test_what_is_installed_there_is_what_is_here(monkeypatch: pytest.MonkeyPatch
 def test_an_image_brings_everything() -> None:
     place = InImage("registry/mm:1")
     assert entrypoint(["train", "x"], place) == f"{LOOK} 'train x' && exec python -m mm train x"
-    with _runtime_env(Request(place, {"A": "1"})) as env:
-        assert env == {"env_vars": _STOP | {"A": "1"}, "image_uri": "registry/mm:1"}
+    with _runtime_env(Request(place)) as env:
+        assert env == {"env_vars": _STOP, "image_uri": "registry/mm:1"}
         RuntimeEnv(**env)
+    with pytest.raises(ConfigError, match="--env A: Ray gives variables to containers"), _runtime_env(Request(place, {"A": "1"})):
+        pass
     with pytest.raises(ConfigError, match="leave out --install"), _runtime_env(Request(place, install=True)):
         pass
 

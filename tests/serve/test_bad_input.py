@@ -203,6 +203,12 @@ def test_an_endpoint_has_these_routes_and_no_others() -> None:
     assert {route for route in found if not route.startswith("HEAD ")} == ROUTES
 
 
+def test_ray_serve_answers_two_routes_before_the_endpoint_does(client: httpx.Client) -> None:
+    """And says no more in them than the application's name."""
+    assert client.get("/-/healthz").text == "success"
+    assert client.get("/-/routes").json() == {"/": "mm"}
+
+
 def test_a_path_that_a_caller_names_is_not_read(client: httpx.Client, tmp_path: Path) -> None:
     """A picture of this machine, that the endpoint's processes could read."""
     file = tmp_path / "picture.jpg"
