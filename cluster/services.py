@@ -99,7 +99,7 @@ def tracking(uri: str) -> Check:
             return _let_in(name, uri.rstrip("/"), shown)
     elif parts.hostname:
         if (missing := _missing_driver(uri)) is not None:
-            remedy = "install it where mm and its workers run (pip install psycopg2-binary, of PostgreSQL), or name an MLflow server"
+            remedy = "install it where mm and its workers run (psycopg2-binary for postgresql+psycopg2://), or name an MLflow server"
             return fail(name, f"{shown}: its driver is not there ({missing})", remedy)
         reason = None if _listens(parts.hostname, parts.port or _DEFAULT_PORTS.get(scheme, 0)) else "no answer"
     else:

@@ -49,7 +49,7 @@ STARTS = [
     pytest.param(block, id=f"{page.name}-{i}")
     for page in PAGES
     for i, block in enumerate(re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
-    if "mm tls node" in block
+    if "mm tls node" in block and "ray start" in block
 ]
 
 

@@ -151,6 +151,13 @@ def test_tracking_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, uri: str
     assert "carries a password" not in check.evidence
 
 
+def test_a_tracking_store_whose_driver_is_missing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which MLflow would find out when the run begins, as an error of Python's."""
+    monkeypatch.setenv("MM_SET__TRACKING__URI", f"mysql+pymysql://me@{NOBODY}/runs")
+    check = tracking()
+    assert (check.state, "pymysql" in check.evidence, "MLflow server" in check.remedy) == (State.FAIL, True, True)
+
+
 @pytest.fixture(scope="module")
 def tracking_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
     """Of which `localhost` is not among the names that it is told."""

@@ -162,6 +162,11 @@ def test_an_unusable_store_is_one_clear_error(tmp_path: Path) -> None:
         open_client(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
 
 
+def test_a_store_whose_driver_is_missing_is_one_line_with_a_way_out() -> None:
+    with pytest.raises(ServiceError, match=r"No module named 'pymysql'; install that where mm and its workers run"):
+        open_client(TrackingConfig(uri="mysql+pymysql://me@127.0.0.1:9/runs"))
+
+
 @pytest.mark.parametrize(
     "uri",
     [
