@@ -121,6 +121,7 @@ class StepBatch:
     input_ids: NDArray[np.int32] | None
     """[b, captions, context_length]; None in a step of a source without texts."""
     positions: NDArray[np.uint64]
+    """[b]"""
     rows: pa.Table
     """`source`, `epoch`, `uid`, `replaced` and `replaced_shard` of the samples."""
     masks: StepMasks | None = None

@@ -79,6 +79,12 @@ class TrainStep:
         self._pieces = 1 if micro_batch_size is None else pieces_for(self._counts, micro_batch_size)
 
     def __call__(self, batch: Any, step: int) -> StepResult:
+        """Forward, backward and update on this rank's part of the global batch, but no update where the guard says so. A collective.
+
+        Args:
+            batch: what the objective takes, on the clock's device.
+            step: counted from 0; it gives the learning rate.
+        """
         lr = lr_at(self._schedule, self._optimizer_config.lr, step, self._total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

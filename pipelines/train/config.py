@@ -186,7 +186,7 @@ class TrainRun(Config):
     objective: Objectives = ObjectiveConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
-    mean_decay: float | None = Field(
+    ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="Export an exponential mean of the weights with this decay, 0.999 say, in place of the last."
     )
     steps: int = Field(gt=0, description="Optimiser steps of the whole run.")

@@ -55,6 +55,6 @@ def state_bytes(run: TrainRun, cost: SampleCost) -> dict[str, int]:
         "weights": cost.parameters,
         "gradients": cost.trained_parameters,
         "optimizer": kept_numbers(run.optimizer.kind, parameters=cost.trained_parameters, matrices=cost.matrix_parameters),
-        "mean": 0 if run.mean_decay is None else cost.trained_parameters,
+        "mean": 0 if run.ema_decay is None else cost.trained_parameters,
     }
     return {part: number * FP32 for part, number in numbers.items()}

@@ -53,7 +53,7 @@ def export_bundle(folder: RunFolder, metrics: Mapping[str, float]) -> BundleMani
 def trained_model(run: TrainRun, folder: RunFolder, step: int, tokenizer: PreTrainedTokenizerFast | None) -> Model:
     """The model of a checkpoint."""
     model = wrapped(run, build_model(run.model, None if tokenizer is None else special_tokens(tokenizer)))
-    load_weights(folder.checkpoints.at(step), model, None if run.mean_decay is None else WeightMean(model, run.mean_decay))
+    load_weights(folder.checkpoints.at(step), model, None if run.ema_decay is None else WeightMean(model, run.ema_decay))
     return model
 
 

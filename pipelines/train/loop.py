@@ -189,7 +189,7 @@ def build_step(run: TrainRun, model: Model, clock: StepClock, teacher: TwoTower 
         precision=run.precision,
         clock=clock,
         micro_batch_size=run.parallel.micro_batch_size,
-        mean=None if run.mean_decay is None else WeightMean(parallel.module, run.mean_decay),
+        mean=None if run.ema_decay is None else WeightMean(parallel.module, run.ema_decay),
         guard=StepGuard(run.faults) if run.faults.looks_before_updating else None,
     )
 

@@ -57,6 +57,12 @@ def log_goodput(run: TrainRun, folder: RunFolder, run_id: str, console: Console)
 
 
 def log_results(run: TrainRun, folder: RunFolder, run_id: str, data: RunData, metrics: Mapping[str, float]) -> None:
+    """Log the bundle, plots and report of a finished run.
+
+    Raises:
+        CheckpointError: the bundle cannot be fetched.
+        ServiceError: the store does not take them.
+    """
     bundle = folder.get("bundle")
     log_artifacts(run.tracking, run_id, bundle, "bundle")
     history = metric_history(run.tracking, run_id, [name for name in metrics if name == "loss" or name.startswith("loss/")])

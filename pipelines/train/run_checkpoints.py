@@ -57,6 +57,12 @@ class RunCheckpoints:
         self._left_out: LeftOut = ()
 
     def save(self, step: int, metrics: dict[str, float], wait: bool) -> None:
+        """Begin the checkpoint of after `step` steps.
+
+        Raises:
+            CheckpointError: as `CheckpointWriter.save`; the audit could not be written.
+            RuntimeError: another rank is gone.
+        """
         began = time.monotonic()
         if self._audit is not None:
             self._audit.flush()

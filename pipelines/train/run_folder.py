@@ -57,6 +57,10 @@ class RunFolder:
 
     @classmethod
     def of(cls, storage: str, name: str) -> RunFolder:
+        """
+        Raises:
+            ConfigError: a folder or URL could not be called so.
+        """
         if not _NAME.fullmatch(name):
             raise ConfigError(f"run name {name!r} may have letters, digits, '.', '_' and '-', up to 100, and starts with a letter or digit")
         return cls(absolute(storage), name)
@@ -94,6 +98,10 @@ class RunFolder:
         return any(not posixpath.basename(file).startswith(_BEGUN) for file in self._entries())
 
     def read(self) -> RunRecord:
+        """
+        Raises:
+            CheckpointError: there is no run in it, or one of another version.
+        """
         try:
             with open_file(f"{self.url}/run.json", "rt") as file:
                 return RunRecord.model_validate(json.load(file))
@@ -131,7 +139,11 @@ class RunFolder:
             fs.put_file(str(file), f"{path}/{relative}")
 
     def get(self, name: str) -> Path:
-        """A local folder with the content of `name`: the folder itself where it is local, else a temporary copy."""
+        """A local folder with the content of `name`: the folder itself where it is local, else a temporary copy.
+
+        Raises:
+            CheckpointError: it is not there.
+        """
         fs, path = open_store(f"{self.url}/{name}")
         if not fs.exists(path):
             raise CheckpointError(f"{self.url}/{name} is not there")

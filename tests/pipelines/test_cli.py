@@ -78,7 +78,7 @@ def test_recipes_are_complete_and_listed() -> None:
 
 def test_dry_run_starts_nothing(index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    asked = ("--workers", "3", "--set", "mean_decay=0.99", "--dry-run", "--json")
+    asked = ("--workers", "3", "--set", "ema_decay=0.99", "--dry-run", "--json")
     report = json.loads(run("train", "clip-tiny", "--data", index, *asked).splitlines()[-1])
     assert (report["steps"], report["samples_kept"], report["global_batch_size"]) == (400, 330, 128)
     assert report["samples_per_rank_and_step"] == 48

@@ -45,7 +45,7 @@ FEW = 2
 
 
 def run_of(kind: Parallelism) -> TrainRun:
-    settings = ["steps=9", "global_batch_size=24", "data.chunk=4", "precision=fp32", "model.image_size=32", "mean_decay=0.5"]
+    settings = ["steps=9", "global_batch_size=24", "data.chunk=4", "precision=fp32", "model.image_size=32", "ema_decay=0.5"]
     settings += [f"model.vision={TOWER}", f"model.text={TOWER}", "model.embed_dim=16", "model.vocab_size=320", f"parallel.kind={kind}"]
     return resolve(recipe("clip-tiny"), environment={}, overrides=settings)[0]
 

@@ -51,7 +51,7 @@ def test_a_teacher_is_held_whole_and_goes_forward(tmp_path: Path) -> None:
 
 
 def test_a_locked_tower_has_weights_alone_and_a_mean_is_of_what_is_trained() -> None:
-    whole, locked = described(), described("towers.frozen=vision", "init=a bundle", "mean_decay=0.999")
+    whole, locked = described(), described("towers.frozen=vision", "init=a bundle", "ema_decay=0.999")
     trained = locked["memory_gb_gradients"]
     assert locked["memory_gb_weights"] == whole["memory_gb_weights"]
     assert trained < 0.45 * whole["memory_gb_gradients"]
