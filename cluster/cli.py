@@ -203,7 +203,9 @@ def jobs_logs(
 
 @jobs.command("stop")
 def jobs_stop(job: JobId, address: Address = None, as_json: Json = False) -> None:
-    """Stop a job, and wait until it has ended. A stopped training run continues with the command that `mm submit` printed.
+    """Stop a job, and wait for its end, at most two minutes; after those the exit code is 1.
+
+    A stopped training run continues with the command that `mm submit` printed.
 
     Example: mm jobs stop raysubmit_4LamXRuQpYdSMg7J
     """
@@ -213,13 +215,15 @@ def jobs_stop(job: JobId, address: Address = None, as_json: Json = False) -> Non
     console = Console(as_json)
     head = connect(address)
     stopped = stop(head, job)
+    ended = not stopped or wait_for_end(head, job, wait_s=_STOP_WAIT_S)
     if not stopped:
         console.say(f"job {job} had ended: {job_status(head, job).lower()}")
-    elif wait_for_end(head, job, wait_s=_STOP_WAIT_S):
+    elif ended:
         console.say(f"job {job} has ended")
     else:
-        console.say(f"job {job} is asked to end and has not in {_STOP_WAIT_S:g} s; follow it: mm jobs logs -f {job}")
-    console.result({"job_id": job, "stopped": stopped})
+        console.note(f"job {job} is asked to end and has not in {_STOP_WAIT_S:g} s; one that is PENDING ends once there is room for it")
+    console.result({"job_id": job, "stopped": stopped, "ended": ended})
+    raise typer.Exit(0 if ended else 1)
 
 
 @tls.command("authority")

@@ -137,6 +137,10 @@ def _command(entrypoint: str) -> str:
 
 
 def _folder(entrypoint: str) -> str:
-    """In which ours begins."""
-    words = shlex.split(entrypoint) if entrypoint.startswith("cd ") else []
-    return words[1] if words[2:3] == ["&&"] else ""
+    """In which one of ours begins; what others begin in may be written in any way."""
+    if not (entrypoint.startswith("cd ") and " -m mm " in entrypoint):
+        return ""
+    with suppress(ValueError):  # of quotes that a comment leaves open
+        words = shlex.split(entrypoint)
+        return words[1] if words[2:3] == ["&&"] else ""
+    return ""

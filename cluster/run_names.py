@@ -10,6 +10,8 @@ from pathlib import PurePath
 
 from mm_core.errors import ConfigError
 
+_RECIPE_CHARACTERS = 80
+"""Of a name made here: with the time behind it, fewer than a run's may have."""
 LABEL = "mm.run"
 """Of jobs, in Ray's metadata."""
 
@@ -33,15 +35,16 @@ def named(arguments: Sequence[str], now: datetime) -> list[str]:
 
 
 def run_of(arguments: Sequence[str]) -> str | None:
-    """The run's name, where a `train` command gives one."""
+    """The run's name, where a `train` command gives one; of several the last, as the program takes it."""
     if not is_training(arguments):
         return None
+    name = None
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument == "--name":
-            return following
-        if argument.startswith("--name="):
-            return argument.removeprefix("--name=")
-    return None
+            name = following
+        elif argument.startswith("--name="):
+            name = argument.removeprefix("--name=")
+    return name
 
 
 def is_training(arguments: Sequence[str]) -> bool:
@@ -71,4 +74,4 @@ def _recipe(arguments: Sequence[str]) -> str:
     found = (word for before, word in pairwise(words) if not (before.startswith("-") or word.startswith("-")))
     first = next(found, "run")
     name = PurePath(first).stem if first.endswith((".yaml", ".yml", ".json")) else first
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "run"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:_RECIPE_CHARACTERS].strip("-._") or "run"

@@ -30,7 +30,7 @@ def keep_bundle(folder: Path, digest: str, source: str, fetch: Callable[[Path], 
     Raises:
         BundleError: what was fetched is another, or damaged.
     """
-    if _holds(folder, digest):
+    if holds(folder, digest):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".download-") as temporary:
@@ -38,12 +38,12 @@ def keep_bundle(folder: Path, digest: str, source: str, fetch: Callable[[Path], 
         if not (fetched / MANIFEST).is_file() or bundle_digest(fetched) != digest:
             raise BundleError(f"what is stored at {source} is not the bundle that was registered; register it again")
         read_manifest(fetched, verify=True)
-        if folder.exists() and not _holds(folder, digest):
+        if folder.exists() and not holds(folder, digest):
             shutil.move(folder, Path(temporary) / "damaged")
         try:
             fetched.rename(folder)
         except OSError:
-            if not _holds(folder, digest):  # Unless another process was first.
+            if not holds(folder, digest):  # Unless another process was first.
                 raise
     return folder
 
@@ -80,9 +80,9 @@ def _fetch(url: str, target: Path) -> Path:
     return target / "bundle"
 
 
-def _holds(folder: Path, digest: str) -> bool:
-    """Whether `folder` is the bundle with this digest, undamaged."""
-    if not (folder / MANIFEST).is_file() or bundle_digest(folder) != digest:
+def holds(folder: Path, digest: str) -> bool:
+    """Whether `folder` is the bundle with this digest, or with one that begins so, undamaged."""
+    if not (folder / MANIFEST).is_file() or not bundle_digest(folder).startswith(digest):
         return False
     try:
         read_manifest(folder, verify=True)

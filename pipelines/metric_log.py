@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,11 @@ class Spool:
                 os.ftruncate(self._fd, size)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
+    def unsent(self) -> bytes:
+        """Whole lines, all that are left."""
+        with self._lock:
+            return os.pread(self._fd, os.fstat(self._fd).st_size - self._head, self._head)
+
     def read(self) -> tuple[list[Point], int]:
         """The oldest points, at most one batch, and how many bytes they take."""
         chunk = os.pread(self._fd, _READ_BYTES, self._head)
@@ -102,13 +107,8 @@ class Spool:
                 os.ftruncate(self._fd, 0)
                 self._head = 0
             elif self._head > _ROTATE_BYTES and left < _READ_BYTES:
-                rest = os.pread(self._fd, left, self._head)
-                old_path, old_fd = self._path, self._fd
-                self._path, self._fd = self._create()
-                self._head = 0
-                os.write(self._fd, rest)
-                old_path.unlink()
-                os.close(old_fd)
+                with suppress(OSError):
+                    self._move(left)
 
     def is_empty(self) -> bool:
         return os.fstat(self._fd).st_size <= self._head
@@ -121,6 +121,22 @@ class Spool:
             os.close(self._fd)
             self._fd = -1
 
+    def _move(self, left: int) -> None:
+        """The last `left` bytes to a new file; all stays as it is where the disk does not take them."""
+        rest = os.pread(self._fd, left, self._head)
+        path, fd = self._create()
+        try:
+            if os.write(fd, rest) < left:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            path.unlink()
+            os.close(fd)
+            raise
+        old_path, old_fd = self._path, self._fd
+        self._path, self._fd, self._head = path, fd, 0
+        old_path.unlink()
+        os.close(old_fd)
+
     def _create(self) -> tuple[Path, int]:
         path = self._folder / f"{self._run_id}.{uuid.uuid4().hex}.jsonl"
         unlocked = path.with_suffix(".new")  # A name that no other process takes over before the lock is held.
@@ -130,6 +146,7 @@ class Spool:
         return path, fd
 
     def _take_over(self, leftover: Path) -> None:
+        size = os.fstat(self._fd).st_size
         try:
             with leftover.open("rb") as source, open(os.dup(self._fd), "ab") as mine:
                 fcntl.flock(source, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,6 +154,7 @@ class Spool:
                 mine.write(b"\n")  # Its last line may be torn.
             leftover.unlink(missing_ok=True)
         except OSError as error:  # Its process lives, or another took it first.
+            os.ftruncate(self._fd, size)  # Of a full disk too: it stays where it is.
             log.debug("%s is left alone: %s", leftover, error)
 
 
@@ -184,6 +202,17 @@ class MetricLog:
     def log_now(self, values: Mapping[str, float]) -> None:
         """Take `values` at the latest step, for what is measured by the clock. From any thread."""
         self._append(self._step, values)
+
+    def unsent(self) -> bytes:
+        """What MLflow has not taken yet, for another machine to `resend` if this one is lost."""
+        return self._spool.unsent()
+
+    def resend(self, unsent: bytes) -> None:
+        """Take another process's `unsent`. What it sent after all changes nothing."""
+        try:
+            self._spool.append(unsent)
+        except OSError as error:
+            self._warn_once("spool", f"points of an earlier process were lost: {error}")
 
     def close(self, timeout_s: float = 10.0) -> bool:
         """Send what is left, for at most `timeout_s`. False when points remain in the spool."""

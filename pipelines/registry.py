@@ -6,6 +6,7 @@ tags. What `resolve_model` returns was compared with that digest; nothing is eve
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 from collections.abc import Mapping
@@ -15,16 +16,18 @@ from typing import TYPE_CHECKING
 
 from mm_core.address import absolute
 from mm_core.bundle import MANIFEST, BundleManifest, read_manifest
-from mm_core.bundle_cache import bundle_at, bundle_digest, keep_bundle
+from mm_core.bundle_cache import bundle_at, bundle_digest, holds, keep_bundle
 from mm_core.cache import cache_folder
 from mm_core.config import nearest
-from mm_core.errors import BundleError, ConfigError
+from mm_core.errors import BundleError, ConfigError, ServiceError
 from pipelines.tracking import RunStatus, TrackingConfig, create_run, finish_run, open_client, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.entities.model_registry import RegisteredModel as MlflowModel
+
+log = logging.getLogger(__name__)
 
 ARTIFACT = "bundle"
 """Where a run keeps its bundle among its artifacts."""
@@ -92,7 +95,8 @@ def register_bundle(
 def resolve_model(reference: str, tracking: TrackingConfig) -> Path | str:
     """The local folder of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a URL; any other reference as it came.
 
-    Versions are kept under `models/` in `$MM_CACHE` (default `~/.cache/mm`); one damaged there is fetched again.
+    Versions are kept under `models/` in `$MM_CACHE` (default `~/.cache/mm`); one damaged there is fetched again. One that is there is
+    taken also where the store does not answer.
 
     Raises:
         ConfigError: not a models reference, though it starts like one.
@@ -103,10 +107,17 @@ def resolve_model(reference: str, tracking: TrackingConfig) -> Path | str:
         return bundle_at(reference)
     if not reference.startswith("models:"):
         return reference
-    client = open_client(tracking)
-    with store_errors(tracking, f"looking up {reference}"):
-        version = _find(client, *_parts(reference))
-        source = client.get_model_version_download_uri(version.name, version.version)
+    name, alias, number = _parts(reference)
+    try:
+        client = open_client(tracking)
+        with store_errors(tracking, f"looking up {reference}"):
+            version = _find(client, name, alias, number)
+            source = client.get_model_version_download_uri(version.name, version.version)
+    except ServiceError as error:
+        if number is None or (kept := _kept(name, number)) is None:
+            raise
+        log.warning("%s is taken from %s, where it was kept: %s", reference, kept, error)
+        return kept
     digest = version.tags.get(DIGEST_TAG)
     if digest is None or not _NAME.fullmatch(version.name):
         raise BundleError(f"{reference} was not registered with `mm register`, so it cannot be checked; pass a downloaded folder")
@@ -119,6 +130,12 @@ def resolve_model(reference: str, tracking: TrackingConfig) -> Path | str:
 
     with store_errors(tracking, f"downloading {reference}"):
         return keep_bundle(folder, digest, source, fetch)
+
+
+def _kept(name: str, number: str) -> Path | None:
+    """A version that was fetched before, as it was: what a number stands for does not change."""
+    folders = (cache_folder() / "models" / name).glob(f"{number}-*")
+    return next((folder for folder in folders if holds(folder, folder.name.partition("-")[2])), None)
 
 
 def pin(reference: str, tracking: TrackingConfig) -> str:

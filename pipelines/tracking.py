@@ -214,6 +214,10 @@ def create_run(
     return run_id
 
 
+_NO_SUCH_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""What a store answers of a run it has not, or that was deleted."""
+
+
 def continue_run(config: TrackingConfig, run_id: str) -> None:
     """Mark an earlier run as running again. A store that is down is only warned about: metrics are spooled meanwhile.
 
@@ -230,6 +234,9 @@ def continue_run(config: TrackingConfig, run_id: str) -> None:
     try:
         client.update_run(run_id, status="RUNNING")
     except MlflowException as error:
+        if error.error_code not in _NO_SUCH_RUN:
+            log.warning("run %s goes on, but is not marked as running: %s", run_id, without_password(error.message.split("\n", 1)[0]))
+            return
         raise ServiceError(
             f"run {run_id} cannot be continued in {without_password(config.uri)}: {error.message}; set tracking.uri to "
             "the store that the run was started in"
@@ -314,10 +321,21 @@ def has_run(config: TrackingConfig, run_id: str) -> bool:
     return True
 
 
-def final_metrics(config: TrackingConfig, run_id: str, prefix: str) -> dict[str, float]:
-    """The last value of every metric of a run whose name starts with `prefix`, which is left out; {} for an unknown run."""
-    client = open_client(config)
+def run_status(config: TrackingConfig, run_id: str) -> str | None:
+    """RUNNING, or a `RunStatus`. None where the store does not say."""
     try:
+        client = open_client(config)
+        with store_errors(config, f"looking up run {run_id}"):
+            return str(client.get_run(run_id).info.status)
+    except ServiceError:
+        return None
+
+
+def final_metrics(config: TrackingConfig, run_id: str, prefix: str) -> dict[str, float]:
+    """The last value of every metric of a run whose name starts with `prefix`, which is left out; {} for an unknown run, or where the
+    store does not answer."""
+    try:
+        client = open_client(config)
         with store_errors(config, f"reading the metrics of run {run_id}"):
             found: dict[str, float] = client.get_run(run_id).data.metrics
     except ServiceError:

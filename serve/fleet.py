@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import ray.serve
 from ray.serve.api import RunTarget
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState
 
 from mm_core.errors import MMError, ServiceError
 from serve.config import ServeConfig
@@ -81,6 +81,8 @@ class Fleet:
     """What each wanted reference was, when last it came up."""
     _refused: dict[str, _Refused] = field(default_factory=dict)
     """By pinned reference."""
+    _without_copies: dict[str, float] = field(default_factory=dict)
+    """Since when applications that answer have had none."""
     _leaving: dict[str, float] = field(default_factory=dict)
     """When applications that get no more requests are taken down."""
 
@@ -95,8 +97,19 @@ class Fleet:
 
     def step(self) -> None:
         """Look every reference up; bring up what is new, retire what nobody asks."""
-        self.traffic = Traffic(slots=tuple(self._slot(wanted) for wanted in self.wanted), searched=self._searching())
+        slots = tuple(self._slot(wanted) for wanted in self.wanted)
+        self.traffic = Traffic(slots=self._looked_at(slots), searched=self._searching())
         self._retire()
+
+    def _looked_at(self, slots: Sequence[Slot]) -> tuple[Slot, ...]:
+        """Those of them whose versions have had no copy for longer than a request waits for one are lost, and go on as they are: Serve
+        starts copies anew, and requests find them."""
+        there, now = ray.serve.status().applications, self.clock()
+        found = {share.version.application: share.version.reference for slot in slots for share in slot.shares}
+        missing = {name: reason for name in found if (reason := without_copies(there.get(name))) is not None}
+        self._without_copies = {name: self._without_copies.get(name, now) for name in missing}
+        lost = {name for name, since in self._without_copies.items() if now - since > self.config.bounds.request_timeout_s}
+        return tuple(_marked(slot, {name: f"{found[name]}: {missing[name]}" for name in lost}) for slot in slots)
 
     def _slot(self, wanted: Wanted) -> Slot:
         """Who answers for a model. A canary that is not up leaves all to the other; alone it answers nothing."""
@@ -155,6 +168,25 @@ class Fleet:
                 del self._leaving[application]
                 self._up = {pinned: version for pinned, version in self._up.items() if version.application != application}
         self._leaving = {application: leaves for application, leaves in self._leaving.items() if application not in answering}
+
+
+def _marked(slot: Slot, lost: Mapping[str, str]) -> Slot:
+    """`lost`: application → what is wrong with it."""
+    reasons = [lost[share.version.application] for share in slot.shares if share.version.application in lost]
+    if not reasons:
+        return slot
+    refused = "; ".join(filter(None, (slot.refused, *reasons)))[:_MAX_REASON]
+    return slot.model_copy(update={"refused": refused, "is_lost": len(reasons) == len(slot.shares)})
+
+
+def without_copies(application: ApplicationStatusOverview | None) -> str | None:
+    """What Serve says of an application one of whose parts has no copy that runs; None where all have."""
+    if application is None:
+        return "its application is gone"
+    for name, part in application.deployments.items():
+        if not part.replica_states.get(ReplicaState.RUNNING, 0):
+            return f"no copy of {name} runs: {' '.join(part.message.split()) or part.status.value}"
+    return None
 
 
 def versions_there() -> set[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from starlette.exceptions import HTTPException
 
@@ -39,8 +39,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 """For the OpenAPI document."""
 
-LOST = (RayActorError, DeploymentUnavailableError)
-"""What a copy of a model that dies, or has gone, leaves its callers with."""
+LOST = (RayActorError, ObjectLostError, DeploymentUnavailableError)
+"""What a copy of a model that dies, or has gone, leaves its callers with; its node takes along what it had made for another copy."""
 
 
 class InputError(Exception):
@@ -106,6 +106,7 @@ def install(app: FastAPI) -> None:
         return problem(503, str(error), {"Retry-After": str(RETRY_AFTER_S)})
 
     @app.exception_handler(RayActorError)
+    @app.exception_handler(ObjectLostError)
     @app.exception_handler(DeploymentUnavailableError)
     async def lost(_: Request, error: Exception) -> Response:
         logger.warning("no copy of the model answered", exc_info=error)

@@ -32,7 +32,7 @@ def attach_status(app: FastAPI, desk: Desk, *, searchable: bool) -> None:
         if desk.upstream.traffic.is_ready:
             return Readiness(status="ready", models=states)
         response.status_code = 503
-        failed = any(state.refused and not state.answers for state in states)
+        failed = any(slot.is_lost or (slot.refused and not slot.shares) for slot in desk.upstream.traffic.slots)
         return Readiness(status="failed" if failed else "starting", models=states)
 
     @app.get("/v1/models", responses=RESPONSES)

@@ -22,6 +22,7 @@ class Slot(Config):
     name: str
     shares: tuple[Share, ...] = Field(default=(), description="The versions that answer; none as long as none is up.")
     refused: str | None = Field(default=None, description="Why the version that should answer does not.")
+    is_lost: bool = Field(default=False, description="Whether none of the versions has a copy that runs, for longer than requests wait.")
 
 
 class Traffic(Config):
@@ -32,7 +33,7 @@ class Traffic(Config):
 
     @property
     def is_ready(self) -> bool:
-        return bool(self.slots) and all(slot.shares for slot in self.slots)
+        return bool(self.slots) and all(slot.shares and not slot.is_lost for slot in self.slots)
 
     def slot(self, name: str | None) -> Slot | None:
         """By its name, or what stands before `@` or `/` in it; the first where no name is given."""

@@ -20,8 +20,16 @@ class Audit:
     """Collects one rank's rows; `flush` before a checkpoint is reported, so no step before a checkpoint is without rows."""
 
     def __init__(self, folder: str, *, rank: int, attempt: int) -> None:
+        """
+        Raises:
+            CheckpointError: the folder cannot be made.
+        """
         self._folder = folder.rstrip("/")
-        make_folder(folder)
+        try:
+            with reaching(folder):
+                make_folder(folder)
+        except OSError as error:
+            raise CheckpointError(f"the audit cannot be written to {folder}: {error}; look at the store, or leave out --audit") from None
         self._rank, self._attempt = rank, attempt
         self._rows: list[pa.Table] = []
         self._first_step = 0

@@ -27,7 +27,6 @@ from pipelines.tracking import (
     RunStatus,
     TrackingConfig,
     continue_run,
-    final_metrics,
     finish_run,
 )
 from pipelines.train.begin import begin, claim
@@ -40,7 +39,7 @@ from pipelines.train.launch import check_resources, gpus_per_worker, launch, not
 from pipelines.train.loop import WorkerTask
 from pipelines.train.parts import check_parts, modalities_of, num_classes
 from pipelines.train.preflight import Start, check_run, masking_for, named_weights, start_of, teacher_of, with_codebook, with_sources
-from pipelines.train.report import log_data, log_goodput, log_results
+from pipelines.train.report import complete, log_data, log_goodput, log_results
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder, RunRecord
 
@@ -100,12 +99,17 @@ def train(request: TrainRequest, console: Console) -> TrainResult:
     else:
         if request.run.tracking == TrackingConfig():  # nobody named another store than the one it began in
             run = run.model_copy(update={"tracking": TrackingConfig.model_validate(record.config["tracking"])})
-        check_parts(run.model_copy(update={"model": TrainRun.model_validate(record.config).model}))
+        check_parts(_begun(run, record))
         if folder.is_finished(run.steps):
             console.note(f"{folder.url} has taken all of its {run.steps:,} steps: there is nothing to continue")
-            return _result(run, folder, record, run.steps, final_metrics(run.tracking, record.tracking_run_id, ""))
+            return _result(run, folder, record, run.steps, complete(_begun(run, record), folder, record.tracking_run_id, data, console))
     with ray_session():
         return _train(request, run, data, heldout, folder, record, start, console)
+
+
+def _begun(run: TrainRun, record: RunRecord) -> TrainRun:
+    """With what its tokenizer and sources decided about the model when it began."""
+    return run.model_copy(update={"model": TrainRun.model_validate(record.config).model})
 
 
 def _train(
@@ -131,7 +135,7 @@ def _train(
             console.note(f"{folder.url} has no checkpoint yet: starting from step 0")
         if zeroshot_index is not None:
             folder.put(zeroshot_index, ZEROSHOT_INDEX)
-    run = run.model_copy(update={"model": TrainRun.model_validate(record.config).model})  # with what its tokenizer and sources decided
+    run = _begun(run, record)
     if resumed:
         continue_run(run.tracking, record.tracking_run_id)
     console.note(f"run {folder.name}   mlflow run {record.tracking_run_id} (experiment {run.tracking.experiment})")
@@ -168,7 +172,8 @@ def _train(
         MetricLog(run.tracking.uri, record.tracking_run_id, spool_folder()).close(5)  # what a killed rank 0 on this machine left
         if status is not None:
             log_goodput(run, folder, record.tracking_run_id, console)
-            finish_run(run.tracking, record.tracking_run_id, status)
+            if not finish_run(run.tracking, record.tracking_run_id, status) and status is RunStatus.FINISHED:
+                console.note(f"MLflow lacks some of it: the same command with --resume --name {folder.name} tells it that")
     return _result(run, folder, record, outcome.steps, outcome.metrics)
 
 

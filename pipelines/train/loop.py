@@ -150,10 +150,14 @@ class _Attempt:
         # 4. The samples from there on, and the steps.
         task, first, run = self._task, self._start.step, self._task.run
         evaluate = evaluation_of(task.evaluation, self._step, run.steps, self._log.evaluated, self._log.warn)
-        tools = LoopTools(self._log.metrics, evaluate, self.checkpoints.save, watchdog.step_done, preempted, self.taken_over, remedies)
+        tools = LoopTools(self._log.metrics, evaluate, self._save, watchdog.step_done, preempted, self.taken_over, remedies)
         self._log.started(first)
         batches = stream(task.spec, self._share, first_step=first, last_step=run.steps, config=run.stream, cpus=_stream_cpus(run))
         return run_steps(run, self._step, batches, first, tools, left_out=self._start.left_out, audit=self._audit)
+
+    def _save(self, step: int, metrics: dict[str, float], wait: bool) -> None:
+        self._log.before_checkpoint()
+        self.checkpoints.save(step, metrics, wait)
 
     def taken_over(self) -> bool:
         return is_taken_over(self._task.folder, self._number, self._ranks)

@@ -11,8 +11,9 @@ from typing import Any
 from mm_core.console import Console
 from mm_core.evaluation.chance import chance
 from mm_core.models.dvae import DiscreteVae
+from pipelines.metric_log import MetricLog, spool_folder
 from pipelines.plots import evaluation_curve, loss_curve, time_bars
-from pipelines.tracking import log_artifacts, log_metrics, metric_history
+from pipelines.tracking import RunStatus, final_metrics, finish_run, log_artifacts, log_metrics, metric_history, run_status
 from pipelines.train.config import TrainRun
 from pipelines.train.export import trained_model
 from pipelines.train.goodput import Goodput
@@ -20,6 +21,7 @@ from pipelines.train.outcome import Outcome
 from pipelines.train.reconstructions import draw_reconstructions
 from pipelines.train.run_data import RunData
 from pipelines.train.run_folder import RunFolder
+from pipelines.train.run_log import take_back
 
 _EVALUATED = ("retrieval/t2i_r1", "retrieval/i2t_r1", "zeroshot/top1")
 _SIZES = ("retrieval/images", "retrieval/texts", "zeroshot/classes")
@@ -75,6 +77,20 @@ def log_results(run: TrainRun, folder: RunFolder, run_id: str, data: RunData, me
             measured = metric_history(run.tracking, run_id, [f"eval/{name}" for name in (*_EVALUATED, *_SIZES)])
             _draw_evaluations({name.removeprefix("eval/"): points for name, points in measured.items()}, Path(temporary) / "evaluation.png")
         log_artifacts(run.tracking, run_id, Path(temporary), "plots")
+
+
+def complete(run: TrainRun, folder: RunFolder, run_id: str, data: RunData, console: Console) -> dict[str, float]:
+    """Log what MLflow lacks of a run that is finished: it was away at the end, or the command was killed before it had told all. Returns
+    the last metrics, none where MLflow is away now too."""
+    log = MetricLog(run.tracking.uri, run_id, spool_folder())
+    take_back(log, folder.url)
+    log.close()
+    metrics = final_metrics(run.tracking, run_id, "")
+    if run_status(run.tracking, run_id) not in (None, RunStatus.FINISHED):
+        log_results(run, folder, run_id, data, metrics)
+        log_goodput(run, folder, run_id, console)
+        finish_run(run.tracking, run_id, RunStatus.FINISHED)
+    return metrics
 
 
 def _draw_evaluations(measured: Mapping[str, Sequence[tuple[int, float]]], path: Path) -> None:

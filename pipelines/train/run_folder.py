@@ -6,6 +6,7 @@ STORAGE/NAME/tokenizer/       the tokenizer, in Hugging Face's layout
 STORAGE/NAME/checkpoint_*     as `mm_core.training.checkpoints` has them
 STORAGE/NAME/goodput.json     where its wall time went
 STORAGE/NAME/attempt          how often workers have begun
+STORAGE/NAME/unsent.jsonl     points that MLflow had not taken at the last checkpoint
 STORAGE/NAME/standstill/      where a rank stood that made no progress
 STORAGE/NAME/zeroshot_index/  of the classes that evaluations use
 STORAGE/NAME/bundle/          the finished model
@@ -34,6 +35,8 @@ from mm_core.training.checkpoints import CheckpointFolder
 
 logger = logging.getLogger(__name__)
 _BEGUN = "begun"
+_MANIFEST = "mm.json"
+"""Of a bundle (`mm_core.bundle`), which is not imported: it brings the models' library."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -129,11 +132,11 @@ class RunFolder:
         return [entry.rstrip("/") for entry in fs.ls(path, detail=False)] if fs.exists(path) else []
 
     def put(self, local: Path, name: str) -> None:
-        """Copy a local folder to `name` below the run's folder, replacing what is there."""
+        """Copy a local folder to `name` below the run's folder, replacing what is there. A bundle that has its manifest is whole."""
         fs, path = open_store(f"{self.url}/{name}")
         if fs.exists(path):
             fs.rm(path, recursive=True)
-        for file in sorted(p for p in local.rglob("*") if p.is_file()):
+        for file in sorted((p for p in local.rglob("*") if p.is_file()), key=lambda p: (p.name == _MANIFEST, p)):
             relative = file.relative_to(local).as_posix()
             make_folder(posixpath.dirname(f"{self.url}/{name}/{relative}"))
             fs.put_file(str(file), f"{path}/{relative}")
@@ -164,7 +167,7 @@ class RunFolder:
     def is_finished(self, steps: int) -> bool:
         """Whether its last step has a checkpoint and the model was exported."""
         fs, path = open_store(self.url)
-        return self.checkpoints.newest() == steps and bool(fs.exists(f"{path}/bundle/mm.json"))
+        return self.checkpoints.newest() == steps and bool(fs.exists(f"{path}/bundle/{_MANIFEST}"))
 
     def read_goodput(self) -> dict[str, Any]:
         """What was kept of where its time went; nothing of a new run."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import posixpath
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import ray
 import ray.train
 import torch.distributed as dist
 
-from mm_core.store import write_whole
+from mm_core.store import open_store, reaching, write_whole
 from mm_core.training.checkpoints import CheckpointFolder, LateMetrics
 from mm_core.training.clock import StepClock
 from mm_core.training.watchdog import Standstill, Watchdog
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipelines.train.loop import WorkerTask
 
 logger = logging.getLogger(__name__)
+_UNSENT = "unsent.jsonl"
 
 
 class RunLog:
@@ -33,6 +34,7 @@ class RunLog:
         self._task, self._rank = task, rank
         self._stack = ExitStack()
         self._log: MetricLog | None = None
+        self._has_kept = False
         self._gauges = RunGauges(posixpath.basename(task.folder))
         self._measured = LateMetrics(CheckpointFolder(task.folder))
 
@@ -41,6 +43,7 @@ class RunLog:
             tracking = self._task.run.tracking
             self._log = MetricLog(tracking.uri, self._task.tracking_run_id, spool_folder())
             self._stack.callback(self._log.close)
+            self._has_kept = take_back(self._log, self._task.folder)
             if tracking.system_metrics:
                 self._stack.enter_context(system_metrics(self._log, interval_s=tracking.system_metrics_interval_s))
         return self
@@ -58,6 +61,23 @@ class RunLog:
             self._gauges.update(step, metrics)
             self._task.board.update.remote(step, metrics)
             self._measured.hand_on()
+
+    def before_checkpoint(self) -> None:
+        """What MLflow has not taken yet is kept in the run's folder: with its machine rank 0's own file is lost, and these steps are not
+        taken again."""
+        if self._log is None:
+            return
+        url = f"{self._task.folder}/{_UNSENT}"
+        try:
+            with reaching(url):
+                if unsent := self._log.unsent():
+                    write_whole(url, unsent)
+                elif self._has_kept:
+                    fs, path = open_store(url)
+                    fs.rm(path)
+                self._has_kept = bool(unsent)
+        except OSError as error:
+            logger.warning("points that MLflow has not taken are on this machine alone: %s", error)
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """What was measured of the model of a step, now or, in the background, later; from any thread. Its checkpoint is told too."""
@@ -77,6 +97,17 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         self._stack.callback(self._measured.hand_on)
         self._stack.close()
+
+
+def take_back(log: MetricLog, folder: str) -> bool:
+    """Send what the run's folder has of points that MLflow had not taken. Whether there are some; they stay there until they are sent."""
+    url = f"{folder}/{_UNSENT}"
+    with suppress(OSError), reaching(url):
+        fs, path = open_store(url)
+        if fs.exists(path):
+            log.resend(fs.cat_file(path))
+            return True
+    return False
 
 
 @contextmanager

@@ -218,13 +218,13 @@ def test_follow_and_stop(running_head: RunningHead, tmp_path: Path) -> None:
 
     stopped = mm(running_head, "jobs", "stop", job, "--json", folder=tmp_path)
 
-    assert result_of(stopped) == {"job_id": job, "stopped": True}
+    assert result_of(stopped) == {"job_id": job, "stopped": True, "ended": True}
     _, shown = follower.communicate(timeout=60)
     assert follower.returncode == 1
     assert "stopped" in shown
     assert "begun" in mm(running_head, "jobs", "logs", job, folder=tmp_path).stdout
     again = mm(running_head, "jobs", "stop", job, "--json", folder=tmp_path)
-    assert result_of(again) == {"job_id": job, "stopped": False}
+    assert result_of(again) == {"job_id": job, "stopped": False, "ended": True}
 
 
 def test_a_run_has_one_job_at_a_time_and_its_next_one_goes_on(running_head: RunningHead, tmp_path: Path) -> None:
@@ -450,6 +450,8 @@ def test_a_training_command_has_a_name_and_can_be_given_again() -> None:
     for as_it_is in (["train", "x", "--name", "a", "--resume"], ["train", "x", "--dry-run"], ["doctor"], []):
         assert named(as_it_is, now) == as_it_is
     assert [run_of(["train", "x", *more]) for more in (["--name", "a"], ["--name=b"], [])] == ["a", "b", None]
+    assert run_of(["train", "x", "--name", "a", "--name=b"]) == "b", "as the program takes it"
+    assert len(named(["train", f"{'x' * 120}.yaml"], now)[3]) <= 100
     assert run_of(["eval", "--name", "a"]) is None
     assert submission_id("a b/c", ()) == "a-b-c-1"
     assert submission_id("a b/c", ("a-b-c-9", "a-b-c-10", "raysubmit_x")) == "a-b-c-11", "also where others were deleted"

@@ -31,6 +31,7 @@ from mm_core.data.index import Index
 from mm_core.data.ledger import Source
 from mm_core.errors import CheckpointError, ConfigError, TrainingError
 from pipelines.index import build_index
+from pipelines.metric_log import Spool, spool_folder
 from pipelines.recipes import recipe
 from pipelines.tracking import TrackingConfig, create_run
 from pipelines.train.audit import read_audit
@@ -296,6 +297,23 @@ def test_a_finished_run_is_not_continued(undisturbed: tuple[TrainResult, Path], 
         assert train(TrainRequest(elsewhere, (Source(index=index.url),), name="tiny", **asked), Console(json=True)) == result
     assert (folder / "runs" / "tiny" / "bundle" / "mm.json").stat().st_mtime_ns == before
     assert not (folder / "runs" / "mlflow.db").exists()
+
+
+def test_what_mlflow_lacks_of_a_finished_run_is_told_by_the_next_command(undisturbed: tuple[TrainResult, Path], index: Index) -> None:
+    """As where MLflow was away at the end, or the driver was killed between its bundle and its last word."""
+    result, folder = undisturbed
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    client.update_run(result.run_id, status="RUNNING")
+    bundle = Path(client.get_run(result.run_id).info.artifact_uri.removeprefix("file://")) / "bundle"
+    shutil.rmtree(bundle)
+    spool = Spool(spool_folder(), result.run_id)
+    spool.append(b'{"step": 1, "time_ms": 1, "values": {"unsent": 3.0}}\n')
+    spool.close()
+    again = train(TrainRequest(tiny_run(folder, 1), (Source(index=index.url),), name="tiny", resume=True), Console(json=True))
+    assert again == result
+    assert client.get_run(result.run_id).info.status == "FINISHED"
+    assert (bundle / "mm.json").exists()
+    assert [point.value for point in client.get_metric_history(result.run_id, "unsent")] == [3.0]
 
 
 def test_a_run_that_is_not_there_yet_is_started(index: Index, tmp_path: Path) -> None:

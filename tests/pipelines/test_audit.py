@@ -53,3 +53,9 @@ def test_twice_in_a_row_ends_the_run_and_no_row_is_lost(tmp_path: Path, monkeypa
     audit.add(batch(1))
     audit.flush()
     assert read_audit(str(tmp_path))["step"].to_pylist() == [0, 0, 1, 1]
+
+
+def test_a_folder_that_cannot_be_made_ends_the_run_too(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"the audit cannot be written to .*/file/audit: .*leave out --audit"):
+        Audit(str(tmp_path / "file" / "audit"), rank=0, attempt=1)

@@ -142,6 +142,20 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(tracking: TrackingConfig, 
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
+def test_a_version_that_is_kept_is_had_where_the_store_does_not_answer(tracking: TrackingConfig, bundle: Path) -> None:
+    """As by a copy of an endpoint's model that is started in place of one that died."""
+    register_bundle(tracking, name="clip", bundle_folder=bundle, alias="champion")
+    folder = resolve_model("models:/clip/1", tracking)
+    away = TrackingConfig(uri="http://127.0.0.1:9")
+    assert resolve_model("models:/clip/1", away) == folder
+    with pytest.raises(ServiceError):
+        resolve_model("models:/clip@champion", away)  # it may be another one by now
+    assert isinstance(folder, Path)
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ServiceError):
+        resolve_model("models:/clip/1", away)
+
+
 @pytest.mark.parametrize("damaged", ["mm.json", "model.safetensors"])
 def test_a_stored_bundle_that_was_changed_is_refused(damaged: str, tracking: TrackingConfig, bundle: Path, tmp_path: Path) -> None:
     register_bundle(tracking, name="clip", bundle_folder=bundle)

@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -283,6 +284,20 @@ def test_a_spool_is_sent_again_without_doubling(tracking: TrackingConfig, run_id
     assert steps_of(tracking, run_id) == list(range(50))
 
 
+def test_what_a_lost_machine_had_not_sent_is_sent_by_another(tracking: TrackingConfig, run_id: str, tmp_path: Path) -> None:
+    """From the run's folder, as of the last checkpoint, into a spool of its own."""
+    lost = MetricLog(f"sqlite:///{tmp_path}/away/mlflow.db", run_id, tmp_path / "lost")
+    for step in range(20):
+        lost.log(step, {"loss": float(step)})
+    kept = lost.unsent()
+    other = MetricLog(tracking.uri, run_id, tmp_path / "other")
+    other.resend(kept)
+    other.resend(kept)
+    assert other.close(timeout_s=30)
+    assert steps_of(tracking, run_id) == [*range(20)]
+    assert not lost.close(timeout_s=0.1)
+
+
 def test_the_spool_of_a_living_process_and_of_another_run_are_left_alone(tmp_path: Path) -> None:
     first = Spool(tmp_path, "run")
     first.append(b'{"step": 1, "time_ms": 1, "values": {"loss": 1.0}}\n')
@@ -316,6 +331,31 @@ def test_a_spool_that_is_never_quite_empty_does_not_grow(tmp_path: Path) -> None
     assert points >= 40_000
     spool.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_a_spool_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it would be moved to a new file, and where another process's is taken over."""
+    spool = Spool(tmp_path, "run")
+    line = b'{"step": 1, "time_ms": 1, "values": {"%s": 1.0}}\n' % (b"x" * 200)
+    spool.append(line * 30_000)
+    taken = 29_990 * len(line)
+    real = os.write
+    monkeypatch.setattr("pipelines.metric_log.os.write", lambda fd, data: real(fd, data[: len(data) // 2]))
+    spool.discard(taken)
+    assert spool.unsent() == line * 10
+    monkeypatch.undo()
+    (tmp_path / "run.killed.jsonl").write_bytes(line)
+
+    def torn(source: Any, target: Any) -> None:
+        target.write(line[:50])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipelines.metric_log.shutil.copyfileobj", torn)
+    second = Spool(tmp_path, "run")
+    assert second.unsent() == b""
+    assert (tmp_path / "run.killed.jsonl").read_bytes() == line
+    second.close()
+    spool.close()
 
 
 def test_the_machine_is_measured_at_the_run_s_step(tracking: TrackingConfig, run_id: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from serve.app import create_app
@@ -33,6 +33,7 @@ LOST = {
     "unreachable": ActorUnavailableError("no answer", None),
     "not deployed": DeploymentUnavailableError("Encoder"),
     "died before another": RayTaskError("encode", "traceback", ActorDiedError()),
+    "its node took its answer along": RayTaskError("encode", "traceback", ObjectLostError("0" * 56, None, "call")),
     "died before another was asked": RayServeException("an upstream actor died before finishing a dependent task"),
 }
 LOST["died before another was asked"].__cause__ = ActorDiedError()
