@@ -62,7 +62,7 @@ READ_KEPT = Measured("3.243", 1, "", "bytes read for each byte needed then", _KE
 BLOCKED = Measured("0.36", 1, "s", "that a checkpoint holds a step up", "A step waits **0.36 s**")
 STATE = Measured("1.8", 1e9, "bytes", "its size, on two ranks", "1.8 GB of state")
 WRITTEN = Measured("3.7", 1, "s", "until it is written, to a local disk", "the thread writes for 3.7 s")
-RECOVERY = Measured("23.3", 1, "s", "from a killed raylet to the next step, node's start included; middle of three medians", "24.2, 22.2, 23.3")
+RECOVERY = Measured("23.3", 1, "s", "from a lost raylet to the next step, with its node's start; middle of three", "24.2, 22.2, 23.3")
 RECOVERY_WORST = Measured("98.5", 1, "s", "the longest of all roles and seeds", "| 98.5 |")
 MEASURED = (
     B32_RATE, L14_RATE, DECODED, INDEX_SAMPLE, INDEX_HASH, INDEX_FILES, PLAN_FILES, PLAN_MEMORY, PLAN_TIME, FILTER_ROW, REQUESTS,

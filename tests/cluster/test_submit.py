@@ -245,7 +245,7 @@ def test_a_run_has_one_job_at_a_time_and_its_next_one_goes_on(running_head: Runn
     assert elsewhere.returncode == 2
     assert f"in {tmp_path}" in elsewhere.stderr
     stopped = mm(running_head, "jobs", "stop", "only-1", folder=tmp_path)
-    assert "only-1 has ended" in stopped.stderr
+    assert "only-1 has ended" in stopped.stdout
     third = submit()
     assert (third["job_id"], third["new"]) == ("only-2", True)
     jobs = result_of(mm(running_head, "jobs", "list", "--json", folder=tmp_path))["jobs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ class Rank:
         return function(**arguments)
 
     def answers(self) -> bool:
+        importlib.import_module("ray.train.torch")  # as a rank's process has
         return True
 
 
@@ -44,7 +46,8 @@ class Group(list[Worker]):
         return self
 
 
-def test_a_rank_that_hangs_is_ended_and_the_others_leave(ray_cluster: None) -> None:
+def test_a_rank_that_hangs_is_ended_and_the_others_leave(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.train.process_group._LEAVE_S", 10)  # the machine may be busy
     hanging = ray.remote(num_cpus=0, max_concurrency=2)(Hangs)
     group = Group(Worker(actor) for actor in (Rank.remote(), hanging.remote(), Rank.remote()))
     ray.get([worker.actor.answers.remote() for worker in group])
@@ -55,7 +58,8 @@ def test_a_rank_that_hangs_is_ended_and_the_others_leave(ray_cluster: None) -> N
     assert ray.get([group[rank].actor.answers.remote() for rank in (0, 2)], timeout=60) == [True, True]
 
 
-def test_a_rank_that_is_gone_keeps_no_other_from_leaving(ray_cluster: None) -> None:
+def test_a_rank_that_is_gone_keeps_no_other_from_leaving(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.train.process_group._LEAVE_S", 60)
     group = Group(Worker(Rank.remote()) for _ in range(2))
     ray.get([worker.actor.answers.remote() for worker in group])
     ray.kill(group[0].actor)
