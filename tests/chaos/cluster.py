@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 
 from cluster.nodes import LocalCluster, Room
+from mm_core.address import is_local
 from mm_core.data.index import Index
 from mm_core.store import open_store
 from pipelines.train.audit import read_audit
@@ -25,6 +26,10 @@ SETTINGS = (
     "tokenizer.vocab_size=320", "tracking.system_metrics=false", "log_every_steps=1", "checkpoint.every_steps=5",
     "faults.max_failures=1000",
 )  # fmt: skip
+
+
+_LOOK_S, _LOOK_AT_STORE_S = 0.05, 0.5
+"""A store of this machine has a run to serve too."""
 
 
 class Nodes:
@@ -167,7 +172,7 @@ class Training:
         while not done():
             assert self.process.poll() in (None, 0), self.log
             assert time.monotonic() < end, self.log
-            time.sleep(0.05)
+            time.sleep(_LOOK_S if is_local(self.run) else _LOOK_AT_STORE_S)
 
     @property
     def final_loss(self) -> float:

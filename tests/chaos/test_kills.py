@@ -41,6 +41,8 @@ GLOBAL_BATCH = 40
 LEAST_ROUNDING = 1e-5
 """Relative: of what sums over one and two ranks, rounded differently, come to at the end of a run."""
 SETTINGS = (*faults.SETTINGS, f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}")
+IN_THE_STORE = ("faults.step_timeout_s=60", "checkpoint.every_steps=20")
+"""A checkpoint waits for one write after another that fails, and is tried again by the store's library after some seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,8 @@ def test_random_faults_change_nothing_that_is_consumed(
 ) -> None:
     """Each run meets every role equally often, in random order, at random moments between checkpoints."""
     draw, outage = random.Random(seed), Outage(server)
-    training = Training(index, tmp_path, nodes, SETTINGS, ENVIRONMENT, server.config.uri, storage, storage and "s3://chaos/audit")
+    settings = SETTINGS if storage is None else (*SETTINGS, *IN_THE_STORE)
+    training = Training(index, tmp_path, nodes, settings, ENVIRONMENT, server.config.uri, storage, storage and "s3://chaos/audit")
     training.start(draw.randint(1, MOST_WORKERS))
     met = list(struck(Scene(training, nodes, outage, draw), in_order(draw)))
     outage.wait()
