@@ -14,7 +14,7 @@ STEPS, GLOBAL_BATCH = 400, 40
 SETTINGS = (f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}")
 CALLS = (
     "NodeManagerService.grpc_client.RequestWorkerLease", "NodeManagerService.grpc_client.ReturnWorkerLease",
-    "NodeManagerService.grpc_client.PinObjectIDs", "CoreWorkerService.grpc_client.GetObjectStatus",
+    "NodeManagerService.grpc_client.PinObjectIDs",
 )  # fmt: skip
 """That Ray asks again. A call of an actor's method is not: whoever calls is told."""
 EACH = {"num_failures": 1000, "req_failure_prob": 10, "resp_failure_prob": 10, "num_lower_bound_req_failures": 2}
