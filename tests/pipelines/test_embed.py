@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,11 @@ def stopped(index: Index, bundle: Path, tmp_path_factory: pytest.TempPathFactory
     def stop(rows: int) -> None:
         nonlocal seen
         seen += rows
-        if len(files(out)) >= 1 and seen > 200:
+        if seen > 200:
+            until = time.monotonic() + 120
+            while not files(out):  # the first chunk is handed to a task, which may be slow
+                assert time.monotonic() < until
+                time.sleep(0.05)
             raise StoppedError
 
     patch = pytest.MonkeyPatch()

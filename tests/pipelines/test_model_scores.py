@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,10 @@ def test_one_actor_writes_what_two_do_and_a_stop_loses_no_finished_chunk(
         nonlocal seen
         seen += rows
         if seen >= 250:
+            until = time.monotonic() + 120
+            while not Scores(embedded, "again").values.held():  # the first chunk is handed to a task, which may be slow
+                assert time.monotonic() < until
+                time.sleep(0.05)
             raise StoppedError
 
     with pytest.raises(StoppedError):
