@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -148,8 +149,9 @@ class Training:
     @property
     def step(self) -> int:
         """Of the newest checkpoint."""
-        found = [int(path.split("/")[-2].split("_")[1]) for path in self._fs.glob(f"{self._path}/checkpoint_*/state.json")]
-        self._step = max(self._step, *found, 0)  # a listing may be short while something in it is removed
+        with suppress(FileNotFoundError):  # of what is removed meanwhile, which may also make the listing short
+            found = [int(path.split("/")[-2].split("_")[1]) for path in self._fs.glob(f"{self._path}/checkpoint_*/state.json")]
+            self._step = max(self._step, *found, 0)
         return self._step
 
     @property
