@@ -17,7 +17,7 @@ import psutil
 from tests.chaos.cluster import Nodes, Training
 from tests.tracking_server import TrackingServer
 
-MOST_WORKERS, TIMEOUT_S, NOTICE_S = 2, 10, 3
+MOST_WORKERS, TIMEOUT_S, NOTICE_S, READING_S = 2, 10, 3, 60
 OUTAGE_S = 120.0
 """Of the MLflow server. The faults that come next fall into it."""
 SETTINGS = (f"faults.step_timeout_s={TIMEOUT_S}",)
@@ -126,9 +126,9 @@ class Scene:
 
     def _reading(self) -> list[psutil.Process]:
         """As soon as one reads."""
-        until = time.monotonic() + TIMEOUT_S
+        until = time.monotonic() + READING_S
         while not (found := self.nodes.processes("ReadPlan")):
-            assert time.monotonic() < until, f"no read task was seen in {TIMEOUT_S} s"
+            assert time.monotonic() < until, f"no read task was seen in {READING_S} s"
         return found
 
 
