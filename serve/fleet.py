@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import ray.serve
@@ -98,13 +98,14 @@ class Fleet:
     def step(self) -> None:
         """Look every reference up; bring up what is new, retire what nobody asks."""
         slots = tuple(self._slot(wanted) for wanted in self.wanted)
-        self.traffic = Traffic(slots=self._looked_at(slots), searched=self._searching())
-        self._retire()
+        searched, there = self._searching(), ray.serve.status().applications
+        self.traffic = Traffic(slots=self._looked_at(slots, there), searched=searched)
+        self._retire(_of_versions(there))
 
-    def _looked_at(self, slots: Sequence[Slot]) -> tuple[Slot, ...]:
+    def _looked_at(self, slots: Sequence[Slot], there: Mapping[str, ApplicationStatusOverview]) -> tuple[Slot, ...]:
         """Those of them whose versions have had no copy for longer than a request waits for one are lost, and go on as they are: Serve
         starts copies anew, and requests find them."""
-        there, now = ray.serve.status().applications, self.clock()
+        now = self.clock()
         found = {share.version.application: share.version.reference for slot in slots for share in slot.shares}
         missing = {name: reason for name in found if (reason := without_copies(there.get(name))) is not None}
         self._without_copies = {name: self._without_copies.get(name, now) for name in missing}
@@ -157,11 +158,11 @@ class Fleet:
             found, _ = self._current(self.searched.reference)
         return found if found is not None and found.facts.digest == self.searched.digest else None
 
-    def _retire(self) -> None:
+    def _retire(self, there: set[str]) -> None:
         """Take down what gets no requests, once those that it had are over: no request lives longer than its bound."""
         answering = {share.version.application for slot in self.traffic.slots for share in slot.shares}
         answering |= {self.traffic.searched.application} if self.traffic.searched else set()
-        for application in versions_there() - answering:
+        for application in there - answering:
             leaves = self._leaving.setdefault(application, self.clock() + self.config.bounds.request_timeout_s + 2)
             if self.clock() >= leaves:
                 ray.serve.delete(application)
@@ -191,7 +192,11 @@ def without_copies(application: ApplicationStatusOverview | None) -> str | None:
 
 def versions_there() -> set[str]:
     """Applications of versions, by whomever they were brought up."""
-    return {name for name in ray.serve.status().applications if name.startswith(f"{APPLICATION}-")}
+    return _of_versions(ray.serve.status().applications)
+
+
+def _of_versions(applications: Iterable[str]) -> set[str]:
+    return {name for name in applications if name.startswith(f"{APPLICATION}-")}
 
 
 def bring_up(pinned: str, config: ServeConfig, store: ModelStore) -> Version:

@@ -59,11 +59,10 @@ def log_goodput(run: TrainRun, folder: RunFolder, run_id: str, console: Console)
 
 
 def log_results(run: TrainRun, folder: RunFolder, run_id: str, data: RunData, metrics: Mapping[str, float]) -> None:
-    """Log the bundle, plots and report of a finished run.
+    """Log the bundle and plots of a finished run; what the store does not take is a warning.
 
     Raises:
-        CheckpointError: the bundle cannot be fetched.
-        ServiceError: the store does not take them.
+        CheckpointError: the bundle is not there.
     """
     bundle = folder.get("bundle")
     log_artifacts(run.tracking, run_id, bundle, "bundle")
