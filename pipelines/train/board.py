@@ -23,6 +23,9 @@ class News(NamedTuple):
     """What the driver did not know yet, and how far the run is."""
 
     step: int | None
+    """None until the workers of this command are about to take their first."""
+    workers: int
+    """That have begun, of the newest attempt to start them."""
     metrics: dict[str, float]
     said: list[str]
     goodput: dict[str, object]
@@ -37,9 +40,14 @@ class Board:
         self._step: int | None = None
         self._metrics: dict[str, float] = {}
         self._said: list[str] = []
+        self._ranks: set[int] = set()
         self._error: MMError | None = None
         self._goodput = Goodput.of(goodput)
         self._goodput.began(time.monotonic())
+
+    def joined(self, rank: int) -> None:
+        """A worker has begun. One that comes again is of a new attempt."""
+        self._ranks = {rank} if rank in self._ranks else self._ranks | {rank}
 
     def started(self, step: int) -> None:
         """The workers are about to take `step`."""
@@ -59,7 +67,7 @@ class Board:
 
     def news(self) -> News:
         said, self._said = self._said, []
-        return News(self._step, self._metrics, said, self._goodput.record())
+        return News(self._step, len(self._ranks), self._metrics, said, self._goodput.record())
 
     def fail(self, error: MMError) -> None:
         self._error = self._error or error

@@ -1,12 +1,10 @@
-"""Starting the workers of a run, on the machines there are, and following them until they end."""
+"""Starting the workers of a run, on the machines there are, and waiting until they end."""
 
 from __future__ import annotations
 
 import os
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -16,15 +14,15 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from mm_core.address import is_local
-from mm_core.console import Console, Tracker
+from mm_core.console import Console
 from mm_core.errors import ConfigError, MMError, TrainingError
 from mm_core.store import open_store
 from mm_core.training.precision import Precision
 from pipelines.causes import own_error
 from pipelines.exported import RunGauges
 from pipelines.session import may_grow
-from pipelines.train.board import SHARE, News
 from pipelines.train.config import TrainRun
+from pipelines.train.following import followed
 from pipelines.train.loop import WorkerTask, train_worker
 from pipelines.train.outcome import Outcome
 from pipelines.train.process_group import ProcessGroupConfig
@@ -32,7 +30,6 @@ from pipelines.train.run_folder import RunFolder
 
 _WORKER_MEMORY_BYTES = 256 << 20
 _ABORT_S = 15
-_LOOK_S, _KEEP_S = 0.5, 30.0
 _TYPE = "accelerator_type:"
 WITHOUT_FP8 = {"P4", "P100", "K80", "V100", "T4", "A10G", "A100", "A100-40G", "A100-80G"}
 """Ray's names (`ray.util.accelerators`) of NVIDIA's GPUs before Ada."""
@@ -67,8 +64,9 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
             failure_config=ray.train.FailureConfig(max_failures=run.faults.max_failures, relax_collectives_on_preemption=True),
         ),
     )
+    workers = run.resources.min_workers or run.resources.workers
     try:
-        with console.progress("train", run.steps, "steps") as tracker, _shown(task.board, folder, console, tracker):
+        with console.progress("train", run.steps, "steps") as tracker, followed(task.board, folder, workers, console, tracker):
             result = trainer.fit()
     except KeyboardInterrupt:
         trainer.abort()
@@ -89,51 +87,6 @@ def _storage(folder: RunFolder) -> dict[str, Any]:
         return {"storage_path": folder.storage}
     fs, path = open_store(folder.storage)
     return {"storage_path": path, "storage_filesystem": pafs.PyFileSystem(pafs.FSSpecHandler(fs))}
-
-
-@contextmanager
-def _shown(board: ray.actor.ActorHandle, folder: RunFolder, console: Console, tracker: Tracker) -> Iterator[None]:
-    """Show the board on the terminal until the block ends, and keep its account of the time in the run's folder."""
-    stop = threading.Event()
-
-    def show() -> None:
-        kept = time.monotonic()
-        ended = False
-        while not ended:
-            ended = stop.wait(_LOOK_S)
-            try:
-                news: News = ray.get(board.news.remote(), timeout=5)
-            except Exception:  # the display must not end a run
-                continue
-            for text in news.said:
-                console.note(text)
-            if news.step is not None:
-                tracker.update(news.step, headline(news.metrics))
-            if ended or time.monotonic() - kept > _KEEP_S:
-                kept = time.monotonic()
-                with suppress(Exception):  # nor must a store that fails for a moment
-                    folder.write_goodput(news.goodput)
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=10)
-
-
-def headline(metrics: Mapping[str, float]) -> str:
-    """The figures that a person follows, as far as they are known."""
-    shown = {
-        "loss": "loss {:.3f}",
-        "lr": "lr {:.1e}",
-        "samples_per_s": "{:,.0f} samples/s",
-        "mfu": "MFU {:.0%}",
-        f"{SHARE}data_wait": "data wait {:.0%}",
-        "memory/gpu_peak_gb": "GPU {:.1f} GB",
-    }
-    return "  ".join(text.format(metrics[name]) for name, text in shown.items() if name in metrics)
 
 
 def _explained(error: Exception) -> MMError:
