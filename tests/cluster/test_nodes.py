@@ -25,7 +25,7 @@ def family() -> subprocess.Popen[bytes]:
     inner = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)"
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
     process = subprocess.Popen([sys.executable, "-S", "-c", outer], start_new_session=True)
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while len(psutil.Process(process.pid).children(recursive=True)) < 2:
         assert time.monotonic() < until
         time.sleep(0.01)

@@ -130,7 +130,7 @@ def interrupted(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
     driver, _ = torn(index, folder)
     try:
         driver.send_signal(signal.SIGINT)
-        assert driver.wait(60) == 130
+        assert driver.wait(120) == 130
     finally:
         driver.kill()
     return folder
@@ -143,7 +143,7 @@ def killed(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
     driver, workers = torn(index, folder)
     driver.kill()
     driver.wait()
-    assert not psutil.wait_procs(workers, timeout=30)[1]
+    assert not psutil.wait_procs(workers, timeout=120)[1]
     return folder
 
 

@@ -210,7 +210,7 @@ def left_of_a_stream_that_is_closed(spec: ReadSpec) -> list[str]:
     next(batches)
     assert [each for each in threading.enumerate() if each.name == "mm-stream"]
     batches.close()  # type: ignore[attr-defined]
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while (left := [each.name for each in threading.enumerate() if each.name == "mm-stream"]) and time.monotonic() < until:
         time.sleep(0.1)
     return left

@@ -62,7 +62,7 @@ def steps_of(tracking: TrackingConfig, run_id: str, name: str = "loss") -> list[
     return sorted(metric.step for metric in open_client(tracking).get_metric_history(run_id, name))
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

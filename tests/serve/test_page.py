@@ -60,7 +60,7 @@ def shot(page: Page, name: str) -> None:
 
 def until(page: Page, condition: str) -> None:
     """The page's own rules forbid that it evaluates strings, which Playwright's waiting does at each look but the first."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not page.evaluate(condition):
         assert time.monotonic() < end, condition
         page.wait_for_timeout(50)

@@ -16,7 +16,7 @@ def test_a_standstill_is_told_with_the_stack_of_the_thread_that_trains() -> None
     watchdog.step_done(7)
 
     def stuck_in_here() -> bool:
-        return ended.wait(10)
+        return ended.wait(60)
 
     assert stuck_in_here()
     watchdog.close()
@@ -29,10 +29,10 @@ def test_a_standstill_is_told_with_the_stack_of_the_thread_that_trains() -> None
 
 def test_steps_keep_it_quiet() -> None:
     ended = threading.Event()
-    watchdog = Watchdog(0.5, rank=0, phase=lambda: Phase.OTHER, tell=lambda found: None, end=ended.set)
-    for step in range(20):
+    watchdog = Watchdog(2.0, rank=0, phase=lambda: Phase.OTHER, tell=lambda found: None, end=ended.set)
+    for step in range(25):
         watchdog.step_done(step)
-        time.sleep(0.05)
+        time.sleep(0.1)
     watchdog.close()
     assert not ended.is_set()
 
@@ -44,5 +44,5 @@ def test_one_who_cannot_be_told_hinders_nothing() -> None:
         raise OSError("the store is away")
 
     watchdog = Watchdog(0.1, rank=0, phase=lambda: Phase.OTHER, tell=tell, end=ended.set)
-    assert ended.wait(10)
+    assert ended.wait(60)
     watchdog.close()
