@@ -27,10 +27,11 @@ from ray.train.torch import TorchTrainer
 
 from benchmarks.loader import BATCH, CHUNK, make_spec
 from mm_core.data.reader import ReadSpec
+from pipelines.batches import Share
 from pipelines.index import build_index
 from pipelines.session import ray_session
 from pipelines.shards import expand_shards
-from pipelines.stream import Share, StreamConfig, stream
+from pipelines.stream import StreamConfig, stream
 
 
 def worker(settings: dict[str, ReadSpec | int]) -> tuple[str, list[float]]:

@@ -45,9 +45,9 @@ from mm_core.models.tokenizer import caption_tokenizer, load_tokenizer, mask_tok
 from mm_core.training.checkpoint import seed_step
 from mm_core.training.clock import StepClock
 from mm_core.training.transfer import Transfer
+from pipelines.batches import Share, steps_of
 from pipelines.index import build_index
 from pipelines.recipes import recipe
-from pipelines.stream import Share, steps_of
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import build_step
 from pipelines.train.parts import inputs_of, masking_of, modalities_of, num_classes, wrapped

@@ -42,10 +42,11 @@ from mm_core.data.sample import Sample
 from mm_core.data.text import CaptionTokenizer
 from mm_core.models.sizes import OPENAI_MEAN, OPENAI_STD
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
+from pipelines.batches import Share
 from pipelines.index import build_index
 from pipelines.session import ray_session
 from pipelines.shards import expand_shards
-from pipelines.stream import Share, StreamConfig, stream
+from pipelines.stream import StreamConfig, stream
 
 RANKS, CHUNK, BATCH, CONTEXT, WARM_UP = 2, 16, 256, 32, 8
 

@@ -14,10 +14,11 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.loader import CHUNK, RANKS, WARM_UP, make_spec, ours
+from pipelines.batches import row_bytes
 from pipelines.index import build_index
 from pipelines.session import ray_session
 from pipelines.shards import expand_shards
-from pipelines.stream import StreamConfig, row_bytes
+from pipelines.stream import StreamConfig
 
 
 def main() -> None:

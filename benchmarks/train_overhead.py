@@ -31,8 +31,8 @@ from mm_core.objectives.contrastive import build_objective
 from mm_core.optim import build_optimizer
 from mm_core.schedule import lr_at
 from mm_core.training.clock import StepClock
+from pipelines.batches import StepBatch
 from pipelines.recipes import recipe
-from pipelines.stream import StepBatch
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import LoopTools, build_step, run_steps
 

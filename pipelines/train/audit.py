@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from mm_core.errors import CheckpointError
 from mm_core.store import make_folder, open_store, reaching, write_whole
-from pipelines.stream import StepBatch
+from pipelines.batches import StepBatch
 
 
 class Audit:

@@ -38,7 +38,8 @@ from mm_core.training.step import StepResult, TrainStep
 from mm_core.training.teacher import Teacher
 from mm_core.training.transfer import Transfer
 from mm_core.training.watchdog import Watchdog
-from pipelines.stream import Share, StepBatch, node_resources, stream
+from pipelines.batches import Share, StepBatch
+from pipelines.stream import node_resources, stream
 from pipelines.train.audit import Audit
 from pipelines.train.board import fatal_errors
 from pipelines.train.config import TrainRun

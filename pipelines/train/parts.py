@@ -40,7 +40,7 @@ from mm_core.objectives.contrastive import Teaching, build_objective
 from mm_core.objectives.multitask import MultitaskConfig, MultitaskObjective
 from mm_core.objectives.output import Objective
 from mm_core.training.transfer import Transfer
-from pipelines.stream import StepBatch
+from pipelines.batches import StepBatch
 from pipelines.train.config import TrainRun
 
 _NEGATIVE, _SEEN = 7, 8

@@ -11,7 +11,7 @@ from mm_core.data.plan import chunks_per_step
 from mm_core.data.ranged import Span, gather
 from mm_core.data.reader import IndexReader
 from mm_core.models.dvae import DvaeConfig
-from pipelines.stream import Share, row_bytes
+from pipelines.batches import Share, row_bytes
 from pipelines.train.config import TrainRun
 from pipelines.train.run_data import RunData
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from mm_core.training.guard import GuardConfig, Remedy, Trouble
 from mm_core.training.step import StepResult
-from pipelines.stream import StepBatch
+from pipelines.batches import StepBatch
 from pipelines.train.outcome import Outcome
 
 _WAYS_OUT = {

@@ -10,7 +10,7 @@ import pytest
 
 from mm_core.errors import CheckpointError
 from mm_core.store import write_whole
-from pipelines.stream import StepBatch
+from pipelines.batches import StepBatch
 from pipelines.train.audit import Audit, read_audit
 
 

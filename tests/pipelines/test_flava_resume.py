@@ -19,9 +19,9 @@ from mm_core.training.checkpoint import checkpoint_writer, load_checkpoint, seed
 from mm_core.training.clock import StepClock
 from mm_core.training.step import TrainStep
 from mm_core.training.transfer import Transfer
+from pipelines.batches import Share, steps_of
 from pipelines.index import build_index
 from pipelines.recipes import recipe
-from pipelines.stream import Share, steps_of
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import build_step
 from pipelines.train.parts import inputs_of, wrapped

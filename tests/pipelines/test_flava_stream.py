@@ -22,8 +22,9 @@ from mm_core.data.problems import Reason, SampleProblem
 from mm_core.data.reader import PlanReader, ReadSpec
 from mm_core.errors import DataError
 from mm_core.models.tokenizer import caption_tokenizer, mask_token, train_bpe
+from pipelines.batches import Share, StepBatch
 from pipelines.index import build_index
-from pipelines.stream import Share, StepBatch, StreamConfig, stream
+from pipelines.stream import StreamConfig, stream
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

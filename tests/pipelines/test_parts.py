@@ -15,8 +15,8 @@ from mm_core.errors import ConfigError
 from mm_core.models.codebook import CodebookSizes, codebook_settings
 from mm_core.models.fused_batch import PairBatch
 from mm_core.training.transfer import Transfer
+from pipelines.batches import StepBatch, StepMasks
 from pipelines.recipes import recipe
-from pipelines.stream import StepBatch, StepMasks
 from pipelines.train.config import TrainRun
 from pipelines.train.cost import cost_of
 from pipelines.train.parts import check_parts, contrasts, inputs_of, modalities_of, needs_of, num_classes, serves

@@ -26,8 +26,8 @@ from mm_core.ranks import Ranks
 from mm_core.training.clock import StepClock
 from mm_core.training.guard import StepGuard
 from mm_core.training.step import TrainStep
+from pipelines.batches import StepBatch
 from pipelines.recipes import recipe
-from pipelines.stream import StepBatch
 from pipelines.train import loop
 from pipelines.train.config import TrainRun
 from pipelines.train.loop import LoopTools, build_step, run_steps

@@ -25,8 +25,9 @@ from mm_core.data.reader import PlanReader, ReadSpec
 from mm_core.data.split import write_ledger
 from mm_core.errors import DataError, StreamOrderError
 from mm_core.models.tokenizer import caption_tokenizer, train_bpe
+from pipelines.batches import Share, StepBatch, steps_of
 from pipelines.index import build_index
-from pipelines.stream import Share, StepBatch, StreamConfig, steps_of, stream
+from pipelines.stream import StreamConfig, stream
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
