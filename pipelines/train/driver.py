@@ -28,6 +28,7 @@ from pipelines.tracking import (
     TrackingConfig,
     continue_run,
     finish_run,
+    sqlite_file,
 )
 from pipelines.train.begin import begin, claim
 from pipelines.train.board import start_board
@@ -35,7 +36,7 @@ from pipelines.train.config import TrainRun
 from pipelines.train.evaluation import EvaluationTask, start_background
 from pipelines.train.evaluation_data import ZEROSHOT_INDEX, EvaluationData
 from pipelines.train.export import export_bundle, saved_tokenizer
-from pipelines.train.launch import check_resources, gpus_per_worker, launch, note_folders, preemption_watched
+from pipelines.train.launch import check_folders, check_resources, gpus_per_worker, launch, preemption_watched
 from pipelines.train.loop import WorkerTask
 from pipelines.train.parts import check_parts, modalities_of, num_classes
 from pipelines.train.preflight import Start, check_run, masking_for, named_weights, start_of, teacher_of, with_codebook, with_sources
@@ -126,7 +127,9 @@ def _train(
     check_shards(data.indexes)
     check_resources(run, console)
     audit = [("audit", request.audit)] if request.audit else []
-    note_folders([("storage", run.storage), *(("index", index.url) for index in data.indexes), *audit], console)
+    database = sqlite_file(run.tracking.uri)
+    tracking = [("tracking.uri", run.tracking.uri)] if database else []
+    check_folders([("storage", run.storage), *(("index", index.url) for index in data.indexes), *audit, *tracking], console)
     resumed = record is not None
     with nullcontext() if heldout is None else heldout.index() as zeroshot_index:
         if record is None:
@@ -161,7 +164,7 @@ def _train(
         status = RunStatus.FINISHED
     except KeyboardInterrupt:
         status = RunStatus.KILLED
-        console.note(f"stopped; continue with the same command and --resume --name {folder.name}")
+        console.note(f"stopped; continue with the same command and --resume --name {folder.name}{_from(folder)}")
         raise
     except MMError:
         if status is not None and (step := folder.checkpoints.newest()) is not None:
@@ -175,6 +178,14 @@ def _train(
             if not finish_run(run.tracking, record.tracking_run_id, status) and status is RunStatus.FINISHED:
                 console.note(f"MLflow lacks some of it: the same command with --resume --name {folder.name} tells it that")
     return _result(run, folder, record, outcome.steps, outcome.metrics)
+
+
+def _from(folder: RunFolder) -> str:
+    try:
+        step = folder.checkpoints.newest()
+    except OSError:  # the store is away
+        return ""
+    return ", from step 0: it has no checkpoint yet" if step is None else f", from its last checkpoint, of step {step:,}"
 
 
 def _result(run: TrainRun, folder: RunFolder, record: RunRecord, steps: int, metrics: Mapping[str, float]) -> TrainResult:

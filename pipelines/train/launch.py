@@ -31,6 +31,8 @@ from pipelines.train.run_folder import RunFolder
 _WORKER_MEMORY_BYTES = 256 << 20
 _ABORT_S = 15
 _TYPE = "accelerator_type:"
+_UNPACKED = "/runtime_resources/working_dir_files/"
+"""In Ray's temporary folder."""
 WITHOUT_FP8 = {"P4", "P100", "K80", "V100", "T4", "A10G", "A100", "A100-40G", "A100-80G"}
 """Ray's names (`ray.util.accelerators`) of NVIDIA's GPUs before Ada."""
 
@@ -114,10 +116,14 @@ def check_resources(run: TrainRun, console: Console) -> None:
     """A cluster that may grow can be asked for more GPUs than it has now, which is said: Ray Train waits for them.
 
     Raises:
-        ConfigError: this machine has fewer GPUs than the workers ask for, or the cluster none that compute in the run's precision.
+        ConfigError: this machine has fewer GPUs than the workers ask for, or the cluster fewer than workers and nobody said what to do
+            then, or none that compute in the run's precision.
     """
-    wanted = (run.resources.gpus_per_worker or 0) * (run.resources.min_workers or run.resources.workers)
+    least = run.resources.min_workers or run.resources.workers
+    wanted = (run.resources.gpus_per_worker or 0) * least
     there = ray.cluster_resources().get("GPU", 0)
+    if run.resources.gpus_per_worker is None and 0 < there < least:
+        _too_few(least, there, console)
     if wanted > there:
         lack = f"{run.resources.workers} workers with {run.resources.gpus_per_worker:g} GPUs each, but the cluster has {there:g}"
         if not may_grow():
@@ -127,10 +133,30 @@ def check_resources(run: TrainRun, console: Console) -> None:
         _check_fp8(run)
 
 
-def note_folders(folders: Iterable[tuple[str, str]], console: Console) -> None:
-    """Say which of a run's folders, named by what they are, must be shared by the cluster's machines."""
+def _too_few(workers: int, gpus: float, console: Console) -> None:
+    """On one machine that is small, processors are taken, and it is said; a cluster has most likely lost a node."""
+    if not may_grow():
+        console.note(f"{workers} workers train on processors, as there are only {gpus:g} GPUs: --workers {gpus:.0f} takes those")
+        return
+    raise ConfigError(
+        f"{workers} workers, but the cluster has {gpus:g} GPUs now: --workers {gpus:.0f} takes those, resources.gpus_per_worker=1 waits for"
+        " more, and 0 trains on processors"
+    )
+
+
+def check_folders(folders: Iterable[tuple[str, str]], console: Console) -> None:
+    """Say which of a run's folders, named by what they are, must be shared by the cluster's machines.
+
+    Raises:
+        ConfigError: one is in what Ray unpacked for this job, and removes when it is large or the node ends.
+    """
     machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     local = [f"{name} {address}" for name, address in folders if is_local(address)]
+    if lost := [text for text in local if _UNPACKED in text]:
+        raise ConfigError(
+            f"{', '.join(lost)}: a job's code, and what it keeps beside it, is removed by Ray sooner or later; set absolute paths or URLs"
+            " (--set storage=s3://…, --set tracking.uri=http://…)"
+        )
     if len(machines) > 1 and local:
         console.note(f"{', '.join(local)}: on all {len(machines)} machines it must be the same folder, or use a URL (s3://…)")
 

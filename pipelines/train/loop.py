@@ -50,6 +50,7 @@ from pipelines.train.outcome import Outcome
 from pipelines.train.parts import Model, inputs_of, objective_of, wrapped
 from pipelines.train.remedies import LeftOut, Remedies, Rollback, is_left_out, not_finite, too_many_replaced
 from pipelines.train.run_checkpoints import RunCheckpoints, is_taken_over, next_attempt
+from pipelines.train.run_folder import check_shared
 from pipelines.train.run_log import Preemption, RunLog, watching
 
 
@@ -84,6 +85,7 @@ def train_worker(task: WorkerTask) -> Outcome:
         # Ray Train starts workers again after any error; after one of ours they end at once, and the driver raises it.
         if (error := ray.get(task.board.error.remote())) is not None:
             return Outcome(0, {}, str(error))
+        check_shared(task.folder, task.tracking_run_id)
         return _train(task)
 
 

@@ -19,7 +19,9 @@ import logging
 import posixpath
 import re
 import shutil
+import socket
 import tempfile
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ from mm_core.training.checkpoints import CheckpointFolder
 
 logger = logging.getLogger(__name__)
 _BEGUN = "begun"
+_FRESH_S = 5
 _MANIFEST = "mm.json"
 """Of a bundle (`mm_core.bundle`), which is not imported: it brings the models' library."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -180,6 +183,26 @@ class RunFolder:
 
     def write_goodput(self, record: dict[str, Any]) -> None:
         write_whole(f"{self.url}/goodput.json", json.dumps(record).encode())
+
+
+def check_shared(url: str, tracking_run_id: str) -> None:
+    """On a worker's machine: that its disk has the driver's folder of this run. With another one each machine would write its part of every
+    checkpoint to itself, and none could be read.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    if not is_local(url):
+        return
+    for _ in range(_FRESH_S):  # a network disk may show what was written elsewhere some seconds later
+        with suppress(CheckpointError):
+            if RunFolder(posixpath.dirname(url), posixpath.basename(url)).read().tracking_run_id == tracking_run_id:
+                return
+        time.sleep(1)
+    raise ConfigError(
+        f"{url} on {socket.gethostname()}, where a worker runs, is not the folder that the run's driver has: mount one for all machines"
+        " there, or keep runs in an object store (--set storage=s3://…)"
+    )
 
 
 def newest_run(storage: str, identity: dict[str, Any], data_fingerprint: str) -> RunFolder | None:

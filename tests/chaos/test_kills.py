@@ -43,8 +43,9 @@ GLOBAL_BATCH = 40
 LEAST_ROUNDING = 1e-5
 """Relative: of what sums over one and two ranks, rounded differently, come to at the end of a run."""
 SETTINGS = (*faults.SETTINGS, f"steps={STEPS}", f"global_batch_size={GLOBAL_BATCH}")
-IN_THE_STORE = ("faults.step_timeout_s=60", "checkpoint.every_steps=20")
-"""A checkpoint waits for one write after another that fails, and is tried again by the store's library after some seconds."""
+IN_THE_STORE = ("faults.step_timeout_s=60", "checkpoint.every_steps=20", "stream.block_bytes=1000000")
+"""A checkpoint waits for one write after another that fails, and is tried again by the store's library after some seconds. Steps are slow
+then, and with blocks of the usual size all that a run of one fault each needs would be read in its first half."""
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from mm_core.console import Console
 from mm_core.errors import ConfigError
 from pipelines.recipes import recipe
 from pipelines.train.config import TrainRun
-from pipelines.train.launch import check_resources, gpus_per_worker, note_folders
+from pipelines.train.launch import check_folders, check_resources, gpus_per_worker
 
 
 def run_with(*overrides: str) -> TrainRun:
@@ -59,8 +59,14 @@ def test_folders_of_one_machine_are_none_for_two(
 ) -> None:
     monkeypatch.setattr(ray, "nodes", lambda: nodes(*hosts))
     console = Notes()
-    note_folders(folders, console)
+    check_folders(folders, console)
     assert console.said == noted
+
+
+def test_what_lies_beside_a_jobs_code_is_not_kept() -> None:
+    beside = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1f/runs"
+    with pytest.raises(ConfigError, match=r"^storage .*/runs: a job's code, and what it keeps beside it, is removed by Ray"):
+        check_folders([("storage", beside), ("audit", "/audit")], Console())
 
 
 @pytest.mark.parametrize("address", [None, "", "local"])
@@ -87,6 +93,24 @@ def test_unless_told_a_run_takes_the_gpus_there_are(gpus: float, taken: int, mon
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": gpus})
     assert gpus_per_worker(run_with("resources.workers=2")) == taken
+
+
+def test_fewer_gpus_than_workers_on_one_machine_are_left_alone_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    console = Notes()
+    check_resources(run_with("resources.workers=2"), console)
+    assert console.said == ["2 workers train on processors, as there are only 1 GPUs: --workers 1 takes those"]
+    assert gpus_per_worker(run_with("resources.workers=2")) == 0
+
+
+def test_a_cluster_with_fewer_gpus_than_workers_does_not_go_on_on_processors_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after the loss of a node."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": 7.0})
+    with pytest.raises(ConfigError, match="8 workers, but the cluster has 7 GPUs now: --workers 7 takes those"):
+        check_resources(run_with("resources.workers=8"), Console())
+    check_resources(run_with("resources.workers=8", "resources.gpus_per_worker=0"), Console())
+    check_resources(run_with("resources.workers=8", "resources.min_workers=2"), Console())
 
 
 def test_fp8_on_processors(monkeypatch: pytest.MonkeyPatch) -> None:
