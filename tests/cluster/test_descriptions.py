@@ -278,6 +278,24 @@ def test_mlflow_reaches_its_stores() -> None:
     assert {port["port"] for rule in mlflow["egress"] for port in rule["ports"]} == {443, 5432}
 
 
+def test_mlflow_is_where_jobs_look_for_it_and_is_what_the_network_lets_through() -> None:
+    with warnings.catch_warnings(action="ignore"):
+        from mlflow.cli import cli
+
+    deployment, service = objects("mlflow.yaml")
+    pod = deployment["spec"]["template"]
+    (server,) = pod["spec"]["containers"]
+    (policy,) = [each["spec"] for each in objects("network.yaml") if each["metadata"]["name"] == "mlflow"]
+    assert pod["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    assert pod["metadata"]["labels"] == policy["podSelector"]["matchLabels"]
+    address = f"{service['metadata']['name']}.{service['metadata']['namespace']}.svc.cluster.local:{service['spec']['ports'][0]['port']}"
+    assert f"http://{address}" in (KUBERNETES / "train.yaml").read_text()
+    assert server["command"][0] == "mlflow"
+    assert any(word.startswith("--allowed-hosts=") and address in word for word in server["command"])
+    takes(cli, server["command"][1:])
+    assert [each for each in server["env"] if SECRET.search(each["name"]) and "value" in each] == []
+
+
 def test_the_job_runs_a_command_that_can_be_started_again() -> None:
     (job,) = objects("train.yaml")
     *starts, program = (words := shlex.split(job["spec"]["entrypoint"]))[:4]
@@ -328,7 +346,7 @@ def test_compose_starts_programs_by_options_they_have() -> None:
 
     services = COMPOSE["services"]
     for name in ("head", "worker"):
-        takes(ray, services[name]["command"][1:])
+        takes(ray, [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in services[name]["command"][1:]])  # as compose fills it in
     takes(ray, services["head"]["healthcheck"]["test"][2:])
     server = shlex.split(services["mlflow"]["command"][-1].replace("$$(cat /run/secrets/postgres)", "x"))
     assert "--allowed-hosts" in server
@@ -383,7 +401,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def ray_commands() -> list[str]:
     """Of the guides' blocks, what begins with `ray` at the start of a line or behind `&&`."""
-    command = re.compile(r"(?:^(?:    )?|&& )(?:\.venv/bin/)?(ray \w[^\n#&]*)", re.MULTILINE)
+    command = re.compile(r"(?:^(?:    )?|&& )(?:\.venv/bin/)?(ray \w[^\n#&>]*)", re.MULTILINE)
     return sorted({found.strip() for page in PAGES for found in command.findall(page.read_text(encoding="utf-8"))})
 
 
