@@ -82,7 +82,7 @@ def encode(
         fn_kwargs={"url": index.url, "size": size},
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=min(1, cpus / 2),  # beside an actor there must be room for one on a single processor too
+        num_cpus=0.5 if cpus == 1 else 1,  # beside an actor there must be room for one on a single processor too
     )
     with warnings.catch_warnings():
         # Deprecated in 2.60 and with no successor yet: without it Ray prints an error for each actor it ends (ray#53727).

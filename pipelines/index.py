@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 from numpy.typing import NDArray
 
 from mm_core.address import absolute
@@ -37,7 +36,7 @@ from mm_core.store import make_folder, open_file, open_store, reaching
 from pipelines import exported
 from pipelines.session import ray_session
 from pipelines.shards import expand_shards
-from pipelines.tasks import run_tasks
+from pipelines.tasks import processors, run_tasks
 
 _PARTS = "_parts"
 _MAX_SHARDS_PER_PART = 32
@@ -189,8 +188,7 @@ def _shards_per_part(out: str, shards: int) -> int:
     try:
         return max(1, int(fs.cat_file(layout)))
     except (OSError, ValueError):
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        per_part = max(1, min(_MAX_SHARDS_PER_PART, math.ceil(shards / (8 * cpus))))
+        per_part = max(1, min(_MAX_SHARDS_PER_PART, math.ceil(shards / (8 * processors()))))
         fs.pipe_file(layout, str(per_part).encode())
         return per_part
 

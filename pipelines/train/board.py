@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import ray
 
-from mm_core.errors import MMError
+from mm_core.errors import MMError, TrainingError
 from pipelines.train.goodput import Goodput
 
 SHARE = "time_fraction/"
@@ -23,9 +23,9 @@ class News(NamedTuple):
     """What the driver did not know yet, and how far the run is."""
 
     step: int | None
-    """None until the workers of this command are about to take their first."""
+    """None until the workers are about to take their first, and again once they are lost."""
     workers: int
-    """That have begun, of the newest attempt to start them."""
+    """That have begun since the last were lost: all, or none yet."""
     metrics: dict[str, float]
     said: list[str]
     goodput: dict[str, object]
@@ -35,23 +35,42 @@ class News(NamedTuple):
 class Board:
     """Progress, messages, the run's time; and the error that no restart would mend, if a worker met one."""
 
-    def __init__(self, goodput: Mapping[str, object]) -> None:
-        """`goodput`: what earlier commands of this run recorded."""
+    def __init__(self, goodput: Mapping[str, object], max_failures: int) -> None:
+        """
+        Args:
+            goodput: what earlier commands of this run recorded.
+            max_failures: how often in a row workers may be lost without a checkpoint between.
+        """
         self._step: int | None = None
         self._metrics: dict[str, float] = {}
         self._said: list[str] = []
-        self._ranks: set[int] = set()
+        self._workers = 0
+        self._max_failures = max_failures
+        self._failures, self._first = 0, -1
         self._error: MMError | None = None
         self._goodput = Goodput.of(goodput)
         self._goodput.began(time.monotonic())
 
-    def joined(self, rank: int) -> None:
-        """A worker has begun. One that comes again is of a new attempt."""
-        self._ranks = {rank} if rank in self._ranks else self._ranks | {rank}
+    def joined(self, workers: int) -> None:
+        """So many have found each other."""
+        self._workers = workers
+
+    def lost(self, why: str) -> None:
+        """Workers ended that should not have, and all are started again."""
+        self._failures += 1
+        if self._failures > self._max_failures:
+            times = f"{self._failures} times in a row, without a checkpoint between (faults.max_failures)"
+            self.fail(TrainingError(f"the workers were lost {times}; the last time: {why}"))
+        elif self._error is None:
+            self._said.append(f"workers were lost ({why}): all start again from the last checkpoint")
+        self._step, self._workers = None, 0
 
     def started(self, step: int) -> None:
         """The workers are about to take `step`."""
         self._goodput.started(step, time.monotonic())
+        if step > self._first:  # a newer checkpoint than the attempt before had
+            self._failures = 0
+        self._first = step
         self._step, self._metrics = step, {}
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
@@ -67,7 +86,7 @@ class Board:
 
     def news(self) -> News:
         said, self._said = self._said, []
-        return News(self._step, len(self._ranks), self._metrics, said, self._goodput.record())
+        return News(self._step, self._workers, self._metrics, said, self._goodput.record())
 
     def fail(self, error: MMError) -> None:
         self._error = self._error or error
@@ -76,10 +95,10 @@ class Board:
         return self._error
 
 
-def start_board(goodput: Mapping[str, object]) -> ray.actor.ActorHandle:
+def start_board(goodput: Mapping[str, object], max_failures: int) -> ray.actor.ActorHandle:
     """On the driver's node, which outlives every worker's."""
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return ray.remote(num_cpus=0, label_selector=here)(Board).remote(goodput)
+    return ray.remote(num_cpus=0, label_selector=here)(Board).remote(goodput, max_failures)
 
 
 @contextmanager

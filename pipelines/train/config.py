@@ -82,7 +82,9 @@ class FaultsConfig(GuardConfig):
         gt=0,
         description="A rank that takes longer for a step, checkpoint and evaluation included, tells where it stands and is started again.",
     )
-    max_failures: int = Field(default=8, ge=0, description="Restarts after lost workers before the run gives up; preemptions do not count.")
+    max_failures: int = Field(
+        default=8, ge=0, description="How often in a row workers may be lost, without a checkpoint between, before the run gives up."
+    )
 
 
 class EvaluationConfig(Config):

@@ -235,7 +235,7 @@ def _task(request: TrainRequest, run: TrainRun, data: RunData, folder: RunFolder
         tracking_run_id=record.tracking_run_id,
         initial_weights=None if initial is None else ray.put(initial),
         teacher=None if teacher is None else ray.put(teacher),
-        board=start_board(folder.read_goodput()),
+        board=start_board(folder.read_goodput(), run.faults.max_failures),
         preemption_watched=preemption_watched(),
     )
 

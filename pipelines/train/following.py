@@ -56,20 +56,27 @@ def followed(board: ray.actor.ActorHandle, folder: RunFolder, workers: int, cons
 class Waiting:
     """What to say while no worker begins a step: after a minute, then each time that it has become twice as long."""
 
-    def __init__(self, workers: int, began: float) -> None:
-        self._workers, self._began, self._after_s = workers, began, _PATIENCE_S
+    def __init__(self, workers: int, now: float) -> None:
+        self._workers, self._trains = workers, False
+        self._since, self._after_s = now, _PATIENCE_S
 
     def look(self, news: News | None, now: float) -> str | None:
         """`news`: None where the board does not answer."""
-        if (news is not None and news.step is not None) or now - self._began < self._after_s:
+        if news is None and self._trains:  # a busy machine
             return None
-        waited, self._after_s = f"no step after {now - self._began:,.0f} s: ", 2 * self._after_s
+        trained, self._trains = self._trains, news is not None and news.step is not None
+        if trained or self._trains:
+            self._since, self._after_s = now, _PATIENCE_S
+            return None
+        if now - self._since < self._after_s:
+            return None
+        waited, self._after_s = f"no step for {now - self._since:,.0f} s: ", 2 * self._after_s
         if news is None:
             return waited + "Ray has not started the first process yet, on a machine that is busy or a cluster that is full (`ray status`)"
-        if news.workers < self._workers:
+        if news.workers == 0:
             return (
-                f"{waited}{news.workers} of {self._workers} workers have begun; they wait for resources (`ray status` shows what the"
-                " cluster lacks), start, or look for each other"
+                f"{waited}none of {self._workers} workers has begun; they wait for resources (`ray status` shows what the cluster lacks),"
+                " start, or look for each other"
             )
         return f"{waited}all {news.workers} workers have begun, and load the model and the checkpoint"
 

@@ -24,6 +24,7 @@ from pipelines.session import may_grow
 from pipelines.train.config import TrainRun
 from pipelines.train.following import followed
 from pipelines.train.loop import WorkerTask, train_worker
+from pipelines.train.losses import ToldLosses
 from pipelines.train.outcome import Outcome
 from pipelines.train.process_group import ProcessGroupConfig
 from pipelines.train.run_folder import RunFolder
@@ -63,7 +64,9 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
             name=folder.name,
             **_storage(folder),
             # A worker that is gone must not keep the others from their last checkpoint.
-            failure_config=ray.train.FailureConfig(max_failures=run.faults.max_failures, relax_collectives_on_preemption=True),
+            # How often they may be lost the board decides: Ray would count those of weeks.
+            failure_config=ray.train.FailureConfig(max_failures=-1 if run.faults.max_failures else 0, relax_collectives_on_preemption=True),
+            callbacks=[ToldLosses(task.board)],
         ),
     )
     workers = run.resources.min_workers or run.resources.workers

@@ -81,10 +81,11 @@ class WorkerTask:
 
 def train_worker(task: WorkerTask) -> Outcome:
     with fatal_errors(task.board):
-        task.board.joined.remote(dist.get_rank())
         # Ray Train starts workers again after any error; after one of ours they end at once, and the driver raises it.
         if (error := ray.get(task.board.error.remote())) is not None:
             return Outcome(0, {}, str(error))
+        if dist.get_rank() == 0:
+            task.board.joined.remote(dist.get_world_size())
         check_shared(task.folder, task.tracking_run_id)
         return _train(task)
 

@@ -25,7 +25,6 @@ _TOWER = "{width: 32, layers: 1, heads: 2}"
 SETTINGS = (
     "data.chunk=8", "precision=fp32", "model.image_size=32", f"model.vision={_TOWER}", f"model.text={_TOWER}", "model.embed_dim=16",
     "tokenizer.vocab_size=320", "tracking.system_metrics=false", "log_every_steps=1", "checkpoint.every_steps=5",
-    "faults.max_failures=1000",
 )  # fmt: skip
 
 
@@ -140,6 +139,11 @@ class Training:
     def read(self, name: str) -> str:
         """A file of the run's folder."""
         return str(self._fs.cat_file(f"{self._path}/{name}").decode())
+
+    def fetch(self, name: str, to: Path) -> Path:
+        """A folder of the run's folder, on this disk."""
+        self._fs.get(f"{self._path}/{name}", str(to / name), recursive=True)
+        return to / name
 
     @property
     def process(self) -> subprocess.Popen[bytes]:

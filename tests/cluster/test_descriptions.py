@@ -317,6 +317,13 @@ def test_the_service_has_a_configuration_that_serve_takes() -> None:
     assert [Wanted(**one).reference for one in application.args["models"]] == ["models:/clip-demo@champion"]
 
 
+def test_the_head_names_the_port_of_which_kuberay_makes_the_endpoints_service() -> None:
+    """Older ones look at the head's container alone: https://github.com/ray-project/kuberay, controllers/ray/common/service.go."""
+    (service,) = objects("serve.yaml")
+    (head,) = service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {"name": "serve", "containerPort": 8000} in head["ports"]
+
+
 def test_the_service_has_room_for_a_new_version_beside_the_old_one() -> None:
     (service,) = objects("serve.yaml")
     (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
