@@ -43,8 +43,8 @@ def run_tasks(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
 
 
 def processors() -> int:
-    """Of the cluster, now. One that may grow counts as so large that what waits for room makes it grow: an autoscaler looks at nothing else, and
-    may have taken all nodes but the head away."""
+    """Of the cluster, now. One that may grow counts as so large that what waits for room makes it grow: an autoscaler looks at nothing
+    else, and may have taken all nodes but the head away."""
     return max(_GROWN if may_grow() else 1, int(ray.cluster_resources().get("CPU", 1)))
 
 

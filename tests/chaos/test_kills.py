@@ -3,7 +3,8 @@
 Two Ray nodes on this machine: a head with the driver, and one that holds the workers and can be lost; shards and index in an S3 store,
 which is slow and fails 5 % of the reads; an MLflow server. `make chaos` runs three seeds with five faults of each role, more than an
 hour; `MM_CHAOS_OF_EACH=1 make chaos` one of each, `MM_CHAOS_SEEDS=3,4 make chaos` other seeds. With `MM_CHAOS_IN_STORE=1` the first seed
-strikes a second run too, whose own folder and audit are in that store, which then fails 5 % of the writes as well. What each role costs is printed as a table.
+strikes a second run too, whose own folder and audit are in that store, which then fails 5 % of the writes as well. What each role costs
+is printed as a table.
 """
 
 from __future__ import annotations

@@ -32,6 +32,17 @@ def test_one_that_was_killed_is_started_again(tmp_path: Path) -> None:
     assert "killed (SIGKILL): it is started again in 5 s, 7 times at most" in said
 
 
+def test_one_that_lived_for_long_is_started_again_at_once(tmp_path: Path) -> None:
+    program = (
+        f"import sys; sys.path.insert(0, {str(AGAIN.parents[1])!r}); from cluster import again; sys.exit(again.run(sys.argv[1:], long_s=0))"
+    )
+    killed = COUNTED + "os.kill(os.getpid(), signal.SIGKILL) if n == 0 else sys.exit(3)"
+    command = [sys.executable, "-c", program, sys.executable, "-c", killed]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3
+    assert "it is started again in 0 s, 7 times at most" in done.stderr
+
+
 @pytest.mark.parametrize("code", [0, 1, 137])
 def test_one_that_ended_is_not(code: int, tmp_path: Path) -> None:
     process = again(f"sys.exit({code})", tmp_path)
