@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.train import UserCallback
 
-_LONGEST = 300
+_LONGEST = 200
 
 
 class ToldLosses(UserCallback):
@@ -26,8 +26,7 @@ class ToldLosses(UserCallback):
 
 def _why(errors: Mapping[int, Exception]) -> str:
     """The line that says most: a rank whose process is gone before those that only missed it."""
-    gone = [rank for rank, error in errors.items() if isinstance(error, ray.exceptions.RayError)]
+    gone = [rank for rank, error in errors.items() if isinstance(error, ray.exceptions.RayActorError)]
     rank = min(gone or errors)
-    lines = [line.strip() for line in str(errors[rank]).splitlines() if line.strip()]
-    said = lines[0 if rank in gone else -1] if lines else repr(errors[rank])
-    return f"rank {rank}: {said[:_LONGEST]}"
+    lines = [line.strip() for line in str(errors[rank]).splitlines() if line.strip()] or [repr(errors[rank])]
+    return f"rank {rank}: {lines[0].split('. ')[0] if gone else lines[-1][:_LONGEST]}"

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,11 @@ def torn(index: Index, folder: Path) -> tuple[subprocess.Popen[bytes], list[psut
 
 
 def workers_of(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    return [p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # one that was killed, and is not buried yet
+            found += [process] if "RayTrainWorker" in " ".join(process.cmdline()) else []
+    return found
 
 
 @pytest.fixture(scope="module")
