@@ -53,17 +53,22 @@ class Board:
 
     def joined(self, workers: int) -> None:
         """So many have found each other."""
-        self._workers = workers
+        self._step, self._workers = None, workers
 
-    def lost(self, why: str) -> None:
-        """Workers ended that should not have, and all are started again."""
-        self._failures += 1
+    def lost(self, why: str, *, announced: bool) -> bool:
+        """Workers ended that should not have. Returns whether the run gives up.
+
+        Args:
+            announced: with a node that was to be taken away, which is no failure.
+        """
+        self._failures += 0 if announced else 1
         if self._failures > self._max_failures:
             times = f"{self._failures} times in a row, without a checkpoint between (faults.max_failures)"
             self.fail(TrainingError(f"the workers were lost {times}; the last time: {why}"))
         elif self._error is None:
             self._said.append(f"workers were lost ({why}): all start again from the last checkpoint")
         self._step, self._workers = None, 0
+        return self._failures > self._max_failures
 
     def started(self, step: int) -> None:
         """The workers are about to take `step`."""

@@ -126,10 +126,10 @@ def _train(
     # 2. The data as it was indexed, a cluster that is large enough; then a new folder and tracking run, or the ones it began with.
     check_shards(data.indexes)
     check_resources(run, console)
-    audit = [("audit", request.audit)] if request.audit else []
+    audit = [("audit", absolute(request.audit))] if request.audit else []
     database = sqlite_file(run.tracking.uri)
-    tracking = [("tracking.uri", run.tracking.uri)] if database else []
-    check_folders([("storage", run.storage), *(("index", index.url) for index in data.indexes), *audit, *tracking], console)
+    tracking = [("tracking.uri", str(database))] if database else []
+    check_folders([("storage", folder.storage), *(("index", index.url) for index in data.indexes), *audit, *tracking], console)
     resumed = record is not None
     with nullcontext() if heldout is None else heldout.index() as zeroshot_index:
         if record is None:

@@ -57,13 +57,14 @@ class Waiting:
     """What to say while no worker begins a step: after a minute, then each time that it has become twice as long."""
 
     def __init__(self, workers: int, now: float) -> None:
-        self._workers, self._trains = workers, False
+        self._workers, self._trains, self._answered = workers, False, False
         self._since, self._after_s = now, _PATIENCE_S
 
     def look(self, news: News | None, now: float) -> str | None:
         """`news`: None where the board does not answer."""
-        if news is None and self._trains:  # a busy machine
+        if news is None and self._answered:  # a busy machine
             return None
+        self._answered = news is not None
         trained, self._trains = self._trains, news is not None and news.step is not None
         if trained or self._trains:
             self._since, self._after_s = now, _PATIENCE_S

@@ -77,8 +77,8 @@ def launch(task: WorkerTask, folder: RunFolder, console: Console) -> Outcome:
         trainer.abort()
         raise
     except Exception as error:
-        raise _explained(error) from error
-    if (fatal := ray.get(task.board.error.remote())) is not None:
+        raise _fatal(task.board) or _explained(error) from error
+    if (fatal := _fatal(task.board)) is not None:
         raise fatal
     outcome: Outcome = result.return_value
     gauges.started(outcome.steps, run.steps)  # rank 0's last figure may be lost with its process
@@ -92,6 +92,15 @@ def _storage(folder: RunFolder) -> dict[str, Any]:
         return {"storage_path": folder.storage}
     fs, path = open_store(folder.storage)
     return {"storage_path": path, "storage_filesystem": pafs.PyFileSystem(pafs.FSSpecHandler(fs))}
+
+
+def _fatal(board: ray.actor.ActorHandle) -> MMError | None:
+    """What no restart would mend."""
+    try:
+        error: MMError | None = ray.get(board.error.remote())
+    except ray.exceptions.RayActorError:  # it is gone: the run's own error says more
+        return None
+    return error
 
 
 def _explained(error: Exception) -> MMError:

@@ -191,12 +191,13 @@ def check_shared(url: str, tracking_run_id: str) -> None:
 
     Raises:
         ConfigError: it has not.
+        OSError: it cannot be read, for now.
     """
     if not is_local(url):
         return
     for _ in range(_FRESH_S):  # a network disk may show what was written elsewhere some seconds later
-        with suppress(CheckpointError):
-            if RunFolder(posixpath.dirname(url), posixpath.basename(url)).read().tracking_run_id == tracking_run_id:
+        with suppress(FileNotFoundError, ValueError), open_file(f"{url}/run.json", "rt") as file:
+            if json.load(file)["tracking_run_id"] == tracking_run_id:
                 return
         time.sleep(1)
     raise ConfigError(

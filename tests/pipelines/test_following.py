@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from mm_core.console import Console
 from pipelines.train import following
 from pipelines.train.board import Board, News, start_board
 from pipelines.train.following import Waiting, followed
-from pipelines.train.losses import _why
+from pipelines.train.losses import _cause, _why
 from pipelines.train.run_folder import RunFolder
 
 
@@ -49,7 +50,7 @@ def test_lost_workers_are_told_and_no_longer_there() -> None:
     board.joined(2)
     board.started(0)
     assert board.news()[:2] == (0, 2)
-    board.lost("rank 1: gone")
+    assert not board.lost("rank 1: gone", announced=False)
     told = board.news()
     assert told[:2] == (None, 0)
     assert told.said == ["workers were lost (rank 1: gone): all start again from the last checkpoint"]
@@ -57,12 +58,12 @@ def test_lost_workers_are_told_and_no_longer_there() -> None:
 
 def test_a_run_gives_up_when_workers_are_lost_again_and_again_at_the_same_step() -> None:
     board = Board({}, max_failures=2)
-    for _ in range(2):
+    for announced in (False, True, False, True):
         board.started(10)
-        board.lost("rank 0: out of memory")
+        assert not board.lost("rank 0: out of memory", announced=announced)
     assert board.error() is None
     board.started(10)
-    board.lost("rank 0: out of memory")
+    assert board.lost("rank 0: out of memory", announced=False)
     assert "lost 3 times in a row, without a checkpoint between (faults.max_failures); the last time: rank 0" in str(board.error())
 
 
@@ -71,14 +72,17 @@ def test_a_run_that_gets_on_may_lose_workers_as_often_as_it_will() -> None:
     for step in range(0, 1000, 10):
         for _ in range(2):
             board.started(step)
-            board.lost("rank 1: gone")
+            board.lost("rank 1: gone", announced=False)
     assert board.error() is None
 
 
 def test_a_process_that_is_gone_says_more_than_those_that_missed_it() -> None:
     missed = RuntimeError("Traceback\n  in all_reduce\nConnection closed by peer")
-    assert _why({0: missed, 1: ray.exceptions.ActorDiedError()}).startswith("rank 1: The actor died")
-    assert _why({0: missed}) == "rank 0: Connection closed by peer"
+    died = ray.exceptions.RayActorError(error_msg="The actor is dead because its node has died. Worker exit type: NODE_DIED")
+    found = _cause(WorkerHealthCheckFailedError("A worker health check failed.", died))
+    assert found is died
+    assert _why({0: missed, 1: found}) == "rank 1: The actor is dead because its node has died"
+    assert _why({0: _cause(missed)}) == "rank 0: Connection closed by peer"
 
 
 @pytest.mark.usefixtures("ray_cluster")
