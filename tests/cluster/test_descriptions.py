@@ -370,6 +370,19 @@ def test_compose_makes_its_bucket_with_what_the_image_has(object_store: ObjectSt
     assert s3fs.S3FileSystem().exists("mm-data")
 
 
+def test_the_guide_brings_shards_into_the_store(object_store: ObjectStore, corpus: Path, tmp_path: Path) -> None:
+    """Twice, too."""
+    (program,) = re.findall(r'python -c "(import s3fs[^"]*)"', (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8"))
+    (tmp_path / "corpus").symlink_to(corpus)
+    store = s3fs.S3FileSystem()
+    if not store.exists("mm-data"):
+        store.mkdir("mm-data")
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    shards = {file.name for file in (corpus / "train").iterdir()}
+    assert {path.rpartition("/")[2] for path in s3fs.S3FileSystem().ls("mm-data/shards")} == shards
+
+
 def test_secrets_are_drawn_once_and_are_their_owners_alone(tmp_path: Path) -> None:
     command = ["sh", str(FOLDER / "compose" / "make-secrets.sh"), "secrets"]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
