@@ -208,9 +208,12 @@ class MetricLog:
         return self._spool.unsent()
 
     def resend(self, unsent: bytes) -> None:
-        """Take another process's `unsent`. What it sent after all changes nothing."""
+        """Take another process's `unsent`, but for what its file, if it was on this machine, has brought already: else an outage over
+        several restarts would double it each time. What it sent after all changes nothing."""
+        here = set(self._spool.unsent().splitlines())
+        missing = [line + b"\n" for line in dict.fromkeys(unsent.splitlines()) if line not in here]
         try:
-            self._spool.append(unsent)
+            self._spool.append(b"".join(missing))
         except OSError as error:
             self._warn_once("spool", f"points of an earlier process were lost: {error}")
 

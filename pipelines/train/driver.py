@@ -172,10 +172,11 @@ def _train(
             console.note(f"{kept} is kept: once this is mended, continue with the same command and --resume --name {folder.name}")
         raise
     finally:
-        MetricLog(run.tracking.uri, record.tracking_run_id, spool_folder()).close(5)  # what a killed rank 0 on this machine left
+        delivered = MetricLog(run.tracking.uri, record.tracking_run_id, spool_folder()).close(5)  # what rank 0 on this machine left
         if status is not None:
             log_goodput(run, folder, record.tracking_run_id, console)
-            if not finish_run(run.tracking, record.tracking_run_id, status) and status is RunStatus.FINISHED:
+            finished = finish_run(run.tracking, record.tracking_run_id, status)
+            if status is RunStatus.FINISHED and not (delivered and finished):
                 console.note(f"MLflow lacks some of it: the same command with --resume --name {folder.name} tells it that")
     return _result(run, folder, record, outcome.steps, outcome.metrics)
 

@@ -410,3 +410,18 @@ def test_an_outage_delays_points_and_loses_none(
     assert log_artifacts(server.config, run_id, tmp_path / "server.log")
     assert finish_run(server.config, run_id, RunStatus.FINISHED)
     assert capsys.readouterr().out == ""
+
+
+def test_points_that_are_here_already_are_not_taken_twice(tmp_path: Path) -> None:
+    """Rank 0 is started again and again while MLflow is away: its file is taken over, and its copy in the run's folder comes besides."""
+    copy, log = b"", None
+    for step in range(4):
+        log = MetricLog("http://127.0.0.1:9", "1f", tmp_path, flush_interval_s=60)
+        log.resend(copy)
+        log.log(step, {"loss": 1.0})
+        copy = log.unsent()
+        log._stop.set()
+        log._deadline = 0
+        log._thread.join(60)
+        log._spool.close()
+    assert [json.loads(line)["step"] for line in copy.splitlines() if line] == [0, 1, 2, 3]
