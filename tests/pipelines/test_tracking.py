@@ -414,7 +414,7 @@ def test_an_outage_delays_points_and_loses_none(
 
 def test_points_that_are_here_already_are_not_taken_twice(tmp_path: Path) -> None:
     """Rank 0 is started again and again while MLflow is away: its file is taken over, and its copy in the run's folder comes besides."""
-    copy, log = b"", None
+    copy = b""
     for step in range(4):
         log = MetricLog("http://127.0.0.1:9", "1f", tmp_path, flush_interval_s=60)
         log.resend(copy)
